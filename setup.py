@@ -1,0 +1,352 @@
+"""Builds the native parts of bcos-kernels; everything declarative is in pyproject.toml.
+
+Two things are built, wherever a C++ compiler is:
+
+    bcos_kernels/_lib/libbcos_kernels_cpu.so   the CPU ops, from csrc/cpu/*.cpp, against the LibTorch stable ABI. No Python
+                                               in it, and one file serves every torch >= 2.11.
+    bcos_kernels/_C.*.so                       from csrc/module.cpp with pybind11: how it was built, what this machine runs.
+                                               No torch in it.
+
+Instruction sets are chosen at run time: csrc/cpu/*_kernels.cpp is compiled once per set (BCOS_ISA names it), everything
+else once, for the oldest processor of the architecture.
+
+A missing compiler never fails an installation: what could not be built is left out, and the reason is written to
+bcos_kernels/_build_report.json, from where bcos_kernels.backends() tells it. A compile error does fail it.
+
+Environment: CXX (compiler, may hold arguments), MAX_JOBS (parallel compilations), BCOS_NO_NATIVE=1 (build nothing).
+"""
+
+import concurrent.futures
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "bcos_kernels"
+CPU_LIBRARY = "_lib/libbcos_kernels_cpu.so"  # .so on macOS too: torch.ops.load_library takes any name
+BUILD_REPORT = "_build_report.json"
+
+TORCH_MINIMUM = (2, 11)
+# The layout of TORCH_ABI_VERSION in torch/headeronly/version.h: one byte each for major, minor, patch.
+TORCH_TARGET_VERSION = (TORCH_MINIMUM[0] << 56) | (TORCH_MINIMUM[1] << 48)
+
+# No -ffast-math: NaN and infinities keep their meaning. errno and floating-point traps are given up, which is what
+# lets the compilers vectorise sqrt, comparisons and selections.
+CXX_FLAGS = (
+    "-O3 -std=c++17 -fPIC -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd "
+    "-fvisibility=hidden -fvisibility-inlines-hidden"
+).split()
+
+# In the order in which their objects are linked, oldest first: of an inline function that several objects carry, the
+# linker keeps the first copy, and only the oldest one runs everywhere.
+INSTRUCTION_SETS = {
+    "baseline": [],
+    "avx2": "-mavx2 -mfma -mf16c".split(),
+    "avx512": (
+        "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"
+    ).split(),
+}
+
+
+class NotBuildable(Exception):
+    """Why a native part cannot be built on this machine: a missing tool, not an error in the code."""
+
+
+@dataclass
+class Step:
+    """One command of the build: `output` is made from `inputs` (what it includes is found through `depfile`)."""
+
+    output: Path
+    inputs: list[Path]
+    command: list[str]
+    depfile: Path | None = None
+
+
+def machine_instruction_sets() -> list[str]:
+    return list(INSTRUCTION_SETS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
+
+
+def find_compiler() -> tuple[list[str], str]:
+    """The C++ compiler's command and the first line of its --version; NotBuildable when there is none that works."""
+    if os.environ.get("BCOS_NO_NATIVE") == "1":
+        raise NotBuildable("BCOS_NO_NATIVE=1 was set at build time")
+    if sys.platform == "win32":
+        raise NotBuildable("the native parts are not built on Windows")
+    named = shlex.split(os.environ.get("CXX", ""))
+    candidates = [named] if named else [["c++"], ["g++"], ["clang++"]]
+    found = [c for c in candidates if shutil.which(c[0])]
+    if not found:
+        looked_for = f"CXX={' '.join(named)}" if named else "c++, g++ and clang++"
+        raise NotBuildable(f"no C++ compiler: {looked_for} not found on PATH at build time")
+    compiler = found[0]
+    # A driver without its headers or its linker is as good as none; an error after this probe is one in our code.
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <optional>\n#include <vector>\nint probe(std::optional<int> i) { return *i; }\n")
+        probe = [*compiler, "-std=c++17", "-shared", "-fPIC", str(source), "-o", str(Path(folder, "probe.so"))]
+        result = subprocess.run(probe, capture_output=True, text=True)
+    if result.returncode != 0:
+        lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
+        raise NotBuildable(f"{' '.join(compiler)} cannot build a shared C++17 library: {lines[0]}")
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.strip().splitlines()
+    return compiler, version[0] if version else " ".join(compiler)
+
+
+def find_torch() -> tuple[Path, str]:
+    """Folder and version of the torch whose headers are used, found without the seconds that importing it takes."""
+    spec = importlib.util.find_spec("torch")
+    wanted = ".".join(map(str, TORCH_MINIMUM))
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(
+            f"bcos-kernels: building without isolation needs torch >= {wanted} in {sys.prefix}, found none. "
+            f"Run: pip install 'torch>={wanted}' setuptools pybind11 ninja"
+        )
+    version = importlib.metadata.version("torch")
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if numbers < TORCH_MINIMUM:
+        raise SystemExit(f"bcos-kernels: expected torch >= {wanted} at build time, got {version} in {sys.prefix}")
+    return Path(spec.submodule_search_locations[0]), version
+
+
+def link_command(compiler: list[str], output: Path, objects: list[Path], libraries: list[str]) -> list[str]:
+    if sys.platform == "darwin":
+        flags = ["-bundle", "-undefined", "dynamic_lookup"]
+    else:
+        flags = ["-shared", "-Wl,-O1", "-Wl,--gc-sections"]
+    return [*compiler, *flags, *map(str, objects), *libraries, "-o", str(output)]
+
+
+def compile_step(compiler: list[str], source: Path, output: Path, flags: list[str]) -> Step:
+    depfile = output.with_suffix(".d")
+    command = [*compiler, *flags, "-MMD", "-MF", str(depfile), "-c", str(source), "-o", str(output)]
+    return Step(output, [source], command, depfile)
+
+
+def cpu_library_steps(compiler: list[str], torch: Path, work: Path, output: Path) -> list[Step]:
+    """The CPU op library: kernels once per instruction set, the rest once."""
+    sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+    if not sources:
+        raise SystemExit(f"bcos-kernels: expected C++ sources in {ROOT / 'csrc' / 'cpu'}, found none")
+    sets = machine_instruction_sets()
+    common = [
+        *CXX_FLAGS,
+        f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET_VERSION:016x}",
+        "-D_GLIBCXX_USE_CXX11_ABI=1",
+        f"-I{ROOT / 'csrc'}",
+        "-isystem",
+        str(torch / "include"),
+    ]
+    have = [f"-DBCOS_HAVE_{name.upper()}" for name in sets if name != "baseline"]
+    steps = []
+    for source in sources:
+        if not source.stem.endswith("_kernels"):
+            steps.append(compile_step(compiler, source, work / f"{source.stem}.o", common + have))
+    for name in sets:
+        for source in sources:
+            if source.stem.endswith("_kernels"):
+                flags = [*common, *INSTRUCTION_SETS[name], f"-DBCOS_ISA={name}"]
+                steps.append(compile_step(compiler, source, work / f"{source.stem}.{name}.o", flags))
+    objects = [step.output for step in steps]
+    # Found again by name at run time: torch is loaded before this library is, whatever its folder is then. A symbol
+    # that no torch library exports fails here (-z defs), not at the user's.
+    libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
+    if sys.platform != "darwin":
+        libraries += ["-Wl,-z,defs", "-Wl,--allow-shlib-undefined"]
+    return [*steps, Step(output, objects, link_command(compiler, output, objects, libraries))]
+
+
+def module_steps(compiler: list[str], work: Path, output: Path) -> list[Step]:
+    """The pybind11 module _C; NotBuildable where Python came without its headers (Debian: python3-dev)."""
+    include = Path(sysconfig.get_path("include"))
+    if not (include / "Python.h").exists():
+        raise NotBuildable(f"Python.h was not in {include} at build time (Debian and Ubuntu: install python3-dev)")
+    if importlib.util.find_spec("pybind11") is None:
+        raise SystemExit("bcos-kernels: building without isolation needs pybind11. Run: pip install pybind11")
+    import pybind11
+
+    flags = [*CXX_FLAGS, *(f"-DBCOS_HAVE_{name.upper()}" for name in machine_instruction_sets() if name != "baseline")]
+    flags += [f"-I{work}", f"-I{ROOT / 'csrc'}", "-isystem", pybind11.get_include(), "-isystem", str(include)]
+    step = compile_step(compiler, ROOT / "csrc" / "module.cpp", work / "module.o", flags)
+    return [step, Step(output, [step.output], link_command(compiler, output, [step.output], []))]
+
+
+def write_build_config(work: Path, compiler_version: str, torch_version: str) -> None:
+    """The header that module.cpp takes build_info() from; left alone when nothing changed, so nothing is recompiled."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    values = {
+        "VERSION": version,
+        "COMPILER": compiler_version,
+        "TORCH": torch_version,
+        "TORCH_ABI": ".".join(map(str, TORCH_MINIMUM)),
+        "INSTRUCTION_SETS": " ".join(machine_instruction_sets()),
+        "CUDA_ARCHS": "",
+        "FLAGS": " ".join(CXX_FLAGS),
+    }
+    # json.dumps writes a string as C++ does.
+    text = "".join(f"#define BCOS_BUILD_{key} {json.dumps(value)}\n" for key, value in values.items())
+    header = work / "build_config.h"
+    if not header.exists() or header.read_text() != text:
+        header.write_text(text)
+
+
+def find_ninja() -> str | None:
+    if importlib.util.find_spec("ninja"):
+        import ninja
+
+        program = Path(ninja.BIN_DIR, "ninja")
+        if program.exists():
+            return str(program)
+    return shutil.which("ninja")
+
+
+def run_with_ninja(ninja: str, steps: list[Step], work: Path, jobs: int) -> None:
+    def path(p: Path) -> str:
+        return re.sub(r"([$ :])", r"$\1", str(p))
+
+    lines = [
+        "ninja_required_version = 1.5",
+        "rule compile",
+        "  command = $cmd",
+        "  depfile = $dep",
+        "  deps = gcc",
+        "rule link",
+        "  command = $cmd",
+    ]
+    for step in steps:
+        rule = "compile" if step.depfile else "link"
+        lines.append(f"build {path(step.output)}: {rule} {' '.join(map(path, step.inputs))}")
+        lines.append("  cmd = " + shlex.join(step.command).replace("$", "$$"))
+        if step.depfile:
+            lines.append(f"  dep = {path(step.depfile)}")
+    (work / "build.ninja").write_text("\n".join(lines) + "\n")
+    result = subprocess.run([ninja, "-C", str(work), "-j", str(jobs)])
+    if result.returncode != 0:
+        raise SystemExit("bcos-kernels: the native code did not compile; the compiler's messages are above")
+
+
+def run_plainly(steps: list[Step], jobs: int) -> None:
+    def run(step: Step) -> None:
+        print(shlex.join(step.command), flush=True)
+        result = subprocess.run(step.command, capture_output=True, text=True)
+        sys.stdout.write(result.stdout + result.stderr)
+        if result.returncode != 0:
+            raise SystemExit(f"bcos-kernels: could not build {step.output.name}; the compiler's messages are above")
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run, [step for step in steps if step.depfile]))
+    for step in steps:
+        if not step.depfile:
+            run(step)
+
+
+class NativeBuild(build_ext):
+    """Builds the op library and _C, into build_lib or (editable, --inplace) into the source tree."""
+
+    def run(self):
+        in_tree = self.inplace or self.editable_mode
+        target = (ROOT if in_tree else Path(self.build_lib).resolve()) / PACKAGE
+        library, module = target / CPU_LIBRARY, target / self.module_name()
+        report_file = target / BUILD_REPORT
+        report = {"cpu": None, "module": None, "cuda": self.why_no_cuda()}
+        steps: list[Step] = []
+        # Not build_temp when editable: that is a temporary folder then, and nothing would ever be incremental.
+        platform_tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        work = (ROOT / "build" / f"native-{platform_tag}") if in_tree else Path(self.build_temp).resolve()
+        try:
+            compiler, compiler_version = find_compiler()
+            torch, torch_version = find_torch()
+            work.mkdir(parents=True, exist_ok=True)
+            write_build_config(work, compiler_version, torch_version)
+            steps += cpu_library_steps(compiler, torch, work, library)
+            try:
+                steps += module_steps(compiler, work, module)
+            except NotBuildable as reason:
+                report["module"] = str(reason)
+        except NotBuildable as reason:
+            report["cpu"] = report["module"] = str(reason)
+
+        # What an earlier build left behind must not be taken for this one's.
+        if report["cpu"]:
+            library.unlink(missing_ok=True)
+        if report["module"]:
+            module.unlink(missing_ok=True)
+        report_file.unlink(missing_ok=True)
+        if steps:
+            library.parent.mkdir(parents=True, exist_ok=True)
+            jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+            ninja = find_ninja()
+            if ninja:
+                run_with_ninja(ninja, steps, work, jobs)
+            else:
+                run_plainly(steps, jobs)
+        for part, reason in report.items():
+            print(f"bcos-kernels: {part}: {'built' if reason is None else 'left out: ' + reason}", flush=True)
+        target.mkdir(parents=True, exist_ok=True)
+        report_file.write_text(json.dumps(report, indent=2) + "\n")
+
+    def module_name(self) -> str:
+        return f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+    @staticmethod
+    def why_no_cuda() -> str:
+        nvcc = shutil.which("nvcc")
+        found = f"nvcc was found at {nvcc}" if nvcc else "and no nvcc was on PATH at build time"
+        return f"this version has no CUDA C++ kernels to build ({found}); NVIDIA GPUs are served by the triton backend"
+
+    def get_source_files(self):
+        folder = ROOT / "csrc"
+        return [str(f.relative_to(ROOT)) for f in sorted(folder.rglob("*")) if f.suffix in (".cpp", ".h", ".cu", ".cuh")]
+
+    def get_output_mapping(self):
+        """Files of build_lib → files of the source tree, for editable installations."""
+        if not (self.inplace or self.editable_mode):
+            return {}
+        names = [CPU_LIBRARY, self.module_name(), BUILD_REPORT]
+        return {
+            os.path.join(self.build_lib, PACKAGE, name): str(Path(PACKAGE, name))
+            for name in names
+            if (ROOT / PACKAGE / name).exists()
+        }
+
+    def get_outputs(self):
+        if self.inplace or self.editable_mode:
+            return sorted(self.get_output_mapping())
+        folder = Path(self.build_lib, PACKAGE)
+        return [str(folder / n) for n in (CPU_LIBRARY, self.module_name(), BUILD_REPORT) if (folder / n).exists()]
+
+
+class CleanBuildPy(build_py):
+    """Copies the packages into an empty build_lib: setuptools would keep modules that were removed since."""
+
+    def run(self):
+        if not self.editable_mode:
+            for package in {name.partition(".")[0] for name in self.packages or []}:
+                shutil.rmtree(Path(self.build_lib, package), ignore_errors=True)
+        super().run()
+
+    def find_data_files(self, package, src_dir):
+        # The report of a build in the source tree is not this build's.
+        return [f for f in super().find_data_files(package, src_dir) if Path(f).name != BUILD_REPORT]
+
+
+setup(
+    # Named so that wheels are tagged for this platform; NativeBuild is what builds it.
+    ext_modules=[Extension(f"{PACKAGE}._C", sources=["csrc/module.cpp"])],
+    cmdclass={"build_ext": NativeBuild, "build_py": CleanBuildPy},
+)
