@@ -1,0 +1,60 @@
+# What there is to do with a checkout: `make help`.
+# Everything runs in .venv, which is made on first use; nothing has to be prepared but Python >= 3.11.
+
+VENV := .venv
+BIN := $(VENV)/bin
+# A machine's python3 may be older than its python3.12: the first that is new enough is taken. Say PYTHON=... to choose.
+SUITABLE = -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	if $$p $(SUITABLE) >/dev/null 2>&1; then echo $$p; break; fi; done)
+
+# Tests run two at a time (JOBS), each on one thread: more threads than cores only slow each other down.
+JOBS ?= 2
+PYTEST_ARGS ?=
+THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lint test test-aot test-install demo bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+# --- installation: dependencies once, the native code again whenever a source of it changed ---
+
+$(VENV)/.dependencies: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "bcos-kernels needs Python >= 3.11: python3 is" \
+		"$$(python3 --version 2>&1 || true), and neither python3.12 nor python3.11 was found. Install one, or say make PYTHON=/path/to/python3"; exit 1; }
+	@echo "== $(VENV): virtual environment with $$($(PYTHON) --version)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "could not make $(VENV); on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@echo "== torch and the build tools (torch's CUDA build is about 3 GB: minutes on the first run)"
+	$(BIN)/python -m pip install -q 'torch>=2.11' torchvision 'setuptools>=77' wheel 'pybind11>=2.13' ninja
+	@echo "== bcos-kernels, editable, with its extras train, explain and dev"
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[train,explain,dev]'
+	@touch $@ $(VENV)/.built
+
+$(VENV)/.built: $(VENV)/.dependencies setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+	@echo "== native code"
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+setup: $(VENV)/.built  ## make .venv and install everything into it, editable
+	@$(BIN)/python -m bcos_kernels
+
+lint: $(VENV)/.built  ## ruff
+	$(BIN)/python -m ruff check .
+
+test: lint  ## lint and all tests, ahead-of-time compilation and installation cases included
+	$(THREADS) $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+bench: $(VENV)/.built  ## the benchmark suites (benchmarks/), nothing else running
+	$(BIN)/python -m pytest -q benchmarks $(PYTEST_ARGS)
+
+demo: $(VENV)/.built  ## the paper in miniature: tables and pictures into demo_output/
+	$(BIN)/python -m bcosification.train.miniature
+
+clean:  ## remove what builds and runs leave behind, .venv excepted
+	rm -rf build dist *.egg-info bcos_kernels/_lib bcos_kernels/_C.* bcos_kernels/_build_report.json
+	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find bcos_kernels python_api tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -f $(VENV)/.built

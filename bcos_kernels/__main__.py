@@ -1,0 +1,119 @@
+"""`python -m bcos_kernels`: what is installed, what this machine has, and which backends run here (or why not)."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import __version__, backends
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The processor's name; platform.processor() is empty on many Linux systems."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _devices() -> list[str]:
+    devices = [f"cpu: {_processor()}, {torch.get_num_threads()} threads"]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            memory = properties.total_memory / 2**30
+            arch = f"sm_{properties.major}{properties.minor}"
+            devices.append(f"cuda:{index}: {properties.name}, {arch}, {memory:.1f} GiB")
+    return devices
+
+
+def environment() -> dict:
+    """The report as plain data.
+
+    Returns:
+        dict with "versions" (name → str or None where absent), "devices" (list of str), "build" (how the native parts
+        were built: `bcos_kernels._C.build_info()`, or {"missing": reason}), "cpu_capability" ("avx512", "avx2",
+        "baseline", or None where the native parts are missing), "cpu_features" (name → bool) and "backends"
+        (name → None where usable, else the reason).
+    """
+    try:
+        from . import _C
+    except ImportError as error:
+        from .dispatch import build_report
+
+        build = {"missing": build_report().get("module") or str(error)}
+        capability, features = None, {}
+    else:
+        build, capability, features = _C.build_info(), _C.cpu_capability(), _C.cpu_features()
+    return {
+        "versions": {
+            "bcos-kernels": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda of torch": torch.version.cuda,
+            "triton": _version("triton"),
+            "numpy": _version("numpy"),
+        },
+        "devices": _devices(),
+        "build": build,
+        "cpu_capability": capability,
+        "cpu_features": features,
+        "backends": backends(),
+    }
+
+
+def _text(report: dict) -> str:
+    def section(title: str, rows: list[tuple[str, str]]) -> list[str]:
+        width = max(len(key) for key, _ in rows)
+        return [title, *(f"  {key:<{width}}  {value}" for key, value in rows), ""]
+
+    build = report["build"]
+    if "missing" in build:
+        native = [("native parts", f"not built: {build['missing']}")]
+    else:
+        native = [
+            ("compiler", build["compiler"]),
+            ("torch headers", f"{build['torch']} (stable ABI: serves torch >= {build['torch_abi']})"),
+            ("instruction sets", ", ".join(build["instruction_sets"])),
+            ("CUDA architectures", ", ".join(build["cuda_archs"]) or "none"),
+            ("flags", build["flags"]),
+            ("used on this CPU", report["cpu_capability"]),
+            ("CPU features", " ".join(k for k, present in report["cpu_features"].items() if present) or "none"),
+        ]
+    lines = section("versions", [(k, v or "not installed") for k, v in report["versions"].items()])
+    lines += section("devices", [(d.split(": ", 1)[0], d.split(": ", 1)[1]) for d in report["devices"]])
+    lines += section("build", native)
+    lines += section("backends", [(k, "usable" if v is None else f"no: {v}") for k, v in report["backends"].items()])
+    return "\n".join(lines).rstrip()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bcos_kernels",
+        description="Print versions, devices, how the native parts were built, and which backends run here (or why not).",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    options = parser.parse_args(argv)
+    report = environment()
+    print(json.dumps(report, indent=2) if options.json else _text(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
