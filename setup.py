@@ -2,10 +2,10 @@
 
 Two things are built, wherever a C++ compiler is:
 
-    bcos_kernels/_lib/libbcos_kernels_cpu.so   the CPU ops, from csrc/cpu/*.cpp, against the LibTorch stable ABI. No Python
-                                               in it, and one file serves every torch >= 2.11.
-    bcos_kernels/_C.*.so                       from csrc/module.cpp with pybind11: how it was built, what this machine runs.
-                                               No torch in it.
+    bcos_kernels/_lib/libbcos_kernels_cpu.so   the CPU ops, from csrc/cpu/*.cpp, against the LibTorch stable ABI.
+                                               No Python in it, and one file serves every torch >= 2.11.
+    bcos_kernels/_C.*.so                       from csrc/module.cpp with pybind11: how the package was built, what this
+                                               machine runs. No torch in it.
 
 Instruction sets are chosen at run time: csrc/cpu/*_kernels.cpp is compiled once per set (BCOS_ISA names it), everything
 else once, for the oldest processor of the architecture.
@@ -58,9 +58,7 @@ CXX_FLAGS = (
 INSTRUCTION_SETS = {
     "baseline": [],
     "avx2": "-mavx2 -mfma -mf16c".split(),
-    "avx512": (
-        "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"
-    ).split(),
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512".split(),
 }
 
 
@@ -305,13 +303,15 @@ class NativeBuild(build_ext):
 
     @staticmethod
     def why_no_cuda() -> str:
-        nvcc = shutil.which("nvcc")
-        found = f"nvcc was found at {nvcc}" if nvcc else "and no nvcc was on PATH at build time"
-        return f"this version has no CUDA C++ kernels to build ({found}); NVIDIA GPUs are served by the triton backend"
+        nvcc = shutil.which("nvcc") or "not on PATH"
+        return (
+            f"this version has no CUDA C++ kernels to build (nvcc at build time: {nvcc}); "
+            "NVIDIA GPUs are served by the triton backend"
+        )
 
     def get_source_files(self):
-        folder = ROOT / "csrc"
-        return [str(f.relative_to(ROOT)) for f in sorted(folder.rglob("*")) if f.suffix in (".cpp", ".h", ".cu", ".cuh")]
+        sources = {".cpp", ".h", ".cu", ".cuh"}
+        return [str(f.relative_to(ROOT)) for f in sorted((ROOT / "csrc").rglob("*")) if f.suffix in sources]
 
     def get_output_mapping(self):
         """Files of build_lib → files of the source tree, for editable installations."""

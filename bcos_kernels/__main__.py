@@ -106,7 +106,7 @@ def _text(report: dict) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bcos_kernels",
-        description="Print versions, devices, how the native parts were built, and which backends run here (or why not).",
+        description="Print versions, devices, how the native parts were built, and which backends run here.",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args(argv)
