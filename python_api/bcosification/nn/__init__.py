@@ -1,0 +1,28 @@
+"""Drop-in modules for B-cos networks. Each has an explanation mode in which its dynamic weights are constants."""
+
+from .batch_norm_uncentered import BatchNormUncentered2d, SyncBatchNormUncentered2d
+from .conv2d import BcosConv2d
+from .encoding import AddInverse, Normalize
+from .gelu import GELU
+from .group_norm import GroupNorm
+from .layer_norm import LayerNorm
+from .linear import BcosLinear
+from .logits import LogitBias
+from .modes import DetachableModule, explanation_mode
+from .multihead_attention import MultiheadAttention
+
+__all__ = [
+    "AddInverse",
+    "BatchNormUncentered2d",
+    "BcosConv2d",
+    "BcosLinear",
+    "DetachableModule",
+    "GELU",
+    "GroupNorm",
+    "LayerNorm",
+    "LogitBias",
+    "MultiheadAttention",
+    "Normalize",
+    "SyncBatchNormUncentered2d",
+    "explanation_mode",
+]

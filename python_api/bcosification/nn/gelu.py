@@ -1,0 +1,51 @@
+"""GELU whose gate is a constant in explanation mode."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .modes import DetachableModule
+
+__all__ = ["GELU"]
+
+
+class GELU(DetachableModule, nn.GELU):
+    """nn.GELU, x·Φ(x); in explanation mode the gate Φ(x) is a constant for the gradient.
+
+        y = x * (0.5 * (1 + torch.erf(x / 2**0.5))).detach()                  # explanation mode
+
+    Args:
+        approximate: "none" (default) for the exact gate, "tanh" for 0.5·(1 + tanh(√(2/π)·(x + 0.044715·x³))).
+
+    Shapes: any, kept.
+
+    Raises:
+        ValueError: for another ``approximate``.
+
+    Source: B-cosification, arXiv:2411.00715, section 3; arXiv:1606.08415.
+
+    Example:
+        >>> GELU()(torch.zeros(3))
+        tensor([0., 0., 0.])
+    """
+
+    approximate: str = "none"
+
+    def __init__(self, approximate: str = "none") -> None:
+        if approximate not in ("none", "tanh"):
+            raise ValueError(f"GELU: expected approximate to be 'none' or 'tanh', got {approximate!r}")
+        super().__init__(approximate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.detach:
+            return F.gelu(x, approximate=self.approximate)
+        wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        if self.approximate == "tanh":
+            gate = 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)))
+        else:
+            gate = 0.5 * (1 + torch.erf(wide * math.sqrt(0.5)))
+        return x * gate.to(x.dtype)
