@@ -1,0 +1,547 @@
+"""Fine-tuning from a configuration: `finetune(FinetuneConfig(...))`, behind `bcosify finetune`.
+
+What a run leaves in its output folder:
+
+    config.yaml          the configuration, complete; --resume reads it
+    metrics.csv          one row per epoch (units: seconds, shares of 1)
+    training_curves.png  loss and accuracy (when matplotlib is installed)
+    last.ckpt            everything needed to go on: weights, optimiser, schedule, counters
+    last/, best/         model.safetensors + config.json, for bcosification.load and every command
+    unreadable_images.txt  files that were left out, if any
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib.util
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+__all__ = ["FinetuneConfig", "FinetuneResult", "check_output", "finetune", "load_recipe", "recipes", "train"]
+
+
+@dataclass
+class FinetuneConfig:
+    """Everything that determines a run. Recipes are YAML files with these keys.
+
+    Model: `model` (a spec such as resnet18, torchvision:NAME, timm:NAME, a folder written by us, a weights file with
+    `arch`), `arch`, `pretrained` (False: random weights), `weights` (a local file with the standard network's weights).
+    `standard` trains the network as it is, without B-cosification. `conversion` holds further options of `bcosify`
+    (pool, head, activation, normalize_weight, logit_bias, mean, std, …).
+
+    B: `b` reached, raised linearly from 1 over `b_epochs` (0: at once). Biases: `bias` is "remove", "keep" or "decay"
+    (over `bias_epochs`).
+
+    Data: `data` (digits, scenes or a folder), `image_size` (None: the data set's or the model's), `augment`,
+    `num_workers` (None: chosen).
+
+    Optimisation: `epochs`, `batch_size` (per device), `lr`, `optimizer` (adam, adamw), `weight_decay`, `warmup_epochs`,
+    `loss` (bce_uniform, bce, cross_entropy), `agc` (clip factor or None), `clip_norm` (norm or None), `seed`.
+
+    Machine: `precision` (Lightning's: 32-true, bf16-mixed, 16-mixed, …), `compile`, `channels_last`, `accelerator`,
+    `devices`, `limit_batches` (per epoch and part, for trials; None: all), `progress`.
+    """
+
+    model: str = ""
+    data: str = ""
+    output: str = ""
+    arch: str | None = None
+    pretrained: bool = True
+    weights: str | None = None
+    standard: bool = False
+    conversion: dict = field(default_factory=dict)
+    b: float = 2.0
+    b_epochs: float = 0.0
+    bias: str = "remove"
+    bias_epochs: float = 0.0
+    image_size: int | None = None
+    augment: bool = True
+    num_workers: int | None = None
+    epochs: int = 10
+    batch_size: int = 64
+    lr: float = 1e-4
+    optimizer: str = "adam"
+    weight_decay: float = 0.0
+    warmup_epochs: float = 0.0
+    loss: str = "bce_uniform"
+    agc: float | None = None
+    clip_norm: float | None = None
+    seed: int = 0
+    precision: str = "32-true"
+    compile: bool = False
+    channels_last: bool = True
+    accelerator: str = "auto"
+    devices: str = "auto"
+    limit_batches: int | None = None
+    progress: bool = True
+
+    # A resumed run may differ in these; all others decide what comes out.
+    MACHINE = frozenset(
+        {"output", "num_workers", "accelerator", "devices", "progress", "compile", "channels_last", "precision"}
+    )
+
+    def check(self) -> None:
+        """Raises ValueError naming the first option whose value makes no sense."""
+        from .losses import LOSSES
+
+        def expect(condition: bool, name: str, expected: str) -> None:
+            if not condition:
+                raise ValueError(f"finetune: expected {name} {expected}, got {getattr(self, name)!r}")
+
+        for name in ("model", "data", "output"):
+            expect(bool(getattr(self, name)), name, "to be given")
+        for name in ("epochs", "batch_size"):
+            expect(getattr(self, name) >= 1, name, ">= 1")
+        expect(self.lr > 0, "lr", "> 0")
+        expect(self.b >= 1, "b", ">= 1")
+        expect(0 <= self.b_epochs <= self.epochs, "b_epochs", f"between 0 and epochs ({self.epochs})")
+        expect(self.bias in ("remove", "keep", "decay"), "bias", "in ('remove', 'keep', 'decay')")
+        expect(0 <= self.bias_epochs <= self.epochs, "bias_epochs", f"between 0 and epochs ({self.epochs})")
+        expect(self.bias != "decay" or self.bias_epochs > 0, "bias_epochs", "> 0 with bias decay")
+        expect(self.bias == "decay" or self.bias_epochs == 0, "bias_epochs", "0 without bias decay")
+        expect(0 <= self.warmup_epochs < self.epochs, "warmup_epochs", f"between 0 and epochs ({self.epochs})")
+        expect(self.optimizer in ("adam", "adamw"), "optimizer", "in ('adam', 'adamw')")
+        expect(self.loss in LOSSES, "loss", f"in {tuple(LOSSES)}")
+        expect(self.weight_decay >= 0, "weight_decay", ">= 0")
+        expect(self.agc is None or self.agc > 0, "agc", "> 0 or None")
+        expect(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "> 0 or None")
+        expect(self.agc is None or self.clip_norm is None, "clip_norm", "None when agc is given")
+        expect(self.image_size is None or self.image_size >= 8, "image_size", ">= 8 or None")
+        expect(self.num_workers is None or self.num_workers >= 0, "num_workers", ">= 0 or None")
+        expect(isinstance(self.conversion, dict), "conversion", "to be a mapping of bcosify's options")
+        for name in ("b", "bias"):
+            if name in self.conversion:
+                raise ValueError(f"finetune: expected {name} outside of conversion, got {self.conversion!r}")
+
+    @classmethod
+    def from_mapping(cls, values: dict, source: str) -> FinetuneConfig:
+        return cls(**_typed(values, source))
+
+    def to_yaml(self) -> str:
+        import yaml
+
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+def _typed(values: dict, source: str) -> dict:
+    """`values` with known keys only and the fields' types (YAML reads 1e-4 as a string)."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{source}: expected a mapping of options, got {type(values).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(FinetuneConfig)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{source}: expected options among {', '.join(fields)}; got {', '.join(map(repr, unknown))}")
+    result = {}
+    for name, value in values.items():
+        kind = str(fields[name].type)
+        try:
+            if value is None and "None" not in kind:
+                raise ValueError
+            if value is not None:
+                if kind.startswith("bool"):
+                    if not isinstance(value, bool):
+                        raise ValueError
+                elif kind.startswith("float"):
+                    value = float(value)
+                elif kind.startswith("int"):
+                    if int(value) != float(value):
+                        raise ValueError
+                    value = int(value)
+                elif kind.startswith("str"):
+                    value = str(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{source}: expected {name} to be {kind}, got {value!r}") from None
+        result[name] = value
+    return result
+
+
+@dataclass
+class FinetuneResult:
+    """output: the folder; history: one dict per epoch, as in metrics.csv; model: the trained model, in eval mode;
+    best: highest val_top1 (share of 1); unreadable: list of (path, reason)."""
+
+    output: Path
+    history: list[dict]
+    model: object
+    best: float
+    unreadable: list
+
+
+def recipes() -> dict[str, str]:
+    """Name → first comment line of every recipe that comes with the package."""
+    found = {}
+    for entry in sorted(resources.files(__package__).joinpath("recipes").iterdir(), key=lambda e: e.name):
+        if entry.name.endswith(".yaml"):
+            found[entry.name[: -len(".yaml")]] = entry.read_text().splitlines()[0].lstrip("# ")
+    return found
+
+
+def load_recipe(name_or_file: str) -> dict:
+    """Options of a recipe that comes with the package, or of a YAML file of one's own.
+
+    Raises:
+        FileNotFoundError: neither. ValueError: not YAML, unknown options, wrong types.
+    """
+    import yaml
+
+    text = None
+    if name_or_file in recipes():
+        text = resources.files(__package__).joinpath("recipes", f"{name_or_file}.yaml").read_text()
+    elif Path(name_or_file).is_file():
+        text = Path(name_or_file).read_text()
+    if text is None:
+        raise FileNotFoundError(
+            f"recipe: expected a YAML file or one of {', '.join(recipes())}; got {name_or_file!r}"
+        )
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {name_or_file}: not valid YAML: {error}") from None
+    return _typed(values, f"recipe {name_or_file}")
+
+
+def check_output(folder, *, resume: bool = False) -> None:
+    """Raises unless `folder` can take a new run (or, with resume, holds one); leaves nothing behind.
+
+    Raises:
+        NotADirectoryError, PermissionError: it cannot be written. FileExistsError: it is not empty.
+        FileNotFoundError: resume, and there is no run in it.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"output: expected a folder, got the file {folder}")
+    if resume:
+        if not (folder / "config.yaml").is_file():
+            raise FileNotFoundError(f"--resume: expected the folder of an earlier run (config.yaml), found none in {folder}")
+    elif folder.is_dir() and any(folder.iterdir()):
+        hint = "give --resume to continue the run in it, or " if (folder / "config.yaml").is_file() else ""
+        raise FileExistsError(f"output: expected a new or empty folder, got {folder} with files in it; {hint}choose another")
+    parent = folder.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise PermissionError(f"output: expected a folder that can be written, got {folder}: {error.strerror}") from None
+
+
+def _require(extra: str, *modules: str) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"this needs {', '.join(missing)}, not installed here: pip install 'bcos-kernels[{extra}]'"
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    """The file is either the old or the new one, also when the process is killed in between."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _save_model(model, folder: Path) -> None:
+    """model.safetensors and config.json, written beside and moved into place."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def _callbacks(output: Path | None, show: bool):
+    """History, checkpoints, and the seed of an epoch; in a function because lightning is an extra."""
+    import torch
+    from lightning.pytorch.callbacks import Callback, Checkpoint
+
+    class History(Callback):
+        """Collects one row per epoch; the rows travel in the checkpoint."""
+
+        def __init__(self):
+            self.rows: list[dict] = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 0:
+                # The checkpoint resumes at an epoch's start: everything random in it (dropout) follows from its number.
+                torch.manual_seed(pl_module.seed * 1_000_003 + trainer.current_epoch)
+                self._started, self._seconds = time.perf_counter(), None
+
+        def on_validation_start(self, trainer, pl_module):
+            if hasattr(self, "_started"):
+                self._seconds = time.perf_counter() - self._started
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
+            row["seconds"] = self._seconds or time.perf_counter() - self._started
+            row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+            for callback in trainer.callbacks:
+                if hasattr(callback, "value"):
+                    row["b"] = callback.value
+                if hasattr(callback, "factor"):
+                    row["bias_factor"] = callback.factor
+            for name in ("train_loss", "train_top1", "val_loss", "val_top1", "val_top5"):
+                if name in trainer.callback_metrics:
+                    row[name] = float(trainer.callback_metrics[name])
+            self.rows.append(row)
+            if output is not None and trainer.is_global_zero:
+                _write_history(self.rows, output)
+
+        def state_dict(self):
+            return {"rows": self.rows}
+
+        def load_state_dict(self, state):
+            self.rows = state["rows"]
+
+    class Keep(Checkpoint):
+        """last.ckpt, last/ and best/ after every epoch. A Checkpoint: Lightning calls those after all other callbacks."""
+
+        def __init__(self):
+            self.best = -1.0
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            score = float(trainer.callback_metrics.get("val_top1", float("nan")))
+            improved = not score <= self.best
+            if improved:
+                self.best = score
+            temporary = output / "last.ckpt.tmp"
+            trainer.save_checkpoint(temporary)  # on every rank
+            if trainer.is_global_zero:
+                if hasattr(pl_module.model, "save_pretrained"):
+                    _save_model(pl_module.model, output / "last")
+                    if improved:
+                        shutil.rmtree(output / "best.tmp", ignore_errors=True)
+                        shutil.copytree(output / "last", output / "best.tmp")
+                        shutil.rmtree(output / "best", ignore_errors=True)
+                        os.replace(output / "best.tmp", output / "best")
+                os.replace(temporary, output / "last.ckpt")
+            if show and trainer.is_global_zero and not trainer.progress_bar_callback:
+                print(_row_text(trainer), flush=True)
+
+        def state_dict(self):
+            return {"best": self.best}
+
+        def load_state_dict(self, state):
+            self.best = state["best"]
+
+    def _row_text(trainer) -> str:
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        return f"epoch {trainer.current_epoch + 1}: " + ", ".join(f"{k} {v:.4f}" for k, v in sorted(metrics.items()))
+
+    return History(), Keep() if output is not None else None
+
+
+def _write_history(rows: list[dict], output: Path) -> None:
+    import io
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    _write(output / "metrics.csv", text.getvalue())
+    if importlib.util.find_spec("matplotlib") is not None:
+        _draw_history(rows, output / "training_curves.png")
+
+
+def _draw_history(rows: list[dict], path: Path) -> None:
+    from matplotlib.figure import Figure  # no pyplot: nothing global is touched, no display is needed
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in rows]
+    for axis, unit, names in ((left, "loss", ("train_loss", "val_loss")), (right, "accuracy (%)", ("train_top1", "val_top1"))):
+        for name in names:
+            values = [row.get(name, float("nan")) * (100 if axis is right else 1) for row in rows]
+            axis.plot(epochs, values, marker="." if len(epochs) < 30 else None, label=name.split("_")[0])
+        axis.set(xlabel="epoch", ylabel=unit)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    left.set_yscale("log")
+    figure.savefig(path, dpi=110)
+
+
+def train(
+    module, datamodule, *, epochs: int, seed: int = 0, output: Path | None = None, callbacks=(), resume: bool = False,
+    precision: str = "32-true", accelerator: str = "auto", devices="auto", clip_norm: float | None = None,
+    limit_batches: int | None = None, progress: bool = True,
+) -> list[dict]:  # fmt: skip
+    """Runs Lightning's Trainer on a ClassificationModule; the core of `finetune`, usable with any model.
+
+    Args:
+        module, datamodule: see lightning_module and data.
+        epochs: number of epochs in all (also when resuming).
+        output: folder for metrics.csv, curves and checkpoints; None writes nothing.
+        callbacks: further Lightning callbacks (schedules).
+        resume: continue from output/last.ckpt.
+        precision, accelerator, devices: Lightning's. clip_norm: gradient norm limit.
+
+    Returns:
+        One dict per epoch: epoch, step, seconds (training part), lr, train_loss, train_top1, val_loss, val_top1, …
+    """
+    from lightning.pytorch import Trainer
+
+    module.seed = seed
+    history, keep = _callbacks(output, progress)
+    # Lightning names itself, its GPUs and its tips at level INFO.
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+            warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*optimizer.step.*")
+            trainer = Trainer(
+                max_epochs=epochs, precision=precision, accelerator=accelerator, devices=devices,
+                callbacks=[*callbacks, history, *([keep] if keep else [])], logger=False,
+                enable_checkpointing=keep is not None, enable_model_summary=False, num_sanity_val_steps=0,
+                enable_progress_bar=progress and sys.stderr.isatty(), use_distributed_sampler=False,
+                gradient_clip_val=clip_norm, limit_train_batches=limit_batches, limit_val_batches=limit_batches,
+            )  # fmt: skip
+            path = output / "last.ckpt" if resume and output is not None else None
+            if path is not None and not path.is_file():
+                path = None  # killed in its first epoch: the same seed starts the same run again
+            trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True if path else None)
+    finally:
+        logger.setLevel(level)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    return history.rows
+
+
+def finetune(config: FinetuneConfig, *, resume: bool = False) -> FinetuneResult:
+    """Takes a pretrained network, B-cosifies it and fine-tunes it.
+
+    Args:
+        config: see FinetuneConfig.
+        resume: continue the run in config.output from its last complete epoch; everything except FinetuneConfig.MACHINE
+            has to be as it was. On the same machine the result is that of an uninterrupted run, bit for bit.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError, PermissionError: the configuration, the data, the model or the
+            output folder is not usable; nothing has been written then.
+    """
+    config.check()
+    _require("train", "lightning", "torchmetrics", "torchvision", "yaml", *(["timm"] if config.agc is not None else []))
+    output = Path(config.output)
+    check_output(output, resume=resume)
+    if resume:
+        _check_same(config, output)
+
+    import torch
+
+    torch.manual_seed(config.seed)
+    started = resume and (output / "last.ckpt").is_file()
+    model, datamodule = _prepare(config, output / "last" if started else None)
+    from .lightning_module import ClassificationModule
+    from .schedules import BiasDecay, LinearB
+
+    module = ClassificationModule(
+        model, datamodule.num_classes, loss=config.loss, optimizer=config.optimizer, lr=config.lr,
+        weight_decay=config.weight_decay, warmup_epochs=config.warmup_epochs, agc=config.agc,
+        channels_last=config.channels_last,
+    )  # fmt: skip
+    callbacks = []
+    if config.b_epochs > 0:
+        callbacks.append(LinearB(config.b_epochs, end=config.b))
+    if config.bias == "decay":
+        callbacks.append(BiasDecay(config.bias_epochs))
+    if config.compile:
+        model.compile()
+
+    output.mkdir(parents=True, exist_ok=True)
+    _write(output / "config.yaml", config.to_yaml())
+    if datamodule.unreadable:
+        _write(output / "unreadable_images.txt", "".join(f"{path}\t{why}\n" for path, why in datamodule.unreadable))
+        print(
+            f"{len(datamodule.unreadable)} unreadable image files are left out, listed in "
+            f"{output / 'unreadable_images.txt'}; first: {datamodule.unreadable[0][0]}"
+        )
+    history = train(
+        module, datamodule, epochs=config.epochs, seed=config.seed, output=output, callbacks=callbacks, resume=resume,
+        precision=config.precision, accelerator=config.accelerator, devices=config.devices,
+        clip_norm=config.clip_norm, limit_batches=config.limit_batches, progress=config.progress,
+    )  # fmt: skip
+    best = max((row["val_top1"] for row in history if "val_top1" in row), default=float("nan"))
+    return FinetuneResult(output, history, model.eval(), best, datamodule.unreadable)
+
+
+def _check_same(config: FinetuneConfig, output: Path) -> None:
+    import yaml
+
+    path = output / "config.yaml"
+    earlier = FinetuneConfig.from_mapping(yaml.safe_load(path.read_text()), str(path))
+    for entry in dataclasses.fields(FinetuneConfig):
+        before, now = getattr(earlier, entry.name), getattr(config, entry.name)
+        if entry.name not in FinetuneConfig.MACHINE and before != now:
+            raise ValueError(f"--resume: expected {entry.name} as in {path}, {before!r}; got {now!r}")
+
+
+def _prepare(config: FinetuneConfig, saved: Path | None):
+    """The B-cosified model (or the standard one) with a head for the data's classes, and the data module."""
+    import bcosification
+    from bcosification.convert.resolver import resolve
+    from bcosification.convert.wrapper import BcosifiedModel
+
+    from .data import EMBEDDED, build_datamodule, digits, evaluation_transform, scenes
+
+    if saved is not None:
+        model = bcosification.load(saved)
+    else:
+        found, _ = resolve(config.model, arch=config.arch, pretrained=config.pretrained, weights=config.weights)
+        if isinstance(found, BcosifiedModel):
+            model = found
+        else:
+            model = bcosification.bcosify(found, b=config.b, bias=config.bias, **config.conversion)
+    embedded = config.data in EMBEDDED and not Path(config.data).is_dir()
+    expected = model.config["input_size"]
+    if embedded:
+        native = {"digits": digits, "scenes": scenes}[config.data]("val").images.shape[-1]
+        size = config.image_size or (native if expected is None or _accepts(model, native) else min(expected))
+    else:
+        size = config.image_size or (min(expected) if expected is not None else 224)
+    if not _accepts(model, size):
+        raise ValueError(
+            f"finetune: expected an image_size that {config.model} can take (its own: {expected}), got {size}"
+        )
+    own = not embedded and config.image_size is None and expected is not None
+    datamodule = build_datamodule(
+        config.data, image_size=size, batch_size=config.batch_size, num_workers=config.num_workers, seed=config.seed,
+        augment=config.augment, eval_transform=model.transform if own else evaluation_transform(size),
+    )  # fmt: skip
+    if saved is None:
+        if model.num_classes != datamodule.num_classes:
+            model.reset_classifier(datamodule.num_classes)
+        model.config["class_names"] = datamodule.class_names
+        if not own:
+            resize = size if embedded else round(size * 256 / 224)
+            model.config.update(input_size=[size, size], resize=resize, crop="center")
+    return model, datamodule
+
+
+def _accepts(model, size: int) -> bool:
+    """Whether the model takes size × size images: tried, as families differ in what they fix."""
+    import torch
+
+    training = model.training
+    like = next(model.parameters())
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size, device=like.device, dtype=like.dtype))
+        return True
+    except (RuntimeError, ValueError, AssertionError):
+        return False
+    finally:
+        model.train(training)
