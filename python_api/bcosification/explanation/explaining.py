@@ -1,0 +1,291 @@
+"""`explain`: the dynamic linear map W(x) of a B-cos model, in batches.
+
+x6 is the encoded image [x, 1 - x] in [0, 1], before any normalisation inside the model. In explanation mode a B-cos
+model is
+
+    logit = sum(W(x) * x6) + constant,        W(x) = d logit / d x6
+
+and `contributions` are the summands, added over the channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bcosification.convert.linear_map import dynamic_linear_map
+from bcosification.explanation import pictures
+from bcosification.explanation.evaluation_mode import evaluation_mode
+from bcosification.nn import LogitBias, Normalize, explanation_mode
+
+__all__ = ["Explanation", "explain"]
+
+Targets = int | Sequence[int] | Tensor | None
+
+# Pixels explained at once where no batch_size is given: 16 images of 224 x 224, about 1.5 GiB for a ResNet-50 in fp32.
+_PIXELS_AT_ONCE = 16 * 224 * 224
+
+_locks_lock = threading.Lock()
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What `explain` returns: N explained images.
+
+    Attributes:
+        images: Encoded images x6 (N, 6, H, W), in [0, 1].
+        logits: (N, classes).
+        targets: Explained classes (N,), int64.
+        weights: W(x) of the target logits (N, 6, H, W).
+        contributions: sum over channels of x6 * W(x), (N, H, W).
+        constant: (N,), everything else that adds to the logit: contributions.sum + constant = logit.
+    """
+
+    images: Tensor
+    logits: Tensor
+    targets: Tensor
+    weights: Tensor
+    contributions: Tensor
+    constant: Tensor
+
+    def __len__(self) -> int:
+        return self.targets.numel()
+
+    def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> Explanation:
+        """The explanations of some images; an int gives one, still with its first dimension."""
+        if isinstance(index, int):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"Explanation: expected an index below {len(self)}, got {index}")
+            index = [index]
+        return Explanation(**{field.name: getattr(self, field.name)[index] for field in dataclasses.fields(self)})
+
+    def to(self, *args, **kwargs) -> Explanation:
+        """All tensors moved as by `Tensor.to` (device, dtype); `targets` keep their integer type."""
+        moved = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved = {name: t.to(*args, **kwargs) for name, t in moved.items()}
+        moved["targets"] = self.targets.to(moved["logits"].device)
+        return Explanation(**moved)
+
+    def image(self, i: int, smooth: int | None = 15, percentile: float = 99.5) -> np.ndarray:
+        """The colour picture of image i: float32 (H, W, 4) in [0, 1]; see `pictures.color_picture`."""
+        return pictures.color_picture(self.images[i], self.weights[i], smooth=smooth, percentile=percentile)
+
+    def contribution_map(self, i: int, percentile: float = 99.5) -> np.ndarray:
+        """The contribution map of image i in blue, white and red: float32 (H, W, 4); needs matplotlib."""
+        return pictures.contribution_picture(self.contributions[i], percentile=percentile)
+
+    def figure(self, **options):
+        """A figure with one row per image; options as in `pictures.explanation_figure`."""
+        return pictures.explanation_figure(self, **options)
+
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        names: Sequence[str] | None = None,
+        class_names: Sequence[str] | None = None,
+        smooth: int | None = 15,
+        percentile: float = 99.5,
+    ) -> list[Path]:
+        """Write three PNGs per image and one `explanations.json`.
+
+        Args:
+            folder: Where to; made if it is missing.
+            names: Stems of the files, one per image and different; default 0000, 0001, …
+            class_names: Names of the classes for the JSON file.
+            smooth, percentile: As in `image`.
+
+        Returns:
+            The files: NAME_image.png, NAME_explanation.png (transparent), NAME_contributions.png, explanations.json.
+
+        Raises:
+            ValueError: names missing, repeated, or with a folder in them.
+            OSError: the folder cannot be written (before any picture is).
+        """
+        names = [f"{i:04d}" for i in range(len(self))] if names is None else [str(name) for name in names]
+        if len(names) != len(self) or len(set(names)) != len(names):
+            raise ValueError(f"Explanation.save: expected {len(self)} different names, got {names}")
+        if any(Path(name).name != name for name in names):
+            raise ValueError(f"Explanation.save: expected file names without folders, got {names}")
+        pictures_of = [
+            {
+                "image": pictures.image_picture(self.images[i]),
+                "explanation": self.image(i, smooth=smooth, percentile=percentile),
+                "contributions": self.contribution_map(i, percentile=percentile),
+            }
+            for i in range(len(self))
+        ]
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        summary = folder / "explanations.json"
+        summary.write_text(json.dumps(self._summary(names, class_names), indent=2) + "\n", encoding="utf-8")
+        files = [
+            pictures.save_picture(picture, folder / f"{name}_{kind}.png")
+            for name, by_kind in zip(names, pictures_of, strict=True)
+            for kind, picture in by_kind.items()
+        ]
+        return [*files, summary]
+
+    def _summary(self, names: Sequence[str], class_names: Sequence[str] | None) -> list[dict]:
+        summary = []
+        for i, name in enumerate(names):
+            target, predicted = int(self.targets[i]), int(self.logits[i].argmax())
+            entry = {
+                "name": name,
+                "target": target,
+                "predicted": predicted,
+                "logit": float(self.logits[i, target]),
+                "contributions": float(self.contributions[i].double().sum()),
+                "constant": float(self.constant[i]),
+            }
+            if class_names is not None:
+                entry |= {"target_name": class_names[target], "predicted_name": class_names[predicted]}
+            summary.append(entry)
+        return summary
+
+
+def explain(model: nn.Module, images: Tensor, targets: Targets = None, *, batch_size: int | None = None) -> Explanation:
+    """Explain logits of a B-cos model by its dynamic linear map W(x).
+
+    Equivalent, for one batch of 6-channel images, to:
+
+        with explanation_mode(model.eval()):
+            logits = model(x6.requires_grad_()); W, = torch.autograd.grad(logits.gather(1, targets[:, None]).sum(), x6)
+        contributions = (x6 * W).sum(1)
+
+    Args:
+        model: A model of `bcosify`, one made of the package bcos's layers, or a fused one. It runs in eval and
+            explanation mode and gets its modes back; `.grad` and requires_grad of its parameters are left alone.
+            Calls from several threads are safe and run one after the other for one model.
+        images: (N, 3, H, W) in [0, 1], or encoded [x, 1 - x] (N, 6, H, W). 3 channels are encoded here (a model of
+            `bcosify` built with inverse=False takes them as they are). They may lie on another device than the model.
+        targets: Classes to explain: one int for all, N ints (list or tensor), or None for the predicted ones (default).
+        batch_size: Images explained at once; default as many as 16 images of 224 x 224 have pixels.
+
+    Returns:
+        An `Explanation`; its tensors lie on the device of `images`.
+
+    Raises:
+        TypeError: images or targets of another type than the above.
+        ValueError: wrong shapes, a target that is not a class, or a model in which nothing can be detached: its input
+            gradient would not be a dynamic linear map.
+
+    Source: B-cos Networks (2022), section 3.2; B-cosification (2024), section 3.
+
+    Example:
+        >>> explanation = explain(model, images)          # images (N, 3, 224, 224) in [0, 1]
+        >>> explanation.save("explanations")
+        >>> picture = explanation.image(0)                # (224, 224, 4)
+    """
+    _check_images(images)
+    # Normalize and LogitBias can be switched too, but have nothing dynamic: plain networks are wrapped in them.
+    if not any(
+        hasattr(module, "set_explanation_mode") and not isinstance(module, Normalize | LogitBias)
+        for module in model.modules()
+    ):
+        raise ValueError(
+            f"explain: expected a B-cos model, got {type(model).__name__}, in which no layer has "
+            "dynamic weights that can be detached (set_explanation_mode); `bcosify(model)` makes a B-cos model of it, "
+            "and bcosification.explanation.attribution explains plain models"
+        )
+    targets = _targets(targets, images.size(0))
+    if batch_size is None:
+        batch_size = max(1, _PIXELS_AT_ONCE // max(1, images.size(2) * images.size(3)))
+    elif batch_size < 1:
+        raise ValueError(f"explain: expected batch_size >= 1, got {batch_size}")
+    parts = []
+    # Explanations need a graph, whatever surrounds the call; an inference tensor cannot be part of one and is copied.
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _alone(model),
+        evaluation_mode(model),
+        explanation_mode(model),
+    ):
+        for start in range(0, images.size(0), batch_size):
+            stop = start + batch_size
+            parts.append(_explain_batch(model, images[start:stop], None if targets is None else targets[start:stop]))
+    return Explanation(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def _explain_batch(model: nn.Module, images: Tensor, targets: Tensor | None) -> tuple[Tensor, ...]:
+    x6 = encode(model, images)
+    if targets is None:
+        with torch.no_grad():
+            targets = _logits(model(x6), x6).argmax(1)
+    logits, weights, constant = dynamic_linear_map(model, x6, targets.to(x6.device))
+    contributions = (x6 * weights).sum(1)
+    return tuple(t.detach().to(images.device) for t in (x6, logits, targets, weights, contributions, constant))
+
+
+def encode(model: nn.Module, images: Tensor) -> Tensor:
+    """The tensor that `model` is to be called with: images (N, C, H, W) on its device, in its dtype, encoded."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), images)
+    images = images.detach().to(like.device, like.dtype, copy=True)
+    if hasattr(model, "encode"):
+        return model.encode(images).detach()
+    if images.size(1) == 3:
+        return torch.cat([images, 1 - images], dim=1)
+    if images.size(1) == 6:
+        return images
+    raise ValueError(
+        f"explain: expected images of 3 channels, or 6 when encoded [x, 1 - x], got {images.size(1)} channels"
+    )
+
+
+def _check_images(images: Tensor) -> None:
+    if not isinstance(images, Tensor):
+        raise TypeError(f"explain: expected images as a tensor, got {type(images).__name__}")
+    if not images.is_floating_point():
+        raise TypeError(f"explain: expected floating-point images in [0, 1], got {images.dtype}")
+    if images.dim() != 4:
+        hint = " (one image: images[None])" if images.dim() == 3 else ""
+        raise ValueError(f"explain: expected images of shape (N, 3 or 6, H, W), got {tuple(images.shape)}{hint}")
+    if images.numel() == 0:
+        raise ValueError(f"explain: expected at least one image, got shape {tuple(images.shape)}")
+
+
+def _targets(targets: Targets, count: int) -> Tensor | None:
+    if targets is None:
+        return None
+    try:
+        tensor = torch.as_tensor(targets)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"explain: expected targets as an int, a list of ints or a tensor, got {targets!r}") from error
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"explain: expected integer targets, got {tensor.dtype}")
+    if tensor.dim() == 0:
+        tensor = tensor.expand(count)
+    if tensor.shape != (count,):
+        raise ValueError(f"explain: expected one target per image, shape ({count},), got {tuple(tensor.shape)}")
+    return tensor.long()
+
+
+def _logits(logits: Tensor, x6: Tensor) -> Tensor:
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.size(0) != x6.size(0):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"explain: expected the model to return logits of shape ({x6.size(0)}, classes), got {got}")
+    return logits
+
+
+class _alone:
+    """One explanation of a model at a time: the constants' gains are attributes of its modules while it runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        with _locks_lock:
+            self.lock = _locks.setdefault(model, threading.RLock())
+
+    def __enter__(self) -> Iterator[None]:
+        self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
