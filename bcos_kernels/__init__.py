@@ -1,0 +1,7 @@
+"""Fused B-cos transforms as differentiable torch functions: tensors in, tensors out."""
+
+from .dispatch import backend, backends, dispatched
+from .functional import batch_norm_uncentered, conv2d, linear
+
+__version__ = "0.1.0"
+__all__ = ["backend", "backends", "batch_norm_uncentered", "conv2d", "dispatched", "linear"]

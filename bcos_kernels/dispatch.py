@@ -1,0 +1,190 @@
+"""Which backend runs which op on which tensors, and saying so.
+
+A backend is a module with the six launchers ``{linear,conv2d,batch_norm_uncentered}_{forward,backward}``. The choice is
+made when an op runs, inside the opaque op, so that `backend` also governs compiled graphs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+_MODULES = {"reference": "reference", "cpu": "cpu", "triton": "triton_kernels"}
+
+_selected: ContextVar[str] = ContextVar("bcos_kernels_backend", default="auto")
+_lock = threading.Lock()
+_last_run: dict[str, str] = {}
+_warned: set[str] = set()
+_thread = threading.local()
+
+
+@cache
+def build_report() -> dict[str, str | None]:
+    """Backend → None where its library was built, else the reason recorded by the build."""
+    path = Path(__file__).with_name("_build_report.json")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        reason = "not built: the package runs from a source tree that was never installed (pip install .)"
+        return {"cpu": reason, "cuda": reason}
+    except (OSError, ValueError) as error:
+        reason = f"the build report {path.name} cannot be read: {error}"
+        return {"cpu": reason, "cuda": reason}
+
+
+@cache
+def _module(name: str) -> object:
+    return importlib.import_module(f"bcos_kernels.{_MODULES[name]}")
+
+
+def _unusable(name: str) -> str | None:
+    """Why a backend cannot run on this machine, or None."""
+    if name == "reference":
+        return None
+    if name == "cuda":
+        return build_report().get("cuda") or "no kernels of this backend are built"
+    return _module(name).unusable_reason()
+
+
+def backends() -> dict[str, str | None]:
+    """Backend name → None if it can run on this machine, else the reason.
+
+    >>> import bcos_kernels
+    >>> bcos_kernels.backends()["reference"] is None
+    True
+    """
+    return {name: _unusable(name) for name in NAMES}
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Context manager that selects the backend of every op run inside it, in eager and in compiled graphs.
+
+    Args:
+        name: "reference", "cpu", "triton", "cuda", or "auto" (the default outside any context: the fastest backend
+            measured for the shape). A named backend never falls back.
+
+    Raises:
+        ValueError: unknown name.
+        RuntimeError: the named backend cannot run on this machine (the reason is in `backends()`). An op raises
+            NotImplementedError inside the context for a combination that the backend does not build.
+    """
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join((*NAMES, 'auto'))}, got {name!r}")
+    if name != "auto":
+        reason = _unusable(name)
+        if reason is not None:
+            raise RuntimeError(f"backend: {name!r} cannot be used here: {reason}")
+    token = _selected.set(name)
+    try:
+        yield
+    finally:
+        _selected.reset(token)
+
+
+class _Dispatched(dict):
+    """Op → backend that ran it last; prints as a table."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "no op has run yet"
+        width = max(len(op) for op in self)
+        return "\n".join(f"{op:<{width}}  {name}" for op, name in sorted(self.items()))
+
+
+def dispatched() -> dict[str, str]:
+    """Op → backend that ran it last in this process, forward ("conv2d") and backward ("conv2d_backward") apart."""
+    with _lock:
+        return _Dispatched(_last_run)
+
+
+def last_backend() -> str:
+    """The backend that ran this thread's most recent op ("" before the first)."""
+    return getattr(_thread, "last", "")
+
+
+def _candidates(device: torch.device) -> tuple[str, ...]:
+    # CUDA kernels are picked only with a verified, committed row for op, dtype and architecture: there is none yet
+    return ("cpu", "reference") if device.type == "cpu" else ("reference",)
+
+
+def _warn_once(key: str, message: str) -> None:
+    with _lock:
+        if key in _warned:
+            return
+        _warned.add(key)
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _accepts_device(name: str, device: torch.device) -> bool:
+    if name == "reference":
+        return True
+    if name == "cpu":
+        return device.type == "cpu"
+    if name == "triton":
+        return device.type == "cuda" or _module("triton").runs_on(device)
+    return device.type == "cuda"
+
+
+def run(op: str, direction: str, tensor: Tensor, arguments: tuple, recorded: str = "") -> tuple:
+    """Run launcher ``{op}_{direction}`` of the backend chosen for ``tensor``; ``recorded`` is the forward's backend."""
+    name = recorded or _selected.get()
+    launcher = f"{op}_{direction}"
+    key = op if direction == "forward" else launcher
+    if name != "auto":
+        result = _run_named(name, launcher, op, tensor, arguments, strict=not recorded)
+        if result is not None:
+            _record(key, name)
+            return result
+    refused = ""
+    for candidate in _candidates(tensor.device):
+        reason = _unusable(candidate)
+        if reason is None:
+            try:
+                result = getattr(_module(candidate), launcher)(*arguments)
+            except NotImplementedError as error:
+                reason = str(error)
+            else:
+                if refused:
+                    _warn_once(f"{key}: {refused}", f"{key} runs on the reference implementation: {refused}")
+                elif candidate == "reference" and tensor.device.type == "cuda":
+                    _warn_once("cuda", "no verified kernels for this GPU yet: ops run on the library plus eager passes")
+                _record(key, candidate)
+                return result
+        refused = f"{candidate}: {reason}"
+    raise RuntimeError(f"{op}: no backend runs on {tensor.device}: {refused}")
+
+
+def _run_named(name: str, launcher: str, op: str, tensor: Tensor, arguments: tuple, strict: bool) -> tuple | None:
+    reason = _unusable(name)
+    if reason is not None:
+        raise RuntimeError(f"{op}: backend {name!r} cannot be used here: {reason}")
+    if not _accepts_device(name, tensor.device):
+        raise RuntimeError(f"{op}: backend {name!r} does not run on {tensor.device.type} tensors")
+    launch: Callable = getattr(_module(name), launcher)
+    if strict:
+        return launch(*arguments)
+    try:
+        return launch(*arguments)
+    except NotImplementedError:
+        # the forward chose this backend by itself and the backward of this combination is not built there
+        if _selected.get() == name:
+            raise
+        return None
+
+
+def _record(key: str, name: str) -> None:
+    _thread.last = name
+    with _lock:
+        _last_run[key] = name

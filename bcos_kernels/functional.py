@@ -1,0 +1,249 @@
+"""The public functions: arguments checked, shapes brought to the ops' form, autocast, running statistics."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops, reference, validation
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The type that autocast would cast x to, or None where autocast leaves x alone (float64 stays as it is)."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not x.is_floating_point() or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tensors if dtype is None else tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
+def _differentiates(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    b: float | Tensor = 2.0,
+    normalize_weight: bool = False,
+    max_out: int = 1,
+    detach: bool = False,
+) -> Tensor:
+    """B-cos linear transform: the linear output scaled by |cos(x, w)|^(b−1), in one pass where a kernel does it.
+
+    For b = 2 equivalent to::
+
+        a = torch.nn.functional.linear(x, weight, bias)
+        n = torch.linalg.vector_norm(x, dim=-1, keepdim=True) + 1e-12
+        y = a * (a.abs() / n)                       # general b: a * (a.abs() / n + 1e-6) ** (b - 1)
+
+    Args:
+        x: (..., in_features), float32, float64, bfloat16 or float16, any layout.
+        weight: (out_features * max_out, in_features), x's dtype and device.
+        bias: (out_features * max_out,) or None; added before the scaling. B-cos layers have one only while it decays.
+        b: the exponent B: a number >= 1 (1: the plain linear layer; 2: the fast form) or a 0-dim tensor, which may
+            require a gradient and whose value is never read on the host (so its range is not checked). Default 2.
+        normalize_weight: divide every row of the weight by its norm first (B-cos v2). A row of norm 0 gives 0.
+        max_out: number of consecutive units of the weight of which the largest is the output; ties go to the first.
+        detach: explanation mode: the scale is a constant at every order, nothing flows through the norm or b.
+            (The package ``bcos`` lets a learnable B have a gradient there.)
+
+    Returns:
+        (..., out_features), x's dtype (under autocast: autocast's).
+
+    Raises:
+        ValueError, TypeError: shapes, values, dtypes that do not fit. NotImplementedError: inside `backend(name)`, a
+        combination that this backend does not build.
+
+    Source: B-cos networks, https://arxiv.org/abs/2306.10898, eq. 3 and 12.
+
+    >>> import torch, bcos_kernels
+    >>> bcos_kernels.linear(torch.ones(2, 4), torch.ones(3, 4)).shape
+    torch.Size([2, 3])
+    """
+    dtype = _autocast_dtype(x) if isinstance(x, Tensor) else None
+    if dtype is not None:
+        x, weight, bias = _cast(dtype, x, weight, bias)
+    validation.check_linear(x, weight, bias, max_out)
+    exponent, b_tensor = validation.check_b("linear", b, x)
+    rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    y = _apply(ops.Linear, torch.ops.bcos_kernels.linear, rows, weight, bias, b_tensor, (exponent, normalize_weight, max_out), detach)
+    return y if x.dim() == 2 else y.view(x.shape[:-1] + y.shape[-1:])
+
+
+def _apply(function, op, x, weight, bias, b_tensor, options: tuple, detach: bool) -> Tensor:
+    """The op alone where nothing is differentiated or transformed, else its autograd Function."""
+    keep = _differentiates(x, weight, bias, None if detach else b_tensor)
+    if not keep and not ops.functorch_active():
+        return op(x, weight, bias, b_tensor, *options, False)[0]
+    if detach and b_tensor is not None:
+        b_tensor = b_tensor.detach()
+    return function.apply(x, weight, bias, b_tensor, *options, detach, keep)[0]
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    b: float | Tensor = 2.0,
+    padding_mode: str = "zeros",
+    normalize_weight: bool = False,
+    max_out: int = 1,
+    detach: bool = False,
+) -> Tensor:
+    """B-cos convolution: the convolution scaled by |cos(patch, w)|^(b−1), in one pass where a kernel does it.
+
+    For b = 2, groups = 1 equivalent to::
+
+        a = torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation)
+        n = torch.nn.functional.conv2d(x.square().sum(1, keepdim=True), ones_1_1_kh_kw, None, stride, padding, dilation)
+        y = a * (a.abs() / (n + 1e-6).sqrt())       # general b: a * (a.abs() / (n + 1e-6).sqrt() + 1e-6) ** (b - 1)
+
+    Args:
+        x: (N, in_channels, H, W) or (in_channels, H, W), float32, float64, bfloat16 or float16, any layout;
+            channels_last is native.
+        weight: (out_channels * max_out, in_channels // groups, kh, kw), x's dtype and device.
+        bias: (out_channels * max_out,) or None; added before the scaling.
+        stride, dilation: int or pair.
+        padding: int, pair, "same" (stride 1 only) or "valid".
+        groups: number of groups of channels; each has its own norm.
+        b, normalize_weight, max_out, detach: as in `linear`.
+        padding_mode: "zeros", "reflect", "replicate" or "circular". The norm is that of the truly padded patch (the
+            package ``bcos`` always takes the norm of the zero-padded one).
+
+    Returns:
+        (N, out_channels, P, Q) or (out_channels, P, Q), x's dtype (under autocast: autocast's); channels_last if x or
+        weight is.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `linear`.
+
+    Source: B-cos networks, https://arxiv.org/abs/2306.10898, section 3.
+
+    >>> import torch, bcos_kernels
+    >>> bcos_kernels.conv2d(torch.ones(1, 6, 8, 8), torch.ones(4, 6, 3, 3), padding=1).shape
+    torch.Size([1, 4, 8, 8])
+    """
+    dtype = _autocast_dtype(x) if isinstance(x, Tensor) else None
+    if dtype is not None:
+        x, weight, bias = _cast(dtype, x, weight, bias)
+    validation.check_conv2d(x, weight, bias, groups, padding, padding_mode, max_out)
+    exponent, b_tensor = validation.check_b("conv2d", b, x)
+    stride = validation.check_pair("conv2d", "stride", stride, 1)
+    dilation = validation.check_pair("conv2d", "dilation", dilation, 1)
+    kernel = (weight.shape[2], weight.shape[3])
+    batched = x if x.dim() == 4 else x.unsqueeze(0)
+    batched, padding = _padded(batched, kernel, stride, padding, dilation, padding_mode)
+    for i, name in enumerate(("height", "width")):
+        size, reach = batched.shape[2 + i] + 2 * padding[i], dilation[i] * (kernel[i] - 1) + 1
+        if size < reach:
+            raise ValueError(f"conv2d: expected padded {name} >= the dilated kernel's {reach}, got {size}")
+    y = _apply(
+        ops.Conv2d,
+        torch.ops.bcos_kernels.conv2d,
+        batched,
+        weight,
+        bias,
+        b_tensor,
+        (stride, padding, dilation, groups, exponent, normalize_weight, max_out),
+        detach,
+    )
+    return y if x.dim() == 4 else y.squeeze(0)
+
+
+def _padded(x, kernel, stride, padding, dilation, padding_mode) -> tuple[Tensor, tuple[int, int]]:
+    """x, padded where the ops' symmetric zero padding does not serve, and the padding left to the op."""
+    if padding == "valid":
+        return x, (0, 0)
+    if padding == "same":
+        if stride != (1, 1):
+            raise ValueError(f"conv2d: expected stride 1 with padding 'same', got {stride}")
+        left, right, top, bottom = reference.same_padding(kernel, dilation)
+    else:
+        top, left = validation.check_pair("conv2d", "padding", padding, 0)
+        bottom, right = top, left
+    if padding_mode == "zeros" and left == right and top == bottom:
+        return x, (top, left)
+    if not (left or right or top or bottom):
+        return x, (0, 0)
+    mode = "constant" if padding_mode == "zeros" else padding_mode
+    if mode in ("reflect", "circular"):
+        limit = (x.shape[2], x.shape[3]) if mode == "circular" else (x.shape[2] - 1, x.shape[3] - 1)
+        if max(top, bottom) > limit[0] or max(left, right) > limit[1]:
+            raise ValueError(f"conv2d: expected {mode} padding of at most {limit}, got {(bottom, right)}")
+    return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
+
+
+def batch_norm_uncentered(
+    x: Tensor,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    detach: bool = False,
+) -> Tensor:
+    """Batch normalisation that divides by the standard deviation without centring, with residual and ReLU in one pass.
+
+    Equivalent to::
+
+        var = x.var(dim=(0, 2, 3), unbiased=False) if training else running_var
+        y = x / (var + eps).sqrt()[:, None, None] * weight[:, None, None] + bias[:, None, None] + residual
+        y = y.relu()                                # activation="relu"
+
+    Args:
+        x: (N, C, ...), any layout; at least 2 dimensions.
+        running_var: (C,), updated in place with the *biased* batch variance in training:
+            (1 − momentum) · running_var + momentum · var. Read in eval mode, where it is required.
+        weight, bias: (C,) or None (no scaling, no shift).
+        training: normalise by the batch's variance instead of running_var.
+        momentum: weight of the new variance, default 0.1. eps: added to the variance, default 1e-5.
+        activation: None or "relu", applied last.
+        residual: of x's shape, added before the activation, or None.
+        detach: explanation mode: the variance is a constant.
+
+    Returns:
+        Of x's shape and dtype; channels_last if x is. Statistics are float32 (float64 for float64). Autocast casts x
+        and residual only.
+
+    Raises:
+        ValueError, TypeError: shapes, values, dtypes that do not fit.
+
+    Source: B-cos networks v2, https://arxiv.org/abs/2306.10898, section 4.2; B-cosification, section 3.
+
+    >>> import torch, bcos_kernels
+    >>> bcos_kernels.batch_norm_uncentered(torch.randn(2, 3, 4, 4), torch.ones(3), training=True).shape
+    torch.Size([2, 3, 4, 4])
+    """
+    dtype = _autocast_dtype(x) if isinstance(x, Tensor) else None
+    if dtype is not None:
+        x, residual = _cast(dtype, x, residual)
+    validation.check_batch_norm(x, running_var, weight, bias, training, momentum, eps, activation, residual)
+    statistics = None if training else running_var.detach()
+    if _differentiates(x, weight, bias, residual) or ops.functorch_active():
+        y, _, var = ops.BatchNormUncentered.apply(
+            x, weight, bias, residual, statistics, training, eps, activation, detach
+        )
+    else:
+        y, _, var = torch.ops.bcos_kernels.batch_norm_uncentered(
+            x, weight, bias, residual, statistics, training, eps, activation
+        )
+    if training and running_var is not None and x.numel():
+        with torch.no_grad():
+            running_var.mul_(1 - momentum).add_(var.to(running_var.dtype), alpha=momentum)
+    return y
