@@ -398,6 +398,7 @@ _FUNCTIONS: dict[Callable, Callable] = {
     F.scaled_dot_product_attention: _scaled_dot_product_attention,
     F.layer_norm: _layer_norm,
     F.group_norm: _group_norm,
+    F.max_pool2d: _max_pool2d,
     torch.max_pool2d: _max_pool2d,
     F.max_pool2d_with_indices: _max_pool2d,
     torch.var: _var,

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +30,6 @@ Targets = int | Sequence[int] | Tensor | None
 
 # Pixels explained at once where no batch_size is given: 16 images of 224 x 224, about 1.5 GiB for a ResNet-50 in fp32.
 _PIXELS_AT_ONCE = 16 * 224 * 224
-
-_locks_lock = threading.Lock()
-_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +160,7 @@ def explain(model: nn.Module, images: Tensor, targets: Targets = None, *, batch_
     Args:
         model: A model of `bcosify`, one made of the package bcos's layers, or a fused one. It runs in eval and
             explanation mode and gets its modes back; `.grad` and requires_grad of its parameters are left alone.
-            Calls from several threads are safe and run one after the other for one model.
+            Calls from several threads are safe; their batches run one after the other.
         images: (N, 3, H, W) in [0, 1], or encoded [x, 1 - x] (N, 6, H, W). 3 channels are encoded here (a model of
             `bcosify` built with inverse=False takes them as they are). They may lie on another device than the model.
         targets: Classes to explain: one int for all, N ints (list or tensor), or None for the predicted ones (default).
@@ -203,14 +198,8 @@ def explain(model: nn.Module, images: Tensor, targets: Targets = None, *, batch_
     elif batch_size < 1:
         raise ValueError(f"explain: expected batch_size >= 1, got {batch_size}")
     parts = []
-    # Explanations need a graph, whatever surrounds the call; an inference tensor cannot be part of one and is copied.
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        _alone(model),
-        evaluation_mode(model),
-        explanation_mode(model),
-    ):
+    # An inference tensor cannot be part of a graph; outside inference mode `encode` copies it into a plain one.
+    with torch.inference_mode(False), evaluation_mode(model), explanation_mode(model):
         for start in range(0, images.size(0), batch_size):
             stop = start + batch_size
             parts.append(_explain_batch(model, images[start:stop], None if targets is None else targets[start:stop]))
@@ -219,10 +208,8 @@ def explain(model: nn.Module, images: Tensor, targets: Targets = None, *, batch_
 
 def _explain_batch(model: nn.Module, images: Tensor, targets: Tensor | None) -> tuple[Tensor, ...]:
     x6 = encode(model, images)
-    if targets is None:
-        with torch.no_grad():
-            targets = _logits(model(x6), x6).argmax(1)
-    logits, weights, constant = dynamic_linear_map(model, x6, targets.to(x6.device))
+    logits, weights, constant = dynamic_linear_map(model, x6, targets)
+    targets = logits.argmax(1) if targets is None else targets
     contributions = (x6 * weights).sum(1)
     return tuple(t.detach().to(images.device) for t in (x6, logits, targets, weights, contributions, constant))
 
@@ -231,7 +218,7 @@ def encode(model: nn.Module, images: Tensor) -> Tensor:
     """The tensor that `model` is to be called with: images (N, C, H, W) on its device, in its dtype, encoded."""
     like = next((p for p in model.parameters() if p.is_floating_point()), images)
     images = images.detach().to(like.device, like.dtype, copy=True)
-    if hasattr(model, "encode"):
+    if callable(getattr(model, "encode", None)):
         return model.encode(images).detach()
     if images.size(1) == 3:
         return torch.cat([images, 1 - images], dim=1)
@@ -268,24 +255,3 @@ def _targets(targets: Targets, count: int) -> Tensor | None:
     if tensor.shape != (count,):
         raise ValueError(f"explain: expected one target per image, shape ({count},), got {tuple(tensor.shape)}")
     return tensor.long()
-
-
-def _logits(logits: Tensor, x6: Tensor) -> Tensor:
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.size(0) != x6.size(0):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"explain: expected the model to return logits of shape ({x6.size(0)}, classes), got {got}")
-    return logits
-
-
-class _alone:
-    """One explanation of a model at a time: the constants' gains are attributes of its modules while it runs."""
-
-    def __init__(self, model: nn.Module) -> None:
-        with _locks_lock:
-            self.lock = _locks.setdefault(model, threading.RLock())
-
-    def __enter__(self) -> Iterator[None]:
-        self.lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.lock.release()
