@@ -17,7 +17,6 @@ Environment: CXX (compiler, may hold arguments), MAX_JOBS (parallel compilations
 """
 
 import concurrent.futures
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -43,6 +42,7 @@ CPU_LIBRARY = "_lib/libbcos_kernels_cpu.so"  # .so on macOS too: torch.ops.load_
 BUILD_REPORT = "_build_report.json"
 
 TORCH_MINIMUM = (2, 11)
+TORCH_REQUIREMENT = f"torch>={TORCH_MINIMUM[0]}.{TORCH_MINIMUM[1]}"
 # The layout of TORCH_ABI_VERSION in torch/headeronly/version.h: one byte each for major, minor, patch.
 TORCH_TARGET_VERSION = (TORCH_MINIMUM[0] << 56) | (TORCH_MINIMUM[1] << 48)
 
@@ -106,20 +106,33 @@ def find_compiler() -> tuple[list[str], str]:
     return compiler, version[0] if version else " ".join(compiler)
 
 
-def find_torch() -> tuple[Path, str]:
-    """Folder and version of the torch whose headers are used, found without the seconds that importing it takes."""
+def find_torch() -> tuple[Path, str] | None:
+    """Folder and version of a torch whose headers serve, without the seconds that importing it takes; None without one.
+
+    pip's build isolation hides the packages of the environment that is installed into, but a torch there is as good as
+    one downloaded for the build alone (5 GB unpacked), as only its headers and its symbols are looked at.
+    """
+    folders = [Path(sysconfig.get_path(scheme), "torch") for scheme in ("platlib", "purelib")]
     spec = importlib.util.find_spec("torch")
-    wanted = ".".join(map(str, TORCH_MINIMUM))
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(
-            f"bcos-kernels: building without isolation needs torch >= {wanted} in {sys.prefix}, found none. "
-            f"Run: pip install 'torch>={wanted}' setuptools pybind11 ninja"
-        )
-    version = importlib.metadata.version("torch")
-    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    if numbers < TORCH_MINIMUM:
-        raise SystemExit(f"bcos-kernels: expected torch >= {wanted} at build time, got {version} in {sys.prefix}")
-    return Path(spec.submodule_search_locations[0]), version
+    if spec is not None and spec.submodule_search_locations:
+        folders.insert(0, Path(spec.submodule_search_locations[0]))
+    for folder in folders:
+        try:
+            match = re.search(r"__version__ = ['\"]((\d+)\.(\d+)[^'\"]*)", (folder / "version.py").read_text())
+        except OSError:
+            continue
+        if match and (int(match[2]), int(match[3])) >= TORCH_MINIMUM and (folder / "include").is_dir():
+            return folder, match[1]
+    return None
+
+
+def build_requirements() -> list[str]:
+    """What pip has to add to an isolated build besides pyproject.toml's list: torch, if there is a use for it."""
+    try:
+        find_compiler()
+    except NotBuildable:
+        return []
+    return [] if find_torch() else [TORCH_REQUIREMENT]
 
 
 def link_command(compiler: list[str], output: Path, objects: list[Path], libraries: list[str]) -> list[str]:
@@ -268,7 +281,13 @@ class NativeBuild(build_ext):
         work = (ROOT / "build" / f"native-{platform_tag}") if in_tree else Path(self.build_temp).resolve()
         try:
             compiler, compiler_version = find_compiler()
-            torch, torch_version = find_torch()
+            found = find_torch()
+            if found is None:
+                raise SystemExit(
+                    f"bcos-kernels: expected {TORCH_REQUIREMENT} at build time, found none in {sys.prefix}. "
+                    f"Run: pip install '{TORCH_REQUIREMENT}' 'setuptools>=77' pybind11 ninja"
+                )
+            torch, torch_version = found
             work.mkdir(parents=True, exist_ok=True)
             write_build_config(work, compiler_version, torch_version)
             steps += cpu_library_steps(compiler, torch, work, library)
@@ -348,5 +367,7 @@ class CleanBuildPy(build_py):
 setup(
     # Named so that wheels are tagged for this platform; NativeBuild is what builds it.
     ext_modules=[Extension(f"{PACKAGE}._C", sources=["csrc/module.cpp"])],
+    # build_meta reads this when pip asks what an isolated build needs; nothing else does.
+    setup_requires=build_requirements() if "egg_info" in sys.argv else [],
     cmdclass={"build_ext": NativeBuild, "build_py": CleanBuildPy},
 )
