@@ -62,18 +62,26 @@ class PeerAttention(peer.DetachableModule):
         return self.to_out((attention @ v).transpose(1, 2).flatten(2))
 
 
+class PosEmbSinCos2d(nn.Module):
+    """Named and used as the peer's SimpleViT uses its own: what it returns has no batch and is added to the tokens."""
+
+    def forward(self, patches):
+        angle = torch.arange(patches[0].numel(), dtype=patches.dtype).view_as(patches[0])
+        return angle.sin()
+
+
 class PeerTransformer(nn.Module):
     def __init__(self):
         super().__init__()
-        self.patches = peer.BcosConv2d(6, 12, 4, stride=4)
+        self.patches, self.positions = peer.BcosConv2d(6, 12, 4, stride=4), PosEmbSinCos2d()
         self.norm1, self.attention = peer.norms.DetachableLayerNorm(12), PeerAttention(12, 3)
         self.norm2 = peer.norms.DetachableLayerNorm(12)
         self.mlp = nn.Sequential(peer.BcosLinear(12, 24, max_out=2), peer.BcosLinear(24, 12))
         self.head = peer.BcosLinear(12, CLASSES)
-        self.register_buffer("positions", torch.randn(16, 12))
 
     def forward(self, x):
-        x = self.patches(x).flatten(2).mT + self.positions
+        x = self.patches(x).flatten(2).mT
+        x = x + self.positions(x)
         x = x + self.attention(self.norm1(x))
         x = x + self.mlp(self.norm2(x))
         return self.head(x).mean(1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -169,6 +170,10 @@ def explain(model: nn.Module, images: Tensor, targets: Targets = None, *, batch_
     Returns:
         An `Explanation`; its tensors lie on the device of `images`.
 
+    Warns:
+        UserWarning: contributions + constant differs from the logit (by more than rounding): the model has a dynamic
+            layer without explanation mode, or adds a constant that is not known.
+
     Raises:
         TypeError: images or targets of another type than the above.
         ValueError: wrong shapes, a target that is not a class, or a model in which nothing can be detached: its input
@@ -192,18 +197,20 @@ def explain(model: nn.Module, images: Tensor, targets: Targets = None, *, batch_
             "dynamic weights that can be detached (set_explanation_mode); `bcosify(model)` makes a B-cos model of it, "
             "and bcosification.explanation.attribution explains plain models"
         )
-    targets = _targets(targets, images.size(0))
     if batch_size is None:
         batch_size = max(1, _PIXELS_AT_ONCE // max(1, images.size(2) * images.size(3)))
     elif batch_size < 1:
         raise ValueError(f"explain: expected batch_size >= 1, got {batch_size}")
     parts = []
-    # An inference tensor cannot be part of a graph; outside inference mode `encode` copies it into a plain one.
+    # An inference tensor cannot be part of a graph; outside inference mode inputs are copied into plain ones.
     with torch.inference_mode(False), evaluation_mode(model), explanation_mode(model):
+        targets = _targets(targets, images.size(0))
         for start in range(0, images.size(0), batch_size):
             stop = start + batch_size
             parts.append(_explain_batch(model, images[start:stop], None if targets is None else targets[start:stop]))
-    return Explanation(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    explanation = Explanation(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    _check_sum(explanation)
+    return explanation
 
 
 def _explain_batch(model: nn.Module, images: Tensor, targets: Tensor | None) -> tuple[Tensor, ...]:
@@ -254,4 +261,23 @@ def _targets(targets: Targets, count: int) -> Tensor | None:
         tensor = tensor.expand(count)
     if tensor.shape != (count,):
         raise ValueError(f"explain: expected one target per image, shape ({count},), got {tuple(tensor.shape)}")
-    return tensor.long()
+    return tensor.to(torch.int64, copy=True)
+
+
+def _check_sum(explanation: Explanation) -> None:
+    """Warn where contributions + constant is not the logit: something adds to it that nobody accounts for."""
+    contributions = (explanation.images * explanation.weights).double().flatten(1)
+    logit = explanation.logits.gather(1, explanation.targets[:, None]).squeeze(1).double()
+    constant = explanation.constant.double()
+    off = (contributions.sum(1) + constant - logit).abs()
+    size = contributions.abs().sum(1) + constant.abs() + logit.abs()
+    tolerance = 1e-3 if torch.finfo(explanation.weights.dtype).eps < 1e-4 else 5e-2
+    worst = int((off - tolerance * size).argmax())
+    if not off[worst] <= tolerance * size[worst]:
+        warnings.warn(
+            f"explain: expected contributions + constant = logit, got {contributions[worst].sum():.4g} + "
+            f"{constant[worst]:.4g} and {logit[worst]:.4g} for image {worst}; the model has a layer that is not "
+            "linear in explanation mode, or adds a constant outside its layers (parameters can be named in "
+            "model.additive_parameters)",
+            stacklevel=3,
+        )
