@@ -1,0 +1,409 @@
+"""The package as pip installs it: with a C++ compiler and without one, without nvcc, without any extra.
+
+Wheels are built from a copy of the sources and run from a folder of their own, so that nothing of the checkout's own
+(editable) installation is seen. What is run compares with the formula written out in plain PyTorch.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.metadata import parse_email
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {"bcos_kernels": ROOT / "bcos_kernels", "bcosification": ROOT / "python_api" / "bcosification"}
+X86 = platform.machine() in ("x86_64", "AMD64")
+
+# One process builds the wheels for all of this file's tests.
+pytestmark = pytest.mark.xdist_group("install")
+
+# Every package that only an extra installs.
+EXTRAS = (
+    "lightning torchmetrics torchvision timm open_clip webdataset sklearn safetensors yaml matplotlib captum PIL "
+    "gradio tqdm"
+).split()
+
+# B = 2, written out: bias-free convolution and linear layer, gradients through everything.
+RIGHT_NUMBERS = """
+import sys
+import torch
+import torch.nn.functional as F
+import bcos_kernels
+
+assert bcos_kernels.__file__.startswith(sys.argv[1]), bcos_kernels.__file__
+torch.manual_seed(0)
+
+def error(got, expected):
+    return float((got - expected).norm() / expected.norm())
+
+x = torch.randn(2, 6, 9, 7, requires_grad=True)
+w = torch.randn(5, 6, 3, 3, requires_grad=True)
+dy = torch.randn(2, 5, 5, 4)
+y = bcos_kernels.conv2d(x, w, stride=2, padding=1)
+got = (y, *torch.autograd.grad(y, (x, w), dy))
+xd, wd = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+a = F.conv2d(xd, wd, stride=2, padding=1)
+n = (F.conv2d(xd * xd, torch.ones(1, 6, 3, 3).double(), stride=2, padding=1) + 1e-6).sqrt()
+expected = a * a.abs() / n
+expected = (expected, *torch.autograd.grad(expected, (xd, wd), dy.double()))
+errors = [error(g.double(), e) for g, e in zip(got, expected)]
+
+x = torch.randn(11, 13, requires_grad=True)
+w = torch.randn(7, 13, requires_grad=True)
+dy = torch.randn(11, 7)
+y = bcos_kernels.linear(x, w)
+got = (y, *torch.autograd.grad(y, (x, w), dy))
+xd, wd = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+a = F.linear(xd, wd)
+expected = a * a.abs() / (xd.norm(dim=1, keepdim=True) + 1e-12)
+expected = (expected, *torch.autograd.grad(expected, (xd, wd), dy.double()))
+errors += [error(g.double(), e) for g, e in zip(got, expected)]
+assert max(errors) < 1e-5, errors
+print(sorted(set(bcos_kernels.dispatched().values())))
+"""
+
+
+def run(command, *, check=True, **environment):
+    """Runs with the environment changed by keywords (None removes one); never in the checkout."""
+    environment = {**os.environ, **environment}
+    environment = {k: str(v) for k, v in environment.items() if v is not None}
+    result = subprocess.run([str(c) for c in command], cwd="/", env=environment, capture_output=True, text=True)
+    if check:
+        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return result
+
+
+def python(code, *arguments, site, check=True, **environment):
+    """Runs code with the packages installed in the folder `site`."""
+    command = [sys.executable, "-P", "-W", "error::ImportWarning", "-c", textwrap.dedent(code), *arguments]
+    return run(command, check=check, PYTHONPATH=site, **environment)
+
+
+def copy_sources(target):
+    """What a clone holds of the sources, without what builds in the checkout have left there."""
+    left_behind = shutil.ignore_patterns("__pycache__", "_lib", "*.so", "_build_report.json", "*.egg-info")
+    target.mkdir()
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, target)
+    for name in ("csrc", "bcos_kernels", "python_api"):
+        shutil.copytree(ROOT / name, target / name, ignore=left_behind)
+    return target
+
+
+def build_wheel(sources, folder, *, check=True, **environment):
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", folder, sources]
+    result = run(command, check=check, **environment)
+    return next(folder.glob("*.whl")) if check else result
+
+
+def install(wheel, site):
+    run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel])
+    return site
+
+
+def links(folder, programs):
+    """A folder for PATH that holds these programs (name → file) and nothing else."""
+    folder.mkdir()
+    for name, program in programs.items():
+        (folder / name).symlink_to(program)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def compiler_path(tmp_path_factory):
+    """A PATH with a C++ compiler, and with no nvcc and no ninja program."""
+    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    assert compiler, "these tests need a C++ compiler: c++, g++ or clang++ on PATH"
+    tools = {name: found for name in ("as", "ld") if (found := shutil.which(name))}
+    return links(tmp_path_factory.mktemp("path") / "bin", {"c++": compiler, **tools})
+
+
+@pytest.fixture(scope="session")
+def compiled_wheel(tmp_path_factory, compiler_path):
+    folder = tmp_path_factory.mktemp("compiled")
+    return build_wheel(copy_sources(folder / "sources"), folder, PATH=compiler_path, CXX=None)
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory, compiled_wheel):
+    return install(compiled_wheel, tmp_path_factory.mktemp("compiled-site"))
+
+
+@pytest.fixture(scope="session")
+def plain_sources(tmp_path_factory):
+    return copy_sources(tmp_path_factory.mktemp("plain") / "sources")
+
+
+@pytest.fixture(scope="session")
+def plain_wheel(tmp_path_factory, plain_sources):
+    nothing = links(tmp_path_factory.mktemp("nothing") / "bin", {})
+    return build_wheel(plain_sources, plain_sources.parent, PATH=nothing, CXX=None)
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory, plain_wheel):
+    """Installed on a machine without a C++ compiler."""
+    return install(plain_wheel, tmp_path_factory.mktemp("plain-site"))
+
+
+def backends(site):
+    return json.loads(python("import json, bcos_kernels; print(json.dumps(bcos_kernels.backends()))", site=site).stdout)
+
+
+def test_compiled_backends(compiled):
+    """With a compiler and without nvcc: the CPU kernels are there, and what is missing says so."""
+    found = backends(compiled)
+    assert found["cpu"] is None
+    assert found["reference"] is None
+    assert "nvcc at build time: not on PATH" in found["cuda"]
+
+
+def test_compiled_runs_the_cpu_kernels(compiled):
+    assert python(RIGHT_NUMBERS, compiled, site=compiled).stdout.strip() == "['cpu']"
+
+
+@pytest.mark.skipif(not X86, reason="one instruction set on this architecture")
+@pytest.mark.parametrize("capability", ["baseline", "avx2"])
+def test_compiled_runs_on_older_processors(compiled, capability):
+    code = "from bcos_kernels import _C\nprint(_C.cpu_capability())\n" + RIGHT_NUMBERS
+    lines = python(code, compiled, site=compiled, BCOS_CPU_CAPABILITY=capability).stdout.split("\n")
+    assert lines[:2] == [capability, "['cpu']"]
+
+
+def test_build_info(compiled):
+    code = "import json\nfrom bcos_kernels import _C\nprint(json.dumps([_C.build_info(), _C.cpu_capability()]))"
+    info, capability = json.loads(python(code, site=compiled).stdout)
+    assert info["instruction_sets"] == (["baseline", "avx2", "avx512"] if X86 else ["baseline"])
+    assert capability in info["instruction_sets"]
+    assert info["torch_abi"] == "2.11"
+    assert info["version"] == "0.1.0"
+    assert info["cuda_archs"] == []
+
+
+def test_library_is_free_of_python(compiled_wheel):
+    with zipfile.ZipFile(compiled_wheel) as wheel:
+        library = wheel.read("bcos_kernels/_lib/libbcos_kernels_cpu.so")
+    assert b"libtorch_cpu" in library
+    assert b"libtorch_python" not in library
+    assert b"PyObject_" not in library
+
+
+def test_wheel_is_complete(compiled_wheel):
+    """Every module and every table and recipe of both packages, and nothing else but what was built."""
+    with zipfile.ZipFile(compiled_wheel) as wheel:
+        names = {n for n in wheel.namelist() if ".dist-info/" not in n}
+    expected = {
+        f"{package}/{file.relative_to(folder)}"
+        for package, folder in PACKAGES.items()
+        for file in folder.rglob("*")
+        if file.suffix in (".py", ".json", ".yaml") and file.name != "_build_report.json"
+    }
+    built = names - expected
+    assert not expected - names
+    assert {n.split(".")[0] for n in built} == {
+        "bcos_kernels/_C",
+        "bcos_kernels/_build_report",
+        "bcos_kernels/_lib/libbcos_kernels_cpu",
+    }
+
+
+def test_without_compiler_says_what_is_missing(plain):
+    found = backends(plain)
+    assert found["reference"] is None
+    assert "no C++ compiler" in found["cpu"]
+    code = "import bcos_kernels\nwith bcos_kernels.backend('cpu'): pass"
+    result = python(code, site=plain, check=False)
+    assert result.returncode != 0
+    assert "RuntimeError" in result.stderr and "no C++ compiler" in result.stderr
+
+
+def test_without_compiler_numbers_are_right(plain):
+    assert python(RIGHT_NUMBERS, plain, site=plain).stdout.strip() == "['reference']"
+
+
+def test_without_compiler_holds_no_library(plain_wheel):
+    with zipfile.ZipFile(plain_wheel) as wheel:
+        assert [n for n in wheel.namelist() if n.endswith(".so")] == []
+
+
+def test_unusable_compiler_is_a_missing_one(plain_sources, tmp_path):
+    wheel = build_wheel(plain_sources, tmp_path, CXX="false --option")
+    with zipfile.ZipFile(wheel) as file:
+        report = json.loads(file.read("bcos_kernels/_build_report.json"))
+    assert report["cpu"].startswith("false --option cannot build a shared C++17 library")
+
+
+def test_isolated_build_asks_for_torch_only_where_it_is_of_use(plain_sources, tmp_path, compiler_path):
+    """torch (gigabytes) is added to an isolated build if there is a compiler and no torch that would do."""
+    ask = "import os, sys; os.chdir(sys.argv[1]); from setuptools import build_meta as b; import json; "
+    ask += "print(json.dumps(b.get_requires_for_build_wheel()))"
+    # As pip's isolation: another environment's packages out of sight, here those of this interpreter too.
+    hide = "import sysconfig, importlib.util\n"
+    hide += "sysconfig.get_path = lambda name, *a, _f=sysconfig.get_path, **k: "
+    hide += "'/nowhere' if name in ('platlib', 'purelib') else _f(name, *a, **k)\n"
+    hide += "importlib.util.find_spec = lambda name, *a, _f=importlib.util.find_spec: "
+    hide += "None if name == 'torch' else _f(name, *a)\n"
+
+    def asked(code, path):
+        result = run([sys.executable, "-c", code, plain_sources], PATH=path, CXX=None)
+        return json.loads(result.stdout.strip().splitlines()[-1])
+
+    assert asked(ask, compiler_path) == []
+    assert asked(hide + ask, compiler_path) == ["torch>=2.11"]
+    assert asked(hide + ask, links(tmp_path / "bin", {})) == []
+
+
+OP = """
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+int64_t bcos_baseline_answer();
+int64_t answer(torch::stable::Tensor x) { return bcos_baseline_answer() + x.numel(); }
+STABLE_TORCH_LIBRARY(bcos_install_test, m) { m.def("answer(Tensor x) -> int"); }
+STABLE_TORCH_LIBRARY_IMPL(bcos_install_test, CPU, m) { m.impl("answer", TORCH_BOX(&answer)); }
+"""
+OP_KERNELS = """
+#include <cstdint>
+#define NAME_(isa) bcos_##isa##_answer
+#define NAME(isa) NAME_(isa)
+int64_t NAME(BCOS_ISA)() { return 40; }
+"""
+
+
+def with_other_ops(sources, target, files):
+    """The sources with these files for csrc/cpu."""
+    shutil.copytree(sources, target, ignore=shutil.ignore_patterns("build", "*.egg-info", "*.whl"))
+    shutil.rmtree(target / "csrc" / "cpu")
+    (target / "csrc" / "cpu").mkdir()
+    for name, text in files.items():
+        (target / "csrc" / "cpu" / name).write_text(text)
+    return target
+
+
+def test_builds_without_ninja(plain_sources, tmp_path, compiler_path):
+    """Plain compiler calls in its place: the library loads and its op runs; kernels are there per instruction set."""
+    sources = with_other_ops(plain_sources, tmp_path / "s", {"op.cpp": OP, "op_kernels.cpp": OP_KERNELS})
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "ninja.py").write_text("BIN_DIR = '/nowhere'\n")
+    wheel = build_wheel(sources, tmp_path, PATH=compiler_path, CXX=None, PYTHONPATH=tmp_path / "hidden")
+    assert not list(sources.rglob("build.ninja"))
+    with zipfile.ZipFile(wheel) as file:
+        library = file.extract("bcos_kernels/_lib/libbcos_kernels_cpu.so", tmp_path)
+    code = "import sys, torch; torch.ops.load_library(sys.argv[1]); "
+    code += "print(torch.ops.bcos_install_test.answer(torch.zeros(2)))"
+    assert run([sys.executable, "-c", code, library]).stdout.strip() == "42"
+    for name in ("baseline", "avx2", "avx512") if X86 else ("baseline",):
+        assert list(sources.rglob(f"op_kernels.{name}.o"))
+
+
+@pytest.mark.parametrize("with_ninja", [True, False])
+def test_compile_error_fails_the_installation(plain_sources, tmp_path, compiler_path, with_ninja):
+    sources = with_other_ops(plain_sources, tmp_path / "s", {"op.cpp": '#error "on purpose"\n'})
+    (tmp_path / "hidden").mkdir()
+    if not with_ninja:
+        (tmp_path / "hidden" / "ninja.py").write_text("BIN_DIR = '/nowhere'\n")
+    result = build_wheel(
+        sources, tmp_path, check=False, PATH=compiler_path, CXX=None, PYTHONPATH=tmp_path / "hidden"
+    )
+    assert result.returncode != 0
+    assert "on purpose" in result.stdout + result.stderr
+    assert not list(tmp_path.glob("*.whl"))
+
+
+def test_undefined_symbol_fails_the_installation(plain_sources, tmp_path, compiler_path):
+    """At build time, not when a user loads the library."""
+    if sys.platform == "darwin":
+        pytest.skip("the macOS linker is told to look symbols up at run time")
+    sources = with_other_ops(plain_sources, tmp_path / "s", {"op.cpp": OP})
+    result = build_wheel(sources, tmp_path, check=False, PATH=compiler_path, CXX=None)
+    assert result.returncode != 0
+    assert "bcos_baseline_answer" in result.stdout + result.stderr
+
+
+def test_installed_torch_is_kept(compiled_wheel, tmp_path):
+    """pip, asked to install the wheel beside the torch that is here, finds nothing to fetch but the wheel."""
+    report = tmp_path / "report.json"
+    run([sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--report", report, compiled_wheel])
+    names = [entry["metadata"]["name"] for entry in json.loads(report.read_text())["install"]]
+    assert set(names) <= {"bcos-kernels"}
+
+
+def test_metadata(compiled_wheel):
+    """The oldest supported torch satisfies the requirements; the extras and the command are there."""
+    with zipfile.ZipFile(compiled_wheel) as wheel:
+        folder = next(n for n in wheel.namelist() if n.endswith(".dist-info/METADATA")).partition("/")[0]
+        metadata, unparsed = parse_email(wheel.read(f"{folder}/METADATA"))
+        entry_points = wheel.read(f"{folder}/entry_points.txt").decode()
+        assert "Apache License" in wheel.read(f"{folder}/licenses/LICENSE").decode()
+    assert not unparsed
+    requirements = [Requirement(r) for r in metadata["requires_dist"]]
+    runtime = {r.name: r for r in requirements if "extra" not in str(r.marker)}
+    assert set(runtime) == {"torch", "triton", "numpy"}
+    assert runtime["torch"].specifier.contains("2.11.0")
+    assert not runtime["torch"].specifier.contains("2.10.1")
+    assert set(metadata["provides_extra"]) == {"train", "explain", "app", "dev"}
+    assert metadata["license_expression"] == "Apache-2.0"
+    assert "bcosify = bcosification.cli:main" in entry_points
+
+
+# None in sys.modules is how Python itself marks a module that cannot be imported.
+WITHOUT_EXTRAS = f"import sys\nsys.modules.update(dict.fromkeys({EXTRAS!r}))\n"
+
+
+def test_import_needs_no_extra(plain):
+    code = WITHOUT_EXTRAS + "import bcos_kernels, bcosification, bcosification.nn, bcosification.cli\nprint('ok')"
+    assert python(code, site=plain).stdout.strip() == "ok"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["finetune", "--help"], ["explain", "--help"]])
+def test_help_needs_no_extra(plain, arguments):
+    code = WITHOUT_EXTRAS + "from bcosification.cli import main\nsys.exit(main(sys.argv[1:]))"
+    assert "usage: bcosify" in python(code, *arguments, site=plain).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        (["finetune", "--model", "resnet18", "--data", "digits", "--no-pretrained"], "train"),
+        (["evaluate", "resnet18", "--data", "digits", "--no-pretrained"], "train"),
+        (["convert", "resnet18", "--no-pretrained"], "train"),
+    ],
+)
+def test_command_without_its_extra_names_the_pip_line(plain, tmp_path, arguments, extra):
+    out = ["--out", tmp_path / "out"] if arguments[0] != "evaluate" else []
+    code = WITHOUT_EXTRAS + "from bcosification.cli import main\nsys.exit(main(sys.argv[1:]))"
+    result = python(code, *map(str, [*arguments, *out]), site=plain, check=False)
+    assert result.returncode == 1
+    assert f"pip install 'bcos-kernels[{extra}]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("which", ["compiled", "plain"])
+def test_environment_report(which, request):
+    site = request.getfixturevalue(which)
+    text = run([sys.executable, "-P", "-m", "bcos_kernels"], PYTHONPATH=site).stdout
+    report = json.loads(run([sys.executable, "-P", "-m", "bcos_kernels", "--json"], PYTHONPATH=site).stdout)
+    assert report["backends"] == backends(site)
+    assert report["versions"]["python"] == platform.python_version()
+    assert report["devices"][0].startswith("cpu: ")
+    assert report["versions"]["torch"] in text
+    for name, reason in report["backends"].items():
+        assert f"{name}" in text and (reason or "usable") in text
+    if which == "compiled":
+        assert report["cpu_capability"] in report["build"]["instruction_sets"]
+        assert report["build"]["compiler"] in text
+    else:
+        assert "no C++ compiler" in report["build"]["missing"]
+        assert report["cpu_capability"] is None
+        assert "native parts  not built: no C++ compiler" in text
+
+
+def test_environment_report_help():
+    assert "--json" in run([sys.executable, "-m", "bcos_kernels", "--help"], PYTHONPATH=ROOT).stdout
