@@ -1,0 +1,321 @@
+"""Block fusion: known blocks get a forward that gives residual and ReLU to the BatchNorm before them, in one pass.
+
+A block is fused by giving the instance a subclass of its library class (``module.__class__``): parameters, keys, hooks,
+``isinstance`` and deep copies stay what they were, pickles find the subclass here, and `unfuse_blocks` gives the
+library's class back. Only exact library types of the table below are touched, and only if their parts are what the
+library builds them of.
+
+The fused forwards decide part by part when they run: a part that was replaced since, or that has hooks, is called the
+way the library calls it, so hooks see what they would see in the unfused block.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from ..nn import BatchNormUncentered2d
+
+__all__ = ["FusionReport", "fuse_blocks", "norm_activation", "unfuse_blocks"]
+
+
+@dataclass
+class FusionReport:
+    """What `fuse` or `fuse_blocks` did.
+
+    Attributes:
+        fused: (name, class before, class after) of every module that changed; the root's name is "".
+        left: (name, class, reason) of every module that looks like one to fuse but was left as it is.
+    """
+
+    fused: list[tuple[str, str, str]] = field(default_factory=list)
+    left: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def extend(self, other: FusionReport) -> None:
+        self.fused += other.fused
+        self.left += other.left
+
+    def __str__(self) -> str:
+        lines = [f"{count} x {before} -> {after}" for (before, after), count in self._counts(self.fused).items()]
+        if self.left:
+            lines.append("left as they are:")
+            lines += [f"  {name or '(root)'}: {kind} ({reason})" for name, kind, reason in self.left]
+        return "\n".join(lines) or "nothing to fuse"
+
+    @staticmethod
+    def _counts(rows: list[tuple[str, str, str]]) -> Counter:
+        return Counter(row[1:] for row in rows)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+def _fusible_norm(norm: nn.Module) -> bool:
+    return isinstance(norm, BatchNormUncentered2d) and not _has_hooks(norm)
+
+
+def norm_activation(norm: nn.Module, activation: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """activation(norm(x) + residual), in one pass if ``norm`` is a BatchNormUncentered2d and ``activation`` an nn.ReLU.
+
+    Modules of any other type, and modules with hooks, are called one after the other: the result is the same. Models
+    with a forward of their own may call this where they have ``relu(bn(x))``.
+
+    Args:
+        norm, activation: the modules.
+        x: (N, C, H, W), input of ``norm``.
+        residual: of norm(x)'s shape, added before the activation; None (default) for none.
+    """
+    if _fusible_norm(norm) and type(activation) is nn.ReLU and not _has_hooks(activation):
+        return norm(x, residual, "relu")
+    return activation(_norm_add(norm, x, residual))
+
+
+def _norm_add(norm: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
+    if residual is None:
+        return norm(x)
+    return norm(x, residual) if _fusible_norm(norm) else norm(x) + residual
+
+
+# --- forwards -------------------------------------------------------------------------------------------------------
+
+
+def _basic_block_forward(self: Any, x: Tensor) -> Tensor:
+    out = norm_activation(self.bn1, self.relu, self.conv1(x))
+    out = self.conv2(out)
+    identity = x if self.downsample is None else self.downsample(x)
+    return norm_activation(self.bn2, self.relu, out, identity)
+
+
+def _bottleneck_forward(self: Any, x: Tensor) -> Tensor:
+    out = norm_activation(self.bn1, self.relu, self.conv1(x))
+    out = norm_activation(self.bn2, self.relu, self.conv2(out))
+    out = self.conv3(out)
+    identity = x if self.downsample is None else self.downsample(x)
+    return norm_activation(self.bn3, self.relu, out, identity)
+
+
+def _peer_residual(self: Any, norm: nn.Module, out: Tensor, x: Tensor) -> Tensor:
+    """norm(out) + identity; stochastic depth stands between the two."""
+    if self.stochastic_depth is not None:
+        out = self.stochastic_depth(norm(out))
+        return out + (x if self.downsample is None else self.downsample(x))
+    return _norm_add(norm, out, x if self.downsample is None else self.downsample(x))
+
+
+def _peer_basic_block_forward(self: Any, x: Tensor) -> Tensor:
+    out = self.bn1(self.conv1(x))
+    return _peer_residual(self, self.bn2, self.conv2(out), x)
+
+
+def _peer_bottleneck_forward(self: Any, x: Tensor) -> Tensor:
+    out = self.bn1(self.conv1(x))
+    out = self.bn2(self.conv2(out))
+    return _peer_residual(self, self.bn3, self.conv3(out), x)
+
+
+def _dense_layer_bn_function(self: Any, inputs: list[Tensor]) -> Tensor:
+    return self.conv1(norm_activation(self.norm1, self.relu1, torch.cat(inputs, 1)))
+
+
+def _dense_layer_forward(self: Any, x: Tensor | list[Tensor]) -> Tensor:
+    features = [x] if isinstance(x, Tensor) else x
+    if self.memory_efficient and self.any_requires_grad(features):
+        out = self.call_checkpoint_bottleneck(features)
+    else:
+        out = self.bn_function(features)
+    out = self.conv2(norm_activation(self.norm2, self.relu2, out))
+    return F.dropout(out, p=self.drop_rate, training=self.training) if self.drop_rate > 0 else out
+
+
+def _stages(self: Any, x: Tensor) -> Tensor:
+    x = self.maxpool(norm_activation(self.bn1, self.relu, self.conv1(x)))
+    return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
+def _resnet_forward_impl(self: Any, x: Tensor) -> Tensor:
+    return self.fc(torch.flatten(self.avgpool(_stages(self, x)), 1))
+
+
+def _resnet_head_first_forward_impl(self: Any, x: Tensor) -> Tensor:
+    return self.avgpool(self.fc(_stages(self, x))).flatten(1)
+
+
+def _sequential_forward(self: Any, x: Any) -> Any:
+    modules = list(self._modules.values())
+    following = [*modules[1:], None]
+    skip = False
+    for module, after in zip(modules, following, strict=True):
+        if skip:
+            skip = False
+        elif type(after) is nn.ReLU and _fusible_norm(module):
+            x, skip = norm_activation(module, after, x), True
+        else:
+            x = module(x)
+    return x
+
+
+# --- what may be fused ----------------------------------------------------------------------------------------------
+
+
+def _needs(relus: tuple[str, ...], norms: tuple[str, ...]) -> Callable[[nn.Module], str | None]:
+    """A check that returns why a block is left, or None: its norms and ReLUs have to be of the right types."""
+
+    def check(module: nn.Module) -> str | None:
+        for name in relus:
+            part = getattr(module, name, None)
+            if type(part) is not nn.ReLU:
+                return f"{name} is {type(part).__name__}, not ReLU"
+        for name in norms:
+            part = getattr(module, name, None)
+            if not isinstance(part, BatchNormUncentered2d):
+                return f"{name} is {type(part).__name__}, not BatchNormUncentered2d"
+        return None
+
+    return check
+
+
+_NOTHING_TO_FUSE = "no BatchNormUncentered2d followed by ReLU"
+
+
+def _has_pair(module: nn.Module) -> str | None:
+    parts = list(module._modules.values())
+    pairs = zip(parts, parts[1:], strict=False)
+    if any(isinstance(a, BatchNormUncentered2d) and type(b) is nn.ReLU for a, b in pairs):
+        return None
+    return _NOTHING_TO_FUSE
+
+
+@dataclass(frozen=True)
+class BlockRule:
+    """How blocks of one library class are fused: the subclass's name and methods, and the check of a block's parts."""
+
+    name: str
+    methods: dict[str, Callable[..., Any]]
+    check: Callable[[nn.Module], str | None]
+
+
+_TORCHVISION_RESNET = _needs(("relu",), ("bn1", "bn2"))
+_SEQUENTIAL = {"forward": _sequential_forward}
+
+# Qualified name of the library's class → rule. Conversions of further families add theirs here.
+BLOCK_RULES: dict[str, BlockRule] = {
+    "torchvision.models.resnet.BasicBlock": BlockRule(
+        "FusedBasicBlock", {"forward": _basic_block_forward}, _TORCHVISION_RESNET
+    ),
+    "torchvision.models.resnet.Bottleneck": BlockRule(
+        "FusedBottleneck", {"forward": _bottleneck_forward}, _needs(("relu",), ("bn1", "bn2", "bn3"))
+    ),
+    "torchvision.models.resnet.ResNet": BlockRule(
+        "FusedResNet", {"_forward_impl": _resnet_forward_impl}, _needs(("relu",), ("bn1",))
+    ),
+    "torchvision.models.densenet._DenseLayer": BlockRule(
+        "FusedDenseLayer",
+        {"forward": _dense_layer_forward, "bn_function": _dense_layer_bn_function},
+        _needs(("relu1", "relu2"), ("norm1", "norm2")),
+    ),
+    "torchvision.models.densenet._Transition": BlockRule("FusedTransition", _SEQUENTIAL, _has_pair),
+    "torchvision.ops.misc.Conv2dNormActivation": BlockRule("FusedConv2dNormActivation", _SEQUENTIAL, _has_pair),
+    "torch.nn.modules.container.Sequential": BlockRule("FusedSequential", _SEQUENTIAL, _has_pair),
+    "bcos.modules.common.BcosSequential": BlockRule("FusedBcosSequential", _SEQUENTIAL, _has_pair),
+    "bcos.models.resnet.BasicBlock": BlockRule(
+        "FusedPeerBasicBlock", {"forward": _peer_basic_block_forward}, _needs((), ("bn2",))
+    ),
+    "bcos.models.resnet.Bottleneck": BlockRule(
+        "FusedPeerBottleneck", {"forward": _peer_bottleneck_forward}, _needs((), ("bn3",))
+    ),
+    "bcos.models.standard_models.ResNetBcos": BlockRule(
+        "FusedResNetBcos", {"_forward_impl": _resnet_head_first_forward_impl}, _needs(("relu",), ("bn1",))
+    ),
+}
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _fused_class(rule: BlockRule, library: type) -> type:
+    """The subclass of ``library`` with the rule's methods, made once and kept in this module under the rule's name."""
+    made = globals().get(rule.name)
+    if made is None or made._library_class is not library:
+        members = {"__module__": __name__, "__qualname__": rule.name, "_library_class": library, **rule.methods}
+        members["__doc__"] = f"{_qualified(library)} with fused passes; made by fuse_blocks."
+        made = globals()[rule.name] = type(rule.name, (library,), members)
+    return made
+
+
+def __getattr__(name: str) -> type:
+    """The fused classes, made when first asked for: unpickling finds them here; no library is imported in vain."""
+    for qualified, rule in BLOCK_RULES.items():
+        if rule.name == name:
+            module, _, cls = qualified.rpartition(".")
+            return _fused_class(rule, getattr(importlib.import_module(module), cls))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def fuse_blocks(model: nn.Module) -> FusionReport:
+    """Give every known block in ``model`` its fused forward, in place; what is unknown stays as it is.
+
+    Args:
+        model: any model, possibly itself a block.
+
+    Returns:
+        A FusionReport. Left with a reason are blocks of a known class whose parts are something else, that have a
+        forward of their own, or that are of an unknown subclass of a known block.
+    """
+    report = FusionReport()
+    for name, module in list(model.named_modules()):
+        cls = type(module)
+        rule = BLOCK_RULES.get(_qualified(cls))
+        if rule is None:
+            base = _known_base(cls)
+            if base is not None and BLOCK_RULES[base].check(module) is None:
+                report.left.append((name, cls.__name__, f"subclass of {base}"))
+            continue
+        reason = rule.check(module)
+        if reason is None and any(method in module.__dict__ for method in rule.methods):
+            reason = "has a forward of its own"
+        if reason is None:
+            module.__class__ = _fused_class(rule, cls)
+            report.fused.append((name, cls.__name__, rule.name))
+        elif reason != _NOTHING_TO_FUSE:
+            report.left.append((name, cls.__name__, reason))
+    return report
+
+
+def _known_base(cls: type) -> str | None:
+    if "_library_class" in cls.__dict__:  # fused already
+        return None
+    for base in cls.__mro__[1:]:
+        name = _qualified(base)
+        if name in BLOCK_RULES:
+            rule = BLOCK_RULES[name]
+            # Containers with a forward of their own use Sequential as a list: nothing to say about them.
+            return name if rule.methods is not _SEQUENTIAL or cls.forward is base.forward else None
+    return None
+
+
+def unfuse_blocks(model: nn.Module) -> nn.Module:
+    """Give every fused block in ``model`` its library class again, in place; returns ``model``."""
+    for module in model.modules():
+        library = type(module).__dict__.get("_library_class")
+        if library is not None:
+            module.__class__ = library
+    return model
