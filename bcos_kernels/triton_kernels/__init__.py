@@ -1,0 +1,62 @@
+"""Triton kernels of the B-cos ops: implicit-GEMM forward and custom backward, one file an op.
+
+The launchers ``{linear,conv2d,batch_norm_uncentered}_{forward,backward}`` are imported at their first use; importing this
+package imports neither triton nor a kernel, compiles nothing and tunes nothing. Built for float32, bfloat16 and float16
+tensors on a CUDA device, or on the CPU in Triton's interpreter (``TRITON_INTERPRET=1`` set before triton is imported).
+The kernels keep to what Triton 3.6 offers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from functools import cache
+
+import torch
+
+_FILES = {
+    f"{op}_{direction}": op
+    for op in ("linear", "conv2d", "batch_norm_uncentered")
+    for direction in ("forward", "backward")
+}
+
+__all__ = [*_FILES, "runs_on", "unusable_reason"]  # noqa: PLE0604  (the launchers are resolved by __getattr__)
+
+
+def _interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter: the variable is read as Triton reads it."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@cache
+def _missing_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton; Linux only)"
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # a broken installation raises whatever it likes
+        return f"triton cannot be imported: {type(error).__name__}: {error}"
+    return None
+
+
+def unusable_reason() -> str | None:
+    """None if the kernels can run on this machine, else why not."""
+    if not _interpreted() and not torch.cuda.is_available():
+        missing = importlib.util.find_spec("triton") is None
+        return _missing_triton() if missing else "no CUDA device (TRITON_INTERPRET=1 runs the kernels in the interpreter)"
+    return _missing_triton()
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether tensors on ``device`` are accepted: CUDA always, the CPU in the interpreter only."""
+    return device.type == "cuda" or (device.type == "cpu" and _interpreted())
+
+
+def __getattr__(name: str) -> object:
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    reason = _missing_triton()
+    if reason is not None:
+        raise ImportError(f"{name}: {reason}")
+    return getattr(importlib.import_module(f"{__name__}.{_FILES[name]}"), name)

@@ -1,0 +1,52 @@
+"""Tile sizes of the GEMM-shaped kernels, as data and an analytic choice among them. Nothing is tuned at run time.
+
+A tile's accumulator takes block_m · block_n / (32 · num_warps) registers a thread, and its operands
+(block_m + block_n) · block_k · bytes · num_stages of shared memory: all configurations stay under 100 KB, which every
+GPU since sm_80 offers. 32-bit tiles are smaller: without tf32 the products run on the FMA units out of registers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Config(NamedTuple):
+    """Tile of one program: block_m × block_n results, block_k of the reduced dimension at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# (bits of an element, form of the result) → tile
+CONFIGS: dict[tuple[int, str], Config] = {
+    (16, "large"): Config(128, 128, 32, 8, 3),
+    (16, "tall"): Config(128, 64, 32, 4, 3),
+    (16, "narrow"): Config(128, 16, 32, 4, 3),
+    (16, "short"): Config(32, 64, 64, 4, 3),
+    (16, "tiny"): Config(16, 16, 64, 2, 3),
+    (32, "large"): Config(64, 64, 16, 4, 2),
+    (32, "tall"): Config(64, 32, 32, 4, 2),
+    (32, "narrow"): Config(64, 16, 32, 4, 2),
+    (32, "short"): Config(16, 64, 32, 4, 2),
+    (32, "tiny"): Config(16, 16, 32, 2, 2),
+}
+
+
+def form_of(m: int, n: int) -> str:
+    """The form of an (m, n) result, the second half of a key of `CONFIGS`."""
+    if n <= 16:
+        return "narrow" if m > 16 else "tiny"
+    if m <= 32:
+        return "short"
+    return "tall" if n <= 64 else "large"
+
+
+def config_for(m: int, n: int, k: int, dtype: torch.dtype) -> Config:
+    """Tile for an (m, n) result reduced over k, elements of ``dtype``."""
+    config = CONFIGS[8 * dtype.itemsize, form_of(m, n)]
+    return config._replace(block_k=16) if k <= 16 else config
