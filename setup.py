@@ -53,6 +53,9 @@ CXX_FLAGS = (
     "-fvisibility=hidden -fvisibility-inlines-hidden"
 ).split()
 
+# For #include "…" only: csrc/math.h must not be taken for the system's <math.h>.
+QUOTED_INCLUDES = ["-iquote", str(ROOT / "csrc")]
+
 # In the order in which their objects are linked, oldest first: of an inline function that several objects carry, the
 # linker keeps the first copy, and only the oldest one runs everywhere.
 INSTRUCTION_SETS = {
@@ -93,15 +96,16 @@ def find_compiler() -> tuple[list[str], str]:
         looked_for = f"CXX={' '.join(named)}" if named else "c++, g++ and clang++"
         raise NotBuildable(f"no C++ compiler: {looked_for} not found on PATH at build time")
     compiler = found[0]
-    # A driver without its headers or its linker is as good as none; an error after this probe is one in our code.
+    # A driver without its headers or its linker is as good as none, and so is one that is too old (_Float16 in C++ came
+    # with GCC 12 on x86 and Clang 15); an error after this probe is one in our code.
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
-        source.write_text("#include <optional>\n#include <vector>\nint probe(std::optional<int> i) { return *i; }\n")
+        source.write_text("#include <optional>\nfloat probe(std::optional<_Float16> x) { return float(*x); }\n")
         probe = [*compiler, "-std=c++17", "-shared", "-fPIC", str(source), "-o", str(Path(folder, "probe.so"))]
         result = subprocess.run(probe, capture_output=True, text=True)
     if result.returncode != 0:
         lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
-        raise NotBuildable(f"{' '.join(compiler)} cannot build a shared C++17 library: {lines[0]}")
+        raise NotBuildable(f"{' '.join(compiler)} cannot build a shared C++17 library with _Float16: {lines[0]}")
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.strip().splitlines()
     return compiler, version[0] if version else " ".join(compiler)
 
@@ -159,7 +163,7 @@ def cpu_library_steps(compiler: list[str], torch: Path, work: Path, output: Path
         *CXX_FLAGS,
         f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET_VERSION:016x}",
         "-D_GLIBCXX_USE_CXX11_ABI=1",
-        f"-I{ROOT / 'csrc'}",
+        *QUOTED_INCLUDES,
         "-isystem",
         str(torch / "include"),
     ]
@@ -192,7 +196,8 @@ def module_steps(compiler: list[str], work: Path, output: Path) -> list[Step]:
     import pybind11
 
     flags = [*CXX_FLAGS, *(f"-DBCOS_HAVE_{name.upper()}" for name in machine_instruction_sets() if name != "baseline")]
-    flags += [f"-I{work}", f"-I{ROOT / 'csrc'}", "-isystem", pybind11.get_include(), "-isystem", str(include)]
+    flags += [*QUOTED_INCLUDES, "-iquote", str(work)]
+    flags += ["-isystem", pybind11.get_include(), "-isystem", str(include)]
     step = compile_step(compiler, ROOT / "csrc" / "module.cpp", work / "module.o", flags)
     return [step, Step(output, [step.output], link_command(compiler, output, [step.output], []))]
 
