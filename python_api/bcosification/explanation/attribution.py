@@ -71,8 +71,8 @@ def integrated_gradients(
 
     Source: Axiomatic Attribution for Deep Networks (Sundararajan et al., 2017); Captum's IntegratedGradients.
     """
-    if steps < 1:
-        raise ValueError(f"integrated_gradients: expected steps >= 1, got {steps}")
+    if steps < 1 or batch_size < 1:
+        raise ValueError(f"integrated_gradients: expected steps and batch_size >= 1, got {steps} and {batch_size}")
     method = _captum().attr.IntegratedGradients(model)
 
     def attribute(x: Tensor, y: Tensor) -> Tensor:
