@@ -1,0 +1,47 @@
+"""B-cos networks from standard ones: convert, fine-tune, explain, measure.
+
+    model = bcosification.bcosify(torchvision.models.resnet18(weights="DEFAULT"))
+    explanation = bcosification.explain(model, images)
+
+The names below are imported when they are first used, so that importing this package needs nothing but torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "nn": None,
+    "BcosifiedModel": "bcosification.convert.wrapper",
+    "Explanation": "bcosification.explanation.explaining",
+    "FinetuneConfig": "bcosification.train.finetuning",
+    "bcosify": "bcosification.convert.conversion",
+    "evaluate": "bcosification.evaluation.accuracy",
+    "explain": "bcosification.explanation.explaining",
+    "explanation_mode": "bcosification.nn.modes",
+    "finetune": "bcosification.train.finetuning",
+    "fuse": "bcosification.convert.peers",
+    "load": "bcosification.convert.checkpoints",
+    "reset_head": "bcosification.convert.wrapper",
+    "resolve": "bcosification.convert.resolver",
+    "unfuse": "bcosification.convert.peers",
+    "verify": "bcosification.convert.verification",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bcosification' has no attribute {name!r}")
+    home = _HOMES[name]
+    if home is None:
+        return importlib.import_module(f"{__name__}.{name}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""Conversion of models: rules per layer type, families of architectures, verification, checkpoints."""

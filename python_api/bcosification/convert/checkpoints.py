@@ -1,0 +1,278 @@
+"""Checkpoints: a folder with model.safetensors and config.json, and weights files of others, never a pickle."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bcosification import nn as bnn
+from bcosification.convert.conversion import FORMAT, check_convertible, convert
+from bcosification.convert.families import FAMILIES
+from bcosification.convert.preprocessing import Preprocessing
+from bcosification.convert.rules import Options
+from bcosification.convert.wrapper import BcosifiedModel, reset_head
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+
+
+def require_writable(folder: str | os.PathLike, what: str = "output folder") -> Path:
+    """Make sure that files can be written into ``folder`` (made if missing), before any work is done for them.
+
+    Raises:
+        OSError: naming the folder, what was expected, and what the system says.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".write-test-"):
+            pass
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"expected the {what} to be a folder that can be written to: {error.strerror}", str(folder)
+        ) from None
+    return folder
+
+
+def save_pretrained(model: BcosifiedModel, folder: str | os.PathLike) -> None:
+    """Write ``model`` into ``folder`` as model.safetensors (weights) and config.json (everything else).
+
+    Both are written in full under other names first, then renamed: a reader never sees half a file.
+
+    Args:
+        model: what ``bcosify`` or ``load`` returned, fine-tuned or not.
+        folder: made if missing.
+
+    Raises:
+        TypeError: not a B-cosified model. OSError: the folder cannot be written to (nothing has been written then).
+    """
+    if not isinstance(model, BcosifiedModel):
+        raise TypeError(f"save_pretrained: expected a model made by bcosify, got {type(model).__name__}")
+    save_file = _safetensors().torch.save_file
+    folder = require_writable(folder)
+    config = {**model.config, "options": dict(model.config["options"])}
+    exponents = fixed_exponents(model)
+    if len(set(exponents.values())) == 1:
+        config["options"]["b"] = next(iter(exponents.values()))
+    elif exponents:
+        config["layer_b"] = exponents
+    parameter = next(model.parameters(), None)
+    if parameter is not None:
+        config["dtype"] = str(parameter.dtype).removeprefix("torch.")
+    text = json.dumps(config, indent=2) + "\n"
+    state: dict[str, Tensor] = {}
+    storages = set()
+    for name, value in model.state_dict().items():
+        value = value.detach().contiguous()
+        # A layer in two places has its tensors here twice; safetensors refuses shared memory.
+        state[name] = value.clone() if value.data_ptr() in storages else value
+        storages.add(value.data_ptr())
+    made: list[Path] = []
+    try:
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            handle, path = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+            made.append(Path(path))
+            with os.fdopen(handle, "w") as file:
+                if name == CONFIG_NAME:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+        save_file(state, str(made[0]), metadata={"format": "pt", "library": "bcosification"})
+        mode = 0o666 & ~_umask()
+        for path, name in zip(made, (WEIGHTS_NAME, CONFIG_NAME), strict=True):
+            path.chmod(mode)
+            os.replace(path, folder / name)
+    finally:
+        for path in made:
+            path.unlink(missing_ok=True)
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise RuntimeError(f"checkpoints: need safetensors ({error}): pip install 'bcos-kernels[train]'") from None
+    return safetensors
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def fixed_exponents(model: nn.Module) -> dict[str, float]:
+    """Layer name -> exponent B of every B-cos layer whose B is no parameter (those are in state_dict)."""
+    return {
+        name: float(module.b)
+        for name, module in model.named_modules()
+        if isinstance(module, (bnn.BcosConv2d, bnn.BcosLinear)) and not isinstance(module.b, nn.Parameter)
+    }
+
+
+def load(folder: str | os.PathLike, model: nn.Module | None = None) -> BcosifiedModel:
+    """Read a B-cosified model that ``save_pretrained`` wrote.
+
+    Args:
+        folder: with model.safetensors and config.json.
+        model: needed only where config.json does not tell how to build the network (own classes): the *standard*
+            network of the same architecture, whatever its weights; it is not changed.
+
+    Returns:
+        The model as it was saved, in eval mode, on the CPU.
+
+    Raises:
+        FileNotFoundError: no such folder or files. ValueError: not a config of ours, a network that cannot be built
+            without ``model=``, or weights of another architecture (missing, unexpected and misshapen ones are named).
+
+    Example:
+        >>> model.save_pretrained("resnet18-bcos")
+        >>> model = bcosification.load("resnet18-bcos")
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    weights = folder / WEIGHTS_NAME
+    if not weights.is_file():
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        hint = f" ({', '.join(pickled)} may hold pickled objects and is not read)" if pickled else ""
+        raise FileNotFoundError(f"load: expected {WEIGHTS_NAME} in {folder}, found none{hint}")
+    state = read_weights(weights)
+    try:
+        options = Options(**{**config["options"], "logit_bias": config["logit_bias"]})
+        preprocessing = Preprocessing.from_dict(config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"load: expected {folder / CONFIG_NAME} as save_pretrained writes it, got {error!r}") from None
+    if model is None:
+        model = _build(config, folder)
+    check_convertible(model)
+    dtype = getattr(torch, config.get("dtype", "float32"))
+    if any(parameter.dtype != dtype for parameter in model.parameters()):
+        model = copy.deepcopy(model).to(dtype)
+    converted = convert(model, options, preprocessing, source=config.get("source"))
+    if config["num_classes"] is not None and converted.num_classes != config["num_classes"]:
+        reset_head(converted, config["num_classes"])
+    for name, value in config.get("layer_b", {}).items():
+        converted.get_submodule(name).set_b(value)
+    for name, value in state.items():
+        if name.endswith(".b"):
+            converted.get_submodule(name.removesuffix(".b")).set_b(nn.Parameter(value.clone()))
+    load_state(converted, state, str(weights))
+    config.pop("layer_b", None)
+    converted.config = config
+    return converted.eval()
+
+
+def read_config(folder: str | os.PathLike) -> dict[str, Any]:
+    """config.json of a folder that ``save_pretrained`` wrote, checked."""
+    path = Path(folder) / CONFIG_NAME
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"load: expected a folder written by save_pretrained, got {str(folder)!r}")
+    if not path.is_file():
+        raise FileNotFoundError(f"load: expected {CONFIG_NAME} in {folder}, found none")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"load: expected {path} to be JSON, got {error}") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        got = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"load: expected {path} with format {FORMAT}, got {got!r}")
+    return config
+
+
+def _build(config: dict[str, Any], folder: Path) -> nn.Module:
+    """The standard network that config.json describes, with random weights."""
+    family = next((family for family in FAMILIES.values() if family.name == config.get("family")), None)
+    if family is not None and config.get("architecture"):
+        return family.build(config["architecture"])
+    if config.get("source"):
+        from bcosification.convert.resolver import resolve
+
+        return resolve(config["source"], pretrained=False, num_classes=config["num_classes"])[0]
+    raise ValueError(
+        f"load: {folder} holds a {config.get('class')}, which cannot be built from its config: "
+        "expected model=, the standard network of that class, got None"
+    )
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """Copy ``state`` into ``model``, all of it.
+
+    Raises:
+        ValueError: naming what is missing, left over or of another shape; ``model`` may then be filled in part.
+    """
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        own = model.state_dict()
+        problems = [
+            ("missing", sorted(set(own) - set(state))),
+            ("unexpected", sorted(set(state) - set(own))),
+            (
+                "other shape",
+                [
+                    f"{name}: expected {tuple(own[name].shape)}, got {tuple(state[name].shape)}"
+                    for name in sorted(set(own) & set(state))
+                    if own[name].shape != state[name].shape
+                ],
+            ),
+        ]
+        listed = [f"{label} ({len(names)}): {_shortened(names)}" for label, names in problems if names]
+        raise ValueError(
+            f"{origin}: expected weights of {type(model).__name__}, got another architecture's:\n  "
+            + "\n  ".join(listed or [str(error)])
+        ) from None
+
+
+def _shortened(names: list[str], most: int = 6) -> str:
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a weights file, by name. Nothing in the file is executed.
+
+    Takes safetensors, and files of ``torch.save`` that hold tensors only; a "state_dict" or "model" entry is unpacked.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: a pickle with other objects than tensors, a truncated file, or one
+            without tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a weights file, found none at {str(path)!r}")
+    if path.suffix == ".safetensors":
+        library = _safetensors()
+        try:
+            return library.torch.load_file(str(path))
+        except (library.SafetensorError, ValueError, RuntimeError, OSError) as error:
+            raise ValueError(f"{path}: expected a safetensors file, got one that cannot be read: {error}") from None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{path}: expected a file of tensors (safetensors, or torch.save of a state_dict), got a pickle with other "
+            f"objects, which could run code when it is read, so it is refused: {reason}"
+        ) from None
+    except (RuntimeError, EOFError, OSError, KeyError, zipfile.BadZipFile, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected a file of tensors, got one that cannot be read: {error}") from None
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: expected tensors by name, got {type(content).__name__}")
+    state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if not state:
+        raise ValueError(f"{path}: expected tensors by name, got {len(content)} entries without a tensor")
+    return state

@@ -1,0 +1,378 @@
+"""``bcosify``: a standard network into a B-cosified one that starts from its weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import nn
+
+from bcosification.convert.blocks import fuse_blocks
+from bcosification.convert.families import Family, family_of, original_class
+from bcosification.convert.preprocessing import Preprocessing, detect, with_statistics
+from bcosification.convert.rules import (
+    COMPOSITES,
+    NoRule,
+    Options,
+    double_input_channels,
+    find_rule,
+    remove_biases,
+    type_name,
+)
+from bcosification.convert.wrapper import BcosifiedModel, auto_logit_bias
+
+FORMAT = 1
+"""Version of the layout of ``BcosifiedModel.config`` (and so of config.json)."""
+
+_CHOICES = {
+    "bias": ("remove", "keep", "decay"),
+    "pool": ("average", "keep"),
+    "head": ("before_pool", "keep"),
+    "activation": ("keep", "remove"),
+    "on_unknown": ("error", "keep"),
+}
+
+_WRAPPERS = {
+    "torch.nn.parallel.distributed.DistributedDataParallel": "its .module",
+    "torch.nn.parallel.data_parallel.DataParallel": "its .module",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "the model before it was sharded",
+    "torch._dynamo.eval_frame.OptimizedModule": "its ._orig_mod, and compile the converted model",
+    "torch.fx.graph_module.GraphModule": "the model before it was traced",
+}
+
+
+def bcosify(
+    model: nn.Module,
+    *,
+    b: float = 2.0,
+    bias: str = "remove",
+    pool: str = "average",
+    head: str = "before_pool",
+    activation: str = "keep",
+    normalize_weight: bool = False,
+    inverse: bool = True,
+    normalize_input: bool = True,
+    logit_bias: str | float | None = "auto",
+    mean: Sequence[float] | float | None = None,
+    std: Sequence[float] | float | None = None,
+    on_unknown: str = "error",
+) -> BcosifiedModel:
+    """Convert a standard model into a B-cos model that starts from its weights. ``model`` itself is left alone.
+
+        linear, convolution  ->  B-cos layer with the same weight          (first one: [W, -W] / 2 on [x, 1 - x])
+        BatchNorm            ->  x / sqrt(running_var + eps) * w + bias - running_mean / sqrt(running_var + eps) * w
+        max pooling          ->  average pooling; classifier -> 1x1 B-cos convolution before global pooling
+
+    With b=1, bias="keep" and pool="keep" the logits in eval mode are those of ``model`` on normalised images.
+
+    Args:
+        model: a standard network; torchvision's ResNet, DenseNet and VisionTransformer families and nn.Sequential are
+            known whole, other classes are converted layer by layer with head="keep".
+        b: exponent of all B-cos layers, a number >= 1, default 2.
+        bias: "remove" all biases (default), "keep" them, or "decay": kept now, to be removed during training
+            (``BcosifiedModel.remove_biases``).
+        pool: max pooling becomes "average" pooling of the same kernel (default), or is kept ("keep").
+        head: the classifier runs "before_pool" as a 1x1 layer (default; on the class token where there is one), or
+            stays where it is ("keep").
+        activation: "keep" ReLU and GELU (default) or "remove" them (B-cos v2).
+        normalize_weight: B-cos layers divide weights by their norm (B-cos v2); default False.
+        inverse: encode images as [x, 1 - x] (default True).
+        normalize_input: normalise by mean and std inside the model (default True).
+        logit_bias: number added to all logits, None, or "auto" (default): -log(classes - 1) unless bias="keep".
+        mean, std: per channel for images in [0, 1]; default: those of timm's pretrained_cfg, open_clip's preprocessing
+            or ImageNet's for torchvision's models. Required for other models.
+        on_unknown: layers without a rule: "error" (default) names them all, "keep" leaves them as they are.
+
+    Returns:
+        A new BcosifiedModel on the same device, in the same dtype and train/eval mode. It takes images (N, 3, H, W) in
+        [0, 1] or encoded ones (N, 6, H, W) (C and 2C in general). Nothing is shared with ``model``.
+
+    Raises:
+        TypeError: not a module, or a wrapper (DataParallel, compiled, scripted): give it the model inside.
+        ValueError: an unknown option, unknown mean and std, layers without a rule, tied parameters, a model that is
+            B-cos already.
+
+    Source: B-cosification (Arya, Rao, Boehle, Schiele, 2024), section 3.
+
+    Example:
+        >>> model = bcosify(torchvision.models.resnet18(weights="DEFAULT"))
+        >>> model(torch.rand(1, 3, 224, 224)).shape
+        torch.Size([1, 1000])
+    """
+    check_convertible(model)
+    options = check_options(
+        b=b,
+        bias=bias,
+        pool=pool,
+        head=head,
+        activation=activation,
+        normalize_weight=normalize_weight,
+        inverse=inverse,
+        normalize_input=normalize_input,
+        logit_bias=logit_bias,
+        on_unknown=on_unknown,
+    )
+    family = family_of(model)
+    source = getattr(model, "bcosification_source", None) or {}
+    size = family.input_size(model)
+    if source.get("preprocessing"):
+        found = Preprocessing.from_dict(source["preprocessing"])
+    else:
+        found = detect(model, family.preprocessing, size)
+    preprocessing = with_statistics(found, mean, std, size)
+    return convert(model, options, preprocessing, source=source.get("spec"))
+
+
+def check_options(**given: Any) -> Options:
+    """The options of ``bcosify``, checked."""
+    for name, choices in _CHOICES.items():
+        if given[name] not in choices:
+            expected = ", ".join(repr(choice) for choice in choices)
+            raise ValueError(f"bcosify: expected {name} to be one of {expected}, got {given[name]!r}")
+    b = given["b"]
+    if isinstance(b, bool) or not isinstance(b, Real):
+        raise TypeError(f"bcosify: expected b to be a number, got {type(b).__name__} {b!r}")
+    if not 1 <= b < math.inf:
+        raise ValueError(f"bcosify: expected b >= 1 and finite, got {b}")
+    logit_bias = given["logit_bias"]
+    if isinstance(logit_bias, Real) and not isinstance(logit_bias, bool):
+        if not math.isfinite(logit_bias):
+            raise ValueError(f"bcosify: expected logit_bias to be finite, got {logit_bias}")
+        given["logit_bias"] = float(logit_bias)
+    elif logit_bias not in ("auto", None):
+        raise ValueError(f"bcosify: expected logit_bias to be 'auto', None or a number, got {logit_bias!r}")
+    for name in ("normalize_weight", "inverse", "normalize_input"):
+        if not isinstance(given[name], bool):
+            raise TypeError(f"bcosify: expected {name} to be True or False, got {given[name]!r}")
+    return Options(**{**given, "b": float(b)})
+
+
+def check_convertible(model: nn.Module) -> None:
+    """Raise, naming the reason, for what is no standard network: wrappers, B-cos models, tied parameters."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"bcosify: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, BcosifiedModel):
+        raise ValueError("bcosify: expected a standard model, got one that is already B-cosified")
+    for name, module in model.named_modules():
+        place = f"submodule {name!r} is" if name else "got"
+        kind = type_name(type(module))
+        instead = _WRAPPERS.get(kind)
+        if isinstance(module, torch.jit.ScriptModule):
+            instead = "the model before it was scripted"
+        if instead is not None:
+            raise TypeError(f"bcosify: expected a plain model, {place} {kind}; convert {instead}")
+        if hasattr(module, "set_explanation_mode"):
+            raise ValueError(f"bcosify: expected a standard model, {place} {kind}, which is B-cos already")
+    owners: dict[Any, str] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            full = f"{module_name}.{name}" if module_name else name
+            keys: list[Any] = [id(parameter)]
+            if parameter.numel() and parameter.device.type != "meta":
+                keys.append((str(parameter.device), parameter.data_ptr(), parameter.shape))
+            for key in keys:
+                if owners.setdefault(key, full) != full:
+                    raise ValueError(
+                        f"bcosify: expected every layer to have its own parameters, got {owners[key]!r} and {full!r}, "
+                        "which are one tensor (tied weights)"
+                    )
+
+
+@dataclass
+class _Walk:
+    """Replaces layers by their rules, depth first, and keeps account of it."""
+
+    options: Options
+    additive: set[str]
+    done: dict[int, nn.Module] = field(default_factory=dict)
+    applied: list[dict[str, str]] = field(default_factory=list)
+    unknown: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def replace(self, module: nn.Module, name: str) -> nn.Module:
+        if id(module) in self.done:  # one layer registered in several places stays one layer
+            return self.done[id(module)]
+        new = self._replace(module, name)
+        self.done[id(module)] = new
+        return new
+
+    def _replace(self, module: nn.Module, name: str) -> nn.Module:
+        kind = type_name(original_class(module))
+        if kind in COMPOSITES:
+            self.unknown.append((name, kind, COMPOSITES[kind]))
+            return module
+        rule = find_rule(module)
+        if rule is not None:
+            try:
+                hooks = [*module._forward_hooks, *module._forward_pre_hooks, *module._backward_hooks]
+                if hooks:
+                    raise NoRule("it has hooks (weight_norm and spectral_norm are such), which a new layer would lose")
+                new = rule(module, self.options)
+            except NoRule as reason:
+                self.unknown.append((name, kind, str(reason)))
+                return module
+            self.applied.append({"name": name, "was": kind, "becomes": type_name(type(new))})
+            return new
+        own = [
+            parameter
+            for parameter in module._parameters
+            if module._parameters[parameter] is not None and _join(name, parameter) not in self.additive
+        ]
+        if own:
+            self.unknown.append((name, kind, f"it holds the parameters {', '.join(own)}"))
+        elif not module._modules and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            self.unknown.append((name, kind, "no rule for this type"))
+        for child_name, child in module._modules.items():
+            if child is not None:
+                module._modules[child_name] = self.replace(child, _join(name, child_name))
+        return module
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def convert(
+    model: nn.Module, options: Options, preprocessing: Preprocessing, *, source: str | None = None, blocks: bool = True
+) -> BcosifiedModel:
+    """The conversion itself, on a copy of ``model``, with checked options. ``blocks=False`` leaves blocks unfused."""
+    family = family_of(model)
+    config = {
+        "format": FORMAT,
+        "class": type_name(type(model)),
+        "family": family.name,
+        "architecture": describe(family, model),
+        "source": source,
+        "dtype": str(next((p.dtype for p in model.parameters()), torch.get_default_dtype())).removeprefix("torch."),
+        "options": asdict(options),
+    }
+    input_name, head_name = family.input_layer(model), family.head(model)
+    moves = options.head == "before_pool" and head_name is not None and family.moves_head(model)
+    preprocessing = _check_channels(model, input_name, options, preprocessing)
+
+    network = copy.deepcopy(model)
+    network.__dict__.pop("bcosification_source", None)
+    classes = None
+    if head_name is not None:
+        classes = _check_head(network, head_name, moves)
+    network = family.prepare(network, options, moves)
+    if options.inverse:
+        try:
+            double_input_channels(network.get_submodule(input_name))
+        except NoRule as reason:
+            raise ValueError(f"bcosify: layer {input_name!r}: {reason}") from None
+    if moves:
+        network.set_submodule(head_name, _as_convolution(network.get_submodule(head_name)))
+
+    additive = family.additive_parameters(model)
+    walk = _Walk(options, set(additive))
+    network = walk.replace(network, "")
+    for entry in walk.applied:
+        if moves and entry["name"] == head_name:
+            entry["was"] = type_name(nn.Linear)
+    _report_unknown(walk.unknown, options)
+    if options.bias == "remove":
+        remove_biases(network)
+    if blocks:
+        fuse_blocks(network)
+
+    logit_bias = options.logit_bias
+    config |= preprocessing.to_dict()
+    config |= {
+        "num_classes": classes,
+        "head": head_name,
+        "head_before_pool": moves,
+        "logit_bias": auto_logit_bias(options.bias, classes) if logit_bias == "auto" else logit_bias,
+        "kept": [{"name": name, "type": kind, "reason": reason} for name, kind, reason in walk.unknown],
+    }
+    return BcosifiedModel(network, config, conversion=walk.applied, additive_parameters=additive)
+
+
+def describe(family: Family, model: nn.Module) -> dict[str, Any] | None:
+    """Arguments from which the family builds a model like this one, or None when it cannot."""
+    try:
+        architecture = family.architecture(model)
+        if architecture is None:
+            return None
+        with torch.device("meta"):
+            rebuilt = family.build(architecture)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ImportError):
+        return None  # a model of this class, changed by hand
+    same = repr(rebuilt) == repr(model)
+    return architecture if same else None
+
+
+def _check_channels(
+    model: nn.Module, input_name: str | None, options: Options, preprocessing: Preprocessing
+) -> Preprocessing:
+    if input_name is None:
+        if options.inverse:
+            raise ValueError(
+                f"bcosify: expected a layer that reads the image (an nn.Conv2d), found none in {type(model).__name__}, "
+                "so its channels cannot be doubled: inverse=False converts without"
+            )
+        return preprocessing
+    layer, channels = model.get_submodule(input_name), len(preprocessing.mean)
+    if isinstance(layer, nn.Conv2d):
+        if channels == 1 < layer.in_channels:
+            repeated = layer.in_channels
+            return Preprocessing(
+                **{**vars(preprocessing), "mean": preprocessing.mean * repeated, "std": preprocessing.std * repeated}
+            )
+        matches, read = layer.in_channels == channels, layer.in_channels
+    elif isinstance(layer, nn.Linear):
+        matches, read = layer.in_features % channels == 0, layer.in_features
+    else:
+        raise ValueError(
+            f"bcosify: expected the layer that reads the image, {input_name!r}, to be an nn.Conv2d or nn.Linear, "
+            f"got {type(layer).__name__}"
+        )
+    if not matches:
+        raise ValueError(
+            f"bcosify: expected one mean and std per channel of {input_name!r}, which reads {read}, got {channels}"
+        )
+    return preprocessing
+
+
+def _check_head(network: nn.Module, name: str, moves: bool) -> int | None:
+    head = network.get_submodule(name)
+    if type(head) is nn.Linear:
+        return head.out_features
+    if moves:
+        raise ValueError(
+            f"bcosify: expected the classifier {name!r} to be an nn.Linear, got {type(head).__name__}; head='keep' "
+            "leaves it where it is"
+        )
+    return None
+
+
+def _as_convolution(head: nn.Linear) -> nn.Conv2d:
+    convolution = nn.Conv2d(
+        head.in_features, head.out_features, 1, bias=head.bias is not None, device="meta", dtype=head.weight.dtype
+    )
+    weight = head.weight.detach()[:, :, None, None]
+    convolution.weight = nn.Parameter(weight, requires_grad=head.weight.requires_grad)
+    convolution.bias = head.bias
+    return convolution.train(head.training)
+
+
+def _report_unknown(unknown: list[tuple[str, str, str]], options: Options) -> None:
+    if not unknown:
+        return
+    listed = "\n".join(f"  {name or '(the model)'}: {kind}: {reason}" for name, kind, reason in unknown)
+    if options.on_unknown == "error":
+        raise ValueError(
+            f"bcosify: expected a rule for every layer, got {len(unknown)} without one:\n{listed}\n"
+            "on_unknown='keep' leaves them as they are; convert.rules.rule and convert.families.register add rules"
+        )
+    warnings.warn(
+        f"bcosify: {len(unknown)} layers without a rule are kept as they are; explanations may not be exact:\n{listed}",
+        stacklevel=4,
+    )

@@ -1,0 +1,127 @@
+"""What a family tells, the table of families, and the means to change a model's forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from bcosification.convert.rules import Options, type_name
+
+
+class Family:
+    """What the conversion must know of one architecture. The base class serves models that no family knows.
+
+    Names are those of ``model.named_modules()`` and ``model.named_parameters()``. Nothing here may change the model,
+    except ``prepare``, which gets the copy that is being converted.
+    """
+
+    name = "generic"
+    preprocessing: str | None = None
+    """"imagenet": the library's weights were trained with ImageNet's mean and std."""
+
+    def input_layer(self, model: nn.Module) -> str | None:
+        """The layer that reads the image: a Conv2d, or a Linear on pixels with channels outermost. None: unknown."""
+        readers = [name for name, module in model.named_modules() if type(module) is nn.Conv2d]
+        return readers[0] if readers else None
+
+    def head(self, model: nn.Module) -> str | None:
+        """The classifier, an nn.Linear whose outputs are the logits. None: the model has none."""
+        heads = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+        return heads[-1] if heads else None
+
+    def moves_head(self, model: nn.Module) -> bool:
+        """Whether global pooling comes before the head, so that head="before_pool" moves it."""
+        raise ValueError(
+            f"bcosify: no family knows the forward of {type_name(type(model))}, so its head cannot be moved before the "
+            "global pooling: expected head='keep', or a family registered for this class, got head='before_pool'"
+        )
+
+    def prepare(self, model: nn.Module, options: Options, head_moves: bool) -> nn.Module:
+        """Change the forward of the copy where replacing layers is not enough; returns the model to convert."""
+        return model
+
+    def additive_parameters(self, model: nn.Module) -> list[str]:
+        """Parameters that are no layer's and are added to the activations (or put beside them), leading dim 1."""
+        return []
+
+    def input_size(self, model: nn.Module) -> tuple[int, int] | None:
+        """Height and width the model was made for, when it is known."""
+        return None
+
+    def architecture(self, model: nn.Module) -> dict[str, Any] | None:
+        """Arguments (JSON) from which ``build`` makes a model of the same structure. None: not possible."""
+        return None
+
+    def build(self, architecture: dict[str, Any]) -> nn.Module:
+        """A model with random weights, from what ``architecture`` returned."""
+        raise NotImplementedError(f"{self.name}: models of this family are not built from a description")
+
+
+FAMILIES: dict[str, Family] = {}
+"""Dotted class name -> its family."""
+
+
+def register(*class_names: str) -> Callable[[type[Family]], type[Family]]:
+    """Register a family for models of exactly these classes (dotted names: the library need not be importable)."""
+
+    def decorate(family: type[Family]) -> type[Family]:
+        for class_name in class_names:
+            FAMILIES[class_name] = family()
+        return family
+
+    return decorate
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a model, by its exact class, or the generic one.
+
+    A subclass counts as its base when it defines no method but ``__init__``: then it computes what the base computes.
+    """
+    for kind in type(model).__mro__:
+        if type_name(kind) in FAMILIES:
+            return FAMILIES[type_name(kind)]
+        if any(callable(value) and not name.startswith("__") for name, value in vars(kind).items()):
+            break
+    return Family()
+
+
+class HeadBeforePool:
+    """Base of the mixins that replace a model's forward; see ``change_class``."""
+
+    _original_class: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # The class is made at run time: pickle and deepcopy make it again from its two parents.
+        mixin = type(self).__mro__[1]
+        return _rebuild, (mixin, self._original_class), self.__dict__
+
+
+_changed: dict[tuple[type, type], type] = {}
+
+
+def _changed_class(mixin: type, original: type) -> type:
+    if (mixin, original) not in _changed:
+        namespace = {"_original_class": original, "__module__": mixin.__module__}
+        _changed[mixin, original] = type(original.__name__, (mixin, original), namespace)
+    return _changed[mixin, original]
+
+
+def _rebuild(mixin: type, original: type) -> nn.Module:
+    kind = _changed_class(mixin, original)
+    return kind.__new__(kind)
+
+
+def change_class(model: nn.Module, mixin: type[HeadBeforePool]) -> nn.Module:
+    """Make ``model`` an instance of a subclass of its class in which ``mixin``'s methods come first, in place.
+
+    Children, parameters and names stay as they are.
+    """
+    model.__class__ = _changed_class(mixin, type(model))
+    return model
+
+
+def original_class(model: nn.Module) -> type[nn.Module]:
+    """The class a model had before ``change_class``."""
+    return getattr(type(model), "_original_class", type(model))

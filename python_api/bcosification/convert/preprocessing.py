@@ -1,0 +1,238 @@
+"""How a model wants its images: mean, std, size and crop, where they are known from, and the transform they make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What happens to an image before the network.
+
+    Attributes:
+        mean, std: per channel, for values in [0, 1].
+        input_size: (height, width) of the network's input; None: not known, images keep their size.
+        resize: shorter side, in pixels, that images are resized to before the central crop; None: no resizing.
+            ``crop="squash"`` resizes to ``input_size`` whatever the aspect ratio.
+        crop: "center" or "squash".
+        interpolation: "nearest", "bilinear", "bicubic" or "lanczos".
+        origin: where this comes from, in words.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    input_size: tuple[int, int] | None = None
+    resize: int | None = None
+    crop: str = "center"
+    interpolation: str = "bilinear"
+    origin: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types, the keys of ``BcosifiedModel.config``."""
+        return {
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "input_size": None if self.input_size is None else list(self.input_size),
+            "resize": self.resize,
+            "crop": self.crop,
+            "interpolation": self.interpolation,
+            "preprocessing_origin": self.origin,
+        }
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> Preprocessing:
+        """The inverse of ``to_dict``; other keys are ignored."""
+        size = config.get("input_size")
+        return cls(
+            mean=tuple(float(value) for value in config["mean"]),
+            std=tuple(float(value) for value in config["std"]),
+            input_size=None if size is None else (int(size[0]), int(size[1])),
+            resize=config.get("resize"),
+            crop=config.get("crop", "center"),
+            interpolation=config.get("interpolation", "bilinear"),
+            origin=config.get("preprocessing_origin", ""),
+        )
+
+
+def _interpolation(name: Any) -> str:
+    name = str(getattr(name, "value", name)).lower()
+    return name if name in INTERPOLATIONS else "bicubic"
+
+
+def from_timm(config: Any) -> Preprocessing:
+    """From timm's ``pretrained_cfg`` (a dict or an object with ``to_dict``)."""
+    values = config if isinstance(config, dict) else config.to_dict()
+    height, width = values["input_size"][-2:]
+    crop_mode = values.get("crop_mode") or "center"
+    crop = values.get("crop_pct") or 0.875
+    squash = crop_mode == "squash"
+    return Preprocessing(
+        tuple(values["mean"]),
+        tuple(values["std"]),
+        (height, width),
+        None if squash else math.floor(min(height, width) / crop),
+        "squash" if squash else "center",
+        _interpolation(values.get("interpolation", "bicubic")),
+        "timm pretrained_cfg",
+    )
+
+
+def from_open_clip(config: dict[str, Any]) -> Preprocessing:
+    """From open_clip's ``preprocess_cfg`` (of a visual tower)."""
+    size = config["size"]
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    squash = config.get("resize_mode") == "squash"
+    return Preprocessing(
+        tuple(config["mean"]),
+        tuple(config["std"]),
+        (height, width),
+        None if squash else min(height, width),
+        "squash" if squash else "center",
+        _interpolation(config.get("interpolation", "bicubic")),
+        "open_clip preprocess_cfg",
+    )
+
+
+def from_torchvision(transforms: Any, origin: str) -> Preprocessing:
+    """From a torchvision weight entry's ``transforms()`` (its ImageClassification preset)."""
+    crop, resize = transforms.crop_size[0], transforms.resize_size[0]
+    return Preprocessing(
+        tuple(transforms.mean),
+        tuple(transforms.std),
+        (crop, crop),
+        resize,
+        "center",
+        _interpolation(transforms.interpolation),
+        origin,
+    )
+
+
+def imagenet(size: tuple[int, int] | None) -> Preprocessing:
+    """torchvision's ImageNet evaluation: resize to 256/224 of the size (default 224), central crop."""
+    size = size or (224, 224)
+    return Preprocessing(
+        IMAGENET_MEAN, IMAGENET_STD, size, round(min(size) * 256 / 224), origin="ImageNet (torchvision)"
+    )
+
+
+def detect(model: nn.Module, known: str | None, size: tuple[int, int] | None) -> Preprocessing | None:
+    """What the model itself tells: timm's pretrained_cfg, open_clip's preprocess_cfg, or what its family knows."""
+    config = getattr(model, "pretrained_cfg", None)
+    if config and (config if isinstance(config, dict) else config.to_dict()).get("mean"):
+        return from_timm(config)
+    for tower in (model, getattr(model, "visual", None)):
+        config = getattr(tower, "preprocess_cfg", None)
+        if isinstance(config, dict) and "mean" in config:
+            return from_open_clip(config)
+        mean, std = getattr(tower, "image_mean", None), getattr(tower, "image_std", None)
+        if mean is not None and std is not None:
+            return Preprocessing(tuple(mean), tuple(std), size, None, origin="open_clip image_mean, image_std")
+    return imagenet(size) if known == "imagenet" else None
+
+
+def with_statistics(
+    found: Preprocessing | None,
+    mean: Sequence[float] | float | None,
+    std: Sequence[float] | float | None,
+    size: tuple[int, int] | None,
+) -> Preprocessing:
+    """``found`` with the mean and std that the caller gives, if any; ValueError when neither knows them."""
+    if found is None and (mean is None or std is None):
+        raise ValueError(
+            "bcosify: expected mean= and std= (per channel, of images in [0, 1]): this model does not tell how its "
+            f"images are normalised, got mean={mean} and std={std}"
+        )
+    given = [name for name, value in (("mean", mean), ("std", std)) if value is not None]
+    mean = _per_channel("mean", found.mean if mean is None else mean)
+    std = _per_channel("std", found.std if std is None else std)
+    if len(mean) != len(std):
+        raise ValueError(f"bcosify: expected as many values in mean as in std, got {len(mean)} and {len(std)}")
+    if not all(value > 0 for value in std):
+        raise ValueError(f"bcosify: expected std > 0, got {std}")
+    if found is None:
+        return Preprocessing(mean, std, size, None, origin="given: mean, std")
+    origin = f"{found.origin}; given: {', '.join(given)}" if given else found.origin
+    return replace(found, mean=mean, std=std, origin=origin)
+
+
+def _per_channel(name: str, values: Any) -> tuple[float, ...]:
+    if isinstance(values, Tensor):
+        values = values.flatten().tolist()
+    if isinstance(values, (int, float)):
+        values = [values]
+    values = tuple(float(value) for value in values)
+    if not values or not all(math.isfinite(value) for value in values):
+        raise ValueError(f"bcosify: expected {name} to be one finite number per channel, got {values}")
+    return values
+
+
+class ImageTransform:
+    """PIL image -> float32 tensor (C, H, W) in [0, 1], resized and cropped as the model's weights expect.
+
+    The same steps as torchvision's evaluation presets (antialiased resizing of the shorter side, central crop), on PIL
+    alone, without the normalisation: that happens inside the model. Images smaller than the crop are padded with 0.
+
+    Example:
+        >>> from PIL import Image
+        >>> images = model.transform(Image.open("goldfinch.png")).unsqueeze(0)
+    """
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self.preprocessing = preprocessing
+
+    def __call__(self, image: Any) -> Tensor:
+        try:
+            from PIL import Image
+        except ImportError as error:
+            raise RuntimeError("transform: needs Pillow: pip install 'bcos-kernels[explain]'") from error
+        import numpy
+
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"transform: expected a PIL image, got {type(image).__name__}")
+        p = self.preprocessing
+        image = image.convert("L" if len(p.mean) == 1 else "RGB")
+        method = getattr(Image.Resampling, p.interpolation.upper())
+        if p.crop == "squash" and p.input_size is not None:
+            image = image.resize((p.input_size[1], p.input_size[0]), method)
+        elif p.resize is not None:
+            image = image.resize(_shorter_side(image.size, p.resize), method)
+        pixels = torch.from_numpy(numpy.array(image))
+        pixels = pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+        if p.input_size is not None:
+            pixels = _center_crop(pixels, *p.input_size)
+        return pixels.contiguous().to(torch.float32) / 255
+
+    def __repr__(self) -> str:
+        p = self.preprocessing
+        return f"ImageTransform(resize={p.resize}, crop={p.crop!r}, size={p.input_size}, {p.interpolation})"
+
+
+def _shorter_side(size: tuple[int, int], target: int) -> tuple[int, int]:
+    width, height = size
+    short, long = min(size), max(size)
+    long = int(target * long / short)
+    return (target, long) if width <= height else (long, target)
+
+
+def _center_crop(pixels: Tensor, height: int, width: int) -> Tensor:
+    missing_rows, missing_columns = max(height - pixels.shape[1], 0), max(width - pixels.shape[2], 0)
+    if missing_rows or missing_columns:
+        left, top = missing_columns // 2, missing_rows // 2
+        padding = (left, missing_columns - left, top, missing_rows - top)
+        pixels = nn.functional.pad(pixels, padding)
+    top = round((pixels.shape[1] - height) / 2)
+    left = round((pixels.shape[2] - width) / 2)
+    return pixels[:, top : top + height, left : left + width]

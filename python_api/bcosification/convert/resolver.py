@@ -1,0 +1,298 @@
+"""One resolver of model names, for the commands and for ``load``.
+
+    torchvision:NAME, NAME      torchvision's classification models
+    timm:NAME                   timm
+    open_clip:NAME/TAG          open_clip, weights TAG
+    FOLDER                      written by save_pretrained: a B-cosified model
+    FILE (with arch=SPEC)       weights of a standard model
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+from torch import Tensor, nn
+
+from bcosification.convert.checkpoints import CONFIG_NAME, load, load_state, read_weights
+from bcosification.convert.families import family_of
+from bcosification.convert.preprocessing import detect, from_torchvision
+from bcosification.convert.wrapper import BcosifiedModel, reset_head
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+
+
+def resolve(
+    spec: str,
+    *,
+    arch: str | None = None,
+    num_classes: int | None = None,
+    pretrained: bool = True,
+    weights: str | None = None,
+    model: nn.Module | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that a name, folder or file stands for.
+
+    Args:
+        spec: see the module's docstring.
+        arch: the name of the architecture, when ``spec`` is a weights file.
+        num_classes: outputs of the head; another number than the weights have gives a new head with random weights.
+        pretrained: False gives random weights (names only).
+        weights: which weights: an entry of torchvision's enum ("IMAGENET1K_V1"), or a weights file.
+        model: a network of an own class, for folders and files that cannot name theirs; it is not changed.
+
+    Returns:
+        The model in eval mode, and what it is: a dict with "spec", "library", "name", "weights" (None: random),
+        "num_classes", "converted" (whether it is a B-cosified one) and "preprocessing" (mean, std, input_size, resize,
+        crop, interpolation; None when unknown).
+
+    Raises:
+        ValueError: an unknown name (near ones are listed), arguments that do not fit the kind of spec, weights of
+            another architecture. FileNotFoundError: no such file or folder. RuntimeError: a library that is not
+            installed, weights that cannot be downloaded.
+
+    Example:
+        >>> network, info = resolve("torchvision:resnet18", num_classes=10)
+    """
+    if not isinstance(spec, str) or not spec:
+        raise TypeError(f"resolve: expected a name, folder or file, got {spec!r}")
+    if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
+        raise ValueError(f"resolve: expected num_classes to be an int >= 1, got {num_classes!r}")
+    path = Path(spec).expanduser()
+    library, _, name = spec.partition(":")
+    if library in LIBRARIES and name:
+        kind = "name"
+    elif path.is_dir() and ((path / CONFIG_NAME).is_file() or _looks_like_path(spec)):
+        kind = "folder"
+    elif path.is_file() or _looks_like_path(spec):
+        kind = "file"
+    else:
+        kind, library, name = "name", "torchvision", spec
+    if kind == "folder":
+        return _from_folder(path, num_classes, model, {"arch": arch, "weights": weights})
+    if kind == "file":
+        if not path.exists():
+            raise FileNotFoundError(f"resolve: expected a folder or file, found none at {spec!r}")
+        return _from_file(path, arch, num_classes, model)
+    if arch is not None:
+        raise ValueError(f"resolve: expected arch= with a weights file only, got {spec!r} and arch={arch!r}")
+    if model is not None:
+        raise ValueError(f"resolve: expected model= with a folder or file only, got {spec!r}")
+    if weights is not None and (Path(weights).expanduser().is_file() or _looks_like_path(weights)):
+        return _from_file(Path(weights).expanduser(), spec, num_classes, None)
+    network, info = LIBRARIES[library](name, num_classes, pretrained, weights)
+    return _described(network, f"{library}:{name}", info)
+
+
+def _looks_like_path(text: str) -> bool:
+    return text.endswith(SUFFIXES) or text.startswith(("/", "./", "../", "~")) or text.endswith("/")
+
+
+def _described(network: nn.Module, spec: str, info: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    family = family_of(network)
+    preprocessing = info.pop("preprocessing", None) or detect(network, family.preprocessing, family.input_size(network))
+    head = _head(network)
+    info = {
+        "spec": spec,
+        **info,
+        "num_classes": None if head is None else head.out_features,
+        "converted": False,
+        "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
+    }
+    # bcosify reads this: which weights' preprocessing it is, and by what name ``load`` builds the network again.
+    network.bcosification_source = {"spec": spec, "preprocessing": info["preprocessing"]}
+    return network.eval(), info
+
+
+def _head(network: nn.Module) -> nn.Linear | None:
+    name = family_of(network).head(network)
+    head = None if name is None else network.get_submodule(name)
+    return head if isinstance(head, nn.Linear) else None
+
+
+def _new_head(network: nn.Module, num_classes: int, what: str) -> None:
+    name = family_of(network).head(network)
+    head = _head(network)
+    if head is None:
+        raise ValueError(f"resolve: {what}: expected a linear classifier to give num_classes={num_classes}, found none")
+    if head.out_features != num_classes:
+        fresh = nn.Linear(head.in_features, num_classes, bias=head.bias is not None)
+        network.set_submodule(name, fresh.to(head.weight))
+
+
+def _unknown(library: str, name: str, known: Iterable[str]) -> ValueError:
+    near = difflib.get_close_matches(name, list(known), n=5)
+    hint = f"; near: {', '.join(near)}" if near else ""
+    return ValueError(f"resolve: expected the name of a {library} model, got {name!r}{hint}")
+
+
+def _needs(library: str, package: str, error: ImportError) -> RuntimeError:
+    return RuntimeError(f"resolve: {library}: needs {package} ({error}): pip install 'bcos-kernels[train]'")
+
+
+def _undownloaded(spec: str, error: Exception) -> RuntimeError:
+    return RuntimeError(
+        f"resolve: {spec}: expected to download its weights, got {type(error).__name__}: {error}; "
+        "weights=FILE takes a file that is here, pretrained=False random weights"
+    )
+
+
+def _torchvision(
+    name: str, num_classes: int | None, pretrained: bool, weights: str | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise _needs("torchvision", "torchvision", error) from None
+    known = models.list_models(module=models)
+    if name not in known:
+        raise _unknown("torchvision", name, known)
+    entries = models.get_model_weights(name)
+    entry = None
+    if weights is not None:
+        try:
+            entry = entries[weights.rpartition(".")[2]]
+        except KeyError:
+            choices = ", ".join(entries.__members__)
+            raise ValueError(f"resolve: torchvision:{name}: expected weights {choices}, got {weights!r}") from None
+    elif pretrained:
+        entry = entries.DEFAULT if "DEFAULT" in entries.__members__ else next(iter(entries))
+    if entry is None:
+        arguments = {} if num_classes is None else {"num_classes": num_classes}
+        network = models.get_model(name, weights=None, **arguments)
+        return network, {"library": "torchvision", "name": name, "weights": None}
+    try:
+        network = models.get_model(name, weights=entry)
+    except (URLError, OSError, RuntimeError) as error:
+        raise _undownloaded(f"torchvision:{name}", error) from None
+    if num_classes is not None:
+        _new_head(network, num_classes, f"torchvision:{name}")
+    return network, {
+        "library": "torchvision",
+        "name": name,
+        "weights": str(entry),
+        "preprocessing": from_torchvision(entry.transforms(), str(entry)),
+    }
+
+
+def _timm(
+    name: str, num_classes: int | None, pretrained: bool, weights: str | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    try:
+        import timm
+    except ImportError as error:
+        raise _needs("timm", "timm", error) from None
+    if weights is not None:
+        raise ValueError(f"resolve: timm:{name}: expected the weights' tag in the name (NAME.TAG), got {weights!r}")
+    if not timm.is_model(name.partition(".")[0]):
+        raise _unknown("timm", name, timm.list_models())
+    arguments = {} if num_classes is None else {"num_classes": num_classes}
+    try:
+        network = timm.create_model(name, pretrained=pretrained, **arguments)
+    except (URLError, OSError) as error:
+        raise _undownloaded(f"timm:{name}", error) from None
+    except RuntimeError as error:
+        if "pretrained" in str(error).lower():
+            raise ValueError(f"resolve: timm:{name}: expected weights, or pretrained=False: {error}") from None
+        raise
+    return network, {"library": "timm", "name": name, "weights": name if pretrained else None}
+
+
+def _open_clip(
+    name: str, num_classes: int | None, pretrained: bool, weights: str | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise _needs("open_clip", "open_clip_torch", error) from None
+    if num_classes is not None or weights is not None:
+        raise ValueError(
+            f"resolve: open_clip:{name}: expected neither num_classes (it has no classifier) nor weights "
+            f"(the tag is in the name), got {num_classes} and {weights!r}"
+        )
+    architecture, _, tag = name.partition("/")
+    if architecture not in open_clip.list_models():
+        raise _unknown("open_clip", architecture, open_clip.list_models())
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if pretrained and tag not in tags:
+        raise ValueError(
+            f"resolve: open_clip:{name}: expected {architecture}/TAG with TAG one of {', '.join(tags)}, got {tag!r}"
+        )
+    try:
+        network = open_clip.create_model(architecture, pretrained=tag if pretrained else None)
+    except (URLError, OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        raise _undownloaded(f"open_clip:{name}", error) from None
+    return network, {"library": "open_clip", "name": name, "weights": tag if pretrained else None}
+
+
+LIBRARIES: dict[str, Callable[..., tuple[nn.Module, dict[str, Any]]]] = {
+    "torchvision": _torchvision,
+    "timm": _timm,
+    "open_clip": _open_clip,
+}
+"""Prefix of a spec -> function (name, num_classes, pretrained, weights) -> (model, info)."""
+
+
+def _from_folder(
+    folder: Path, num_classes: int | None, model: nn.Module | None, unused: dict[str, Any]
+) -> tuple[BcosifiedModel, dict[str, Any]]:
+    for name, value in unused.items():
+        if value is not None:
+            raise ValueError(f"resolve: {folder}: expected no {name}= with a folder, got {value!r}")
+    converted = load(folder, model=model)
+    if num_classes is not None and num_classes != converted.num_classes:
+        reset_head(converted, num_classes)
+    config = converted.config
+    return converted, {
+        "spec": str(folder),
+        "library": "bcosification",
+        "name": config.get("source") or config.get("class"),
+        "weights": str(folder),
+        "num_classes": converted.num_classes,
+        "converted": True,
+        "preprocessing": converted.transform.preprocessing.to_dict(),
+    }
+
+
+def _from_file(
+    path: Path, arch: str | None, num_classes: int | None, model: nn.Module | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    if (arch is None) == (model is None):
+        got = "neither" if arch is None else "both"
+        raise ValueError(f"resolve: {path}: expected arch=NAME or model= with a weights file, got {got}")
+    state = _common_layout(read_weights(path))
+    if any(name.startswith("model.") for name in state) and (path.parent / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"resolve: {path}: expected a standard model's weights, got a converted one's: give its folder"
+        )
+    if model is not None:
+        network = copy.deepcopy(model)
+        info: dict[str, Any] = {"library": type(model).__module__, "name": type(model).__qualname__}
+        spec = str(path)
+    else:
+        network, info = resolve(arch, pretrained=False)
+        spec = info["spec"]
+        name = family_of(network).head(network)
+        rows = state.get(f"{name}.weight")
+        if _head(network) is not None and rows is not None and rows.shape[0] != _head(network).out_features:
+            _new_head(network, rows.shape[0], str(path))
+        info = {"library": info["library"], "name": info["name"]}
+    load_state(network, state, str(path))
+    if num_classes is not None:
+        _new_head(network, num_classes, str(path))
+    return _described(network, spec, {**info, "weights": str(path)})
+
+
+def _common_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without DataParallel's prefix, and with the names that torchvision's published DenseNet files no longer have."""
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    pattern = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
+    return {pattern.sub(r"\1\2.", name): value for name, value in state.items()}

@@ -1,0 +1,205 @@
+"""The B-cosified model: encoding, normalisation, the converted network, the logit bias."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bcosification import nn as bnn
+from bcosification.convert.preprocessing import ImageTransform, Preprocessing
+from bcosification.convert.rules import remove_biases
+
+IN_RANGE = (-0.01, 1.01)
+
+
+class BcosifiedModel(nn.Module):
+    """A network converted by ``bcosify``.
+
+        x6 = torch.cat([images, 1 - images], dim=1)                 # add_inverse; 2C channels are taken as they are
+        z = (x6 - cat(mean, 1 - mean)) / cat(std, std)              # normalize
+        logits = model(z) + logit_bias
+
+    Args and shapes of the forward: images (N, C, H, W) in [0, 1] or already encoded (N, 2C, H, W); returns what the
+    network returns, for a classifier logits (N, classes). Values outside [-0.01, 1.01] warn once.
+
+    Attributes:
+        add_inverse, normalize, model, logit_bias: the four parts, nn.Identity where an option drops one.
+        config: what it was made of and with (JSON types): architecture, options, mean, std, input_size, num_classes …
+        conversion: one dict per layer that a rule was applied to: name, was, becomes.
+        additive_parameters: names of parameters of this module added to activations outside any layer.
+        transform: PIL image -> [0, 1] tensor (C, H, W) ready for the model.
+
+    Source: B-cosification (Arya, Rao, Boehle, Schiele, 2024), section 3.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: dict[str, Any],
+        *,
+        conversion: list[dict[str, str]] | None = None,
+        additive_parameters: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        options = config["options"]
+        preprocessing = Preprocessing.from_dict(config)
+        self.channels = len(preprocessing.mean)
+        self.add_inverse = bnn.AddInverse() if options["inverse"] else nn.Identity()
+        self.normalize = _normalize(preprocessing, options, model) if options["normalize_input"] else nn.Identity()
+        self.model = model
+        bias = config["logit_bias"]
+        self.logit_bias = nn.Identity() if bias is None else bnn.LogitBias(bias)
+        self.config = config
+        self.conversion = list(conversion or [])
+        self.additive_parameters = [f"model.{name}" for name in additive_parameters or []]
+        self._range_checked = False
+        for part in (self.add_inverse, self.normalize, self.logit_bias):
+            part.train(model.training)
+        self.training = model.training
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logit_bias(self.model(self.normalize(self.encode(images))))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) in [0, 1] as [x, 1 - x] (N, 2C, H, W); 2C channels, or ``inverse=False``: unchanged."""
+        self._check_images(images)
+        if images.shape[1] == self.channels:
+            return self.add_inverse(images)
+        return images
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of logits; None for a network without a head."""
+        return self.config["num_classes"]
+
+    @property
+    def transform(self) -> ImageTransform:
+        """PIL image -> float32 tensor (C, H, W) in [0, 1], resized and cropped as the weights expect."""
+        return ImageTransform(Preprocessing.from_dict(self.config))
+
+    def _check_images(self, images: Tensor) -> None:
+        encoded = 2 * self.channels if self.config["options"]["inverse"] else self.channels
+        expected = f"{self.channels}" if encoded == self.channels else f"{self.channels} or {encoded}"
+        if not isinstance(images, Tensor):
+            raise TypeError(f"BcosifiedModel: expected a tensor of images in [0, 1], got {type(images).__name__}")
+        if images.dim() != 4 or images.shape[1] not in (self.channels, encoded):
+            raise ValueError(
+                f"BcosifiedModel: expected images of shape (N, C, H, W) with C = {expected}, got {tuple(images.shape)}"
+            )
+        if not images.is_floating_point():
+            raise TypeError(f"BcosifiedModel: expected floating point images in [0, 1], got {images.dtype}")
+        if self._range_checked or torch.compiler.is_compiling() or not _values_readable(images):
+            return
+        if images.device.type != "cpu":
+            # Reading a value waits for the device, so only the first images are looked at.
+            self._range_checked = True
+        low, high = torch.aminmax(images.detach())
+        if low < IN_RANGE[0] or high > IN_RANGE[1]:
+            self._range_checked = True
+            warnings.warn(
+                f"BcosifiedModel: expected images in [0, 1], got values from {low:.3g} to {high:.3g}; they are "
+                "normalised inside the model (said once)",
+                stacklevel=4,
+            )
+
+    def reset_classifier(self, num_classes: int) -> BcosifiedModel:
+        """Replace the head by a new one with ``num_classes`` outputs and random weights, in place; returns self.
+
+        The new head has the old one's type, exponent and options. A logit bias that was set by "auto" becomes
+        -log(num_classes - 1).
+        """
+        return reset_head(self, num_classes)
+
+    def remove_biases(self) -> list[str]:
+        """Set the biases of all layers to None, in place, as after bias decay; returns their names.
+
+        The logit bias stays: it is a constant, no parameter.
+        """
+        removed = remove_biases(self.model)
+        self.config["options"]["bias"] = "remove"
+        return [f"model.{name}" for name in removed]
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write model.safetensors and config.json into ``folder``; ``bcosification.load(folder)`` reads them."""
+        from bcosification.convert.checkpoints import save_pretrained
+
+        save_pretrained(self, folder)
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"num_classes={c['num_classes']}, b={c['options']['b']}, bias={c['options']['bias']!r}"
+
+
+def _normalize(preprocessing: Preprocessing, options: dict[str, Any], model: nn.Module) -> nn.Module:
+    normalize = bnn.Normalize(preprocessing.mean, preprocessing.std, inverse=options["inverse"])
+    parameter = next(model.parameters(), torch.empty(0))
+    if parameter.dtype == torch.float64:
+        # In float64 from the start: 1 - mean rounded to float32 would not cancel against mean to 1e-10.
+        mean = torch.tensor(preprocessing.mean, dtype=torch.float64)
+        std = torch.tensor(preprocessing.std, dtype=torch.float64)
+        normalize.mean = torch.cat([mean, 1 - mean]) if options["inverse"] else mean
+        normalize.std = torch.cat([std, std]) if options["inverse"] else std
+    return normalize if parameter.is_meta else normalize.to(parameter.device)
+
+
+def _values_readable(images: Tensor) -> bool:
+    if images.numel() == 0 or images.is_meta or torch.jit.is_tracing():
+        return False
+    # Fake, functional and vmapped tensors have no values to look at; a stream being captured must not be waited for.
+    if type(images) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(images):
+        return False
+    return not (images.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def auto_logit_bias(bias: str, num_classes: int | None) -> float | None:
+    """-log(classes - 1) when biases go, else None (as with fewer than two classes)."""
+    if bias == "keep" or num_classes is None or num_classes < 2:
+        return None
+    return -math.log(num_classes - 1)
+
+
+def reset_head(model: BcosifiedModel, num_classes: int) -> BcosifiedModel:
+    """Give a B-cosified model a new B-cos head with random weights, in place.
+
+        head = model.model.get_submodule(model.config["head"])       # BcosConv2d (1x1) or BcosLinear
+
+    Args:
+        model: what ``bcosify`` or ``load`` returned.
+        num_classes: outputs of the new head, at least 1.
+
+    Returns:
+        ``model``. The head keeps its type, place, exponent, bias (or none) and dtype; weights are drawn as nn.Linear
+        draws them. A logit bias set by "auto" follows the number of classes.
+
+    Raises:
+        TypeError: ``model`` is not B-cosified. ValueError: num_classes < 1, or the model has no head.
+    """
+    if not isinstance(model, BcosifiedModel):
+        raise TypeError(f"reset_head: expected a model made by bcosify, got {type(model).__name__}")
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"reset_head: expected num_classes to be an int >= 1, got {num_classes!r}")
+    name = model.config["head"]
+    if name is None:
+        raise ValueError("reset_head: expected a model with a classification head, got one without")
+    old = model.model.get_submodule(name)
+    weight = old.weight.new_empty(num_classes * old.max_out, *old.weight.shape[1:])
+    new = copy.deepcopy(old)
+    new.weight = nn.Parameter(weight, requires_grad=old.weight.requires_grad)
+    if old.bias is not None:
+        new.bias = nn.Parameter(weight.new_empty(weight.shape[0]), requires_grad=old.bias.requires_grad)
+    setattr(new, "out_channels" if isinstance(new, bnn.BcosConv2d) else "out_features", num_classes)
+    new.reset_parameters()
+    model.model.set_submodule(name, new)
+    model.config["num_classes"] = num_classes
+    model.config.pop("class_names", None)  # those of the old head
+    if model.config["options"]["logit_bias"] == "auto":
+        bias = auto_logit_bias(model.config["options"]["bias"], num_classes)
+        model.config["logit_bias"] = bias
+        model.logit_bias = (nn.Identity() if bias is None else bnn.LogitBias(bias)).train(model.training)
+    return model
