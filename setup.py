@@ -196,7 +196,7 @@ def module_steps(compiler: list[str], work: Path, output: Path) -> list[Step]:
     import pybind11
 
     flags = [*CXX_FLAGS, *(f"-DBCOS_HAVE_{name.upper()}" for name in machine_instruction_sets() if name != "baseline")]
-    flags += [*QUOTED_INCLUDES, "-iquote", str(work)]
+    flags += ["-O1", *QUOTED_INCLUDES, "-iquote", str(work)]  # nothing here is called often; pybind11 compiles slowly
     flags += ["-isystem", pybind11.get_include(), "-isystem", str(include)]
     step = compile_step(compiler, ROOT / "csrc" / "module.cpp", work / "module.o", flags)
     return [step, Step(output, [step.output], link_command(compiler, output, [step.output], []))]
