@@ -89,10 +89,15 @@ class BcosLayer(DetachableModule):
         if isinstance(value, nn.Parameter):
             self.register_parameter("b", value)
         elif buffer or (buffer is None and isinstance(value, Tensor)):
-            weight = self.weight
-            if not isinstance(value, Tensor):
-                value = torch.full((), float(value))
-            self.register_buffer("b", value.detach().to(weight.device, weight.dtype, copy=True), persistent=False)
+            # At least float32: an exponent of 1.7 in bfloat16 is 1.703.
+            dtype = torch.promote_types(self.weight.dtype, torch.float32)
+            held = torch.empty((), dtype=dtype, device=self.weight.device)
+            with torch.no_grad():
+                if isinstance(value, Tensor):
+                    held.copy_(value)
+                else:
+                    held.fill_(value)
+            self.register_buffer("b", held, persistent=False)
         else:
             self.b = check_exponent(type(self).__name__, float(value))
 
