@@ -59,7 +59,10 @@ def _with_layout(t: Tensor, memory_format: torch.memory_format) -> Tensor:
     if not t.numel():
         return torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=memory_format)
     strides = torch.empty_strided((0,), (1,)).stride() if t.dim() == 0 else _strides(t.shape, memory_format)
-    return t if t.stride() == strides else t.as_strided(t.shape, strides)
+    if t.stride() == strides:
+        return t
+    # Same storage, but no view of t: autograd forbids in-place changes (`out += identity`) of a Function's view.
+    return t.new_empty((0,)).set_(t.untyped_storage(), t.storage_offset(), t.shape, strides)
 
 
 def _empty_layout(x: Tensor, shape, memory_format: torch.memory_format, dtype=None) -> Tensor:

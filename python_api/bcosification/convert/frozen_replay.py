@@ -156,10 +156,16 @@ def _dense(
 
 
 def _own_exponent(module: nn.Module) -> tuple[Any, bool]:
-    """(b, special): a number takes the special forms of B = 1 and 2, a tensor (clamped to >= 1) never does."""
+    """(b, special): a number takes the special forms of B = 1 and 2, a tensor (clamped to >= 1) never does.
+
+    b_loss, clamping and scale are what fused layers of the peers keep.
+    """
+    if getattr(module, "b_loss", False):
+        return module.b + 2, False
+    least = 1 + 1e-6 if getattr(module, "clamping", False) else 1
     if isinstance(module.b, Tensor):
-        return module.b.clamp(min=1), False
-    return module.b, True
+        return module.b.clamp(min=least), False
+    return max(module.b, least), True
 
 
 def _peer_exponent(module: nn.Module) -> tuple[Any, bool]:
@@ -173,7 +179,7 @@ def _peer_exponent(module: nn.Module) -> tuple[Any, bool]:
 
 def _own_conv2d(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
     weight = _unit_rows(module.weight) if module.normalize_weight else module.weight
-    return _conv(module, tape, x, weight, module.bias, *_own_exponent(module), own=True)
+    return _conv(module, tape, x, weight, module.bias, *_own_exponent(module), own=True) / getattr(module, "scale", 1)
 
 
 def _own_linear(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
@@ -471,6 +477,8 @@ class FrozenReplay:
         for module in self.model.modules():
             if hasattr(module, "set_explanation_mode"):
                 module.set_explanation_mode(False)  # the copy may have been made inside explanation mode
+            if getattr(module, "memory_efficient", False):
+                module.memory_efficient = False  # DenseNet's checkpoints would run parts a second time, out of order
             handler = _handler(module, own)
             if handler is not None:
                 module.forward = _bound(handler, module, self._tape)
