@@ -247,6 +247,8 @@ def _to_channels_last(weight: Tensor | None) -> None:
     whole = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
     if whole and not weight.is_shared():
         weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        if weight.grad is not None:  # a gradient that goes on being accumulated has to have the same layout
+            weight.grad = weight.grad.contiguous(memory_format=torch.channels_last)
 
 
 def fuse(model: nn.Module, *, blocks: bool = True, memory: str = "default") -> nn.Module:
