@@ -56,8 +56,10 @@ def batch_norm_statistics_kernel(
         count = tl.sum((start + tl.arange(0, BLOCK_M) < rows_in_split).to(tl.float32), axis=0)
         block_mean = tl.sum(x, axis=0) / count
         centred = tl.where(mask, x - block_mean[None, :], 0.0)
-        step = block_mean - mean
-        moment += tl.sum(centred * centred, axis=0) + step * step * (seen / (seen + count) * count)
+        slip = tl.sum(centred, axis=0) / count  # what rounding left of the mean
+        step = block_mean - mean + slip
+        block_moment = tl.sum(centred * centred, axis=0) - slip * slip * count
+        moment += block_moment + step * step * (seen / (seen + count) * count)
         mean += step * (count / (seen + count))
         seen += count
     offsets = tl.program_id(1) * C + channels

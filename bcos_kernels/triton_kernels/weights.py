@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .bcos_math import index64, widen
 
-BLOCK = 1024
+# rows and elements of a row that one program takes at a time
+BLOCK_U, BLOCK_K = 8, 256
 # about two waves of programs on the largest GPUs; a constant, so that the order of every sum is the same everywhere
 SPLIT_PROGRAMS = 256
 
@@ -28,24 +29,27 @@ def element_of_row(k, channels, S: tl.constexpr, stride_c, stride_r, stride_s):
 def weight_reciprocal_norm_kernel(
     out_ptr,
     w_ptr,
-    channels,
+    units, channels,
     stride_wu, stride_wc, stride_wr, stride_ws,
-    R: tl.constexpr, S: tl.constexpr, INDEX64: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, INDEX64: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Math: out_u = 1/‖w_u‖, and 0 for a row of norm 0.
 
-    Shapes: w (U, C, R, S) any strides; out (U,) float32. Grid: one program a row. Numerics: float32.
-    Traffic: reads w once, 2·U·C·R·S FLOPs.
+    Shapes: w (units, channels, R, S) any strides; out (units,) float32. Grid: BLOCK_U rows a program.
+    Numerics: float32. Traffic: reads w once, 2·units·channels·R·S FLOPs.
     """
-    row = widen(tl.program_id(0), INDEX64)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, R * S * channels, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        offset = row * stride_wu + element_of_row(k, channels, S, stride_wc, stride_wr, stride_ws)
-        w = tl.load(w_ptr + offset, mask=k < R * S * channels, other=0.0).to(tl.float32)
+    rows = widen(tl.program_id(0), INDEX64) * BLOCK_U + tl.arange(0, BLOCK_U)
+    row_mask = rows < units
+    size = R * S * channels
+    total = tl.zeros((BLOCK_U, BLOCK_K), dtype=tl.float32)
+    for start in range(0, size, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        element = element_of_row(k, channels, S, stride_wc, stride_wr, stride_ws)
+        offsets = (rows * stride_wu)[:, None] + element[None, :]
+        w = tl.load(w_ptr + offsets, mask=row_mask[:, None] & (k < size)[None, :], other=0.0).to(tl.float32)
         total += w * w
-    norm = tl.sqrt_rn(tl.sum(total, axis=0))
-    tl.store(out_ptr + row, tl.where(norm == 0, 0.0, 1 / tl.where(norm == 0, 1.0, norm)))
+    norm = tl.sqrt_rn(tl.sum(total, axis=1))
+    tl.store(out_ptr + rows, tl.where(norm == 0, 0.0, 1 / tl.where(norm == 0, 1.0, norm)), mask=row_mask)
 
 
 @triton.jit
@@ -55,52 +59,61 @@ def weight_gradient_kernel(
     units, channels, splits,
     stride_du, stride_dc, stride_dr, stride_ds,
     stride_wu, stride_wc, stride_wr, stride_ws,
-    R: tl.constexpr, S: tl.constexpr, NORMALIZE: tl.constexpr, INDEX64: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, INDEX64: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Math: dŵ = Σ over splits of partial; dw = dŵ, or (dŵ − ŵ(ŵ·dŵ))/‖w‖ if NORMALIZE; dbias likewise.
+    """Math: dŵ = Σ over splits of partial; dw = (dŵ − ŵ(ŵ·dŵ))/‖w‖, or dŵ if rnorm is None; dbias likewise.
 
-    Shapes: partial (splits, U, R·S·C) float32, dbias_partial (splits, U) float32 or None, w and dw (U, C, R, S) any
-    strides, rnorm (U,) float32. Grid: one program a row. Numerics: float32, fixed order.
-    Traffic: reads partial once (twice if NORMALIZE), writes dw once.
+    Shapes: partial (splits, units, R·S·channels) float32, dbias_partial (splits, units) float32 or None, w and dw (units,
+    channels, R, S) any strides, rnorm (units,) float32 or None. Grid: BLOCK_U rows a program.
+    Numerics: float32, fixed order. Traffic: reads partial once (twice with rnorm), writes dw once.
     """
-    row = widen(tl.program_id(0), INDEX64)
+    rows = widen(tl.program_id(0), INDEX64) * BLOCK_U + tl.arange(0, BLOCK_U)
+    row_mask = rows < units
     size = R * S * channels
-    projection = tl.zeros((BLOCK,), dtype=tl.float32)
-    rnorm = 1.0
-    if NORMALIZE:
-        rnorm = tl.load(rnorm_ptr + row)
-        for start in range(0, size, BLOCK):
-            k = start + tl.arange(0, BLOCK)
-            offset = row * stride_wu + element_of_row(k, channels, S, stride_wc, stride_wr, stride_ws)
-            w = tl.load(w_ptr + offset, mask=k < size, other=0.0).to(tl.float32)
+    rnorm = tl.zeros((BLOCK_U,), dtype=tl.float32)
+    along = tl.zeros((BLOCK_U,), dtype=tl.float32)
+    if rnorm_ptr is not None:
+        rnorm = tl.load(rnorm_ptr + rows, mask=row_mask, other=0.0)
+        for start in range(0, size, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            mask = row_mask[:, None] & (k < size)[None, :]
+            element = element_of_row(k, channels, S, stride_wc, stride_wr, stride_ws)
+            w = tl.load(w_ptr + ((rows * stride_wu)[:, None] + element[None, :]), mask=mask, other=0.0).to(tl.float32)
+            partial = partial_ptr + ((rows * size)[:, None] + k[None, :])
+            total = tl.zeros((BLOCK_U, BLOCK_K), dtype=tl.float32)
             for split in range(0, splits):
-                partial = partial_ptr + (widen(split * units, INDEX64) + row) * size + k
-                projection += tl.load(partial, mask=k < size, other=0.0) * (w * rnorm)
-    along = tl.sum(projection, axis=0)
-    for start in range(0, size, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        total = tl.zeros((BLOCK,), dtype=tl.float32)
+                total += tl.load(partial + widen(split * units, INDEX64) * size, mask=mask, other=0.0)
+            along += tl.sum(total * w, axis=1) * rnorm
+    for start in range(0, size, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        mask = row_mask[:, None] & (k < size)[None, :]
+        partial = partial_ptr + ((rows * size)[:, None] + k[None, :])
+        total = tl.zeros((BLOCK_U, BLOCK_K), dtype=tl.float32)
         for split in range(0, splits):
-            total += tl.load(partial_ptr + (widen(split * units, INDEX64) + row) * size + k, mask=k < size, other=0.0)
-        if NORMALIZE:
-            offset = row * stride_wu + element_of_row(k, channels, S, stride_wc, stride_wr, stride_ws)
-            w = tl.load(w_ptr + offset, mask=k < size, other=0.0).to(tl.float32)
-            total = (total - w * rnorm * along) * rnorm
-        offset = row * stride_du + element_of_row(k, channels, S, stride_dc, stride_dr, stride_ds)
-        tl.store(dw_ptr + offset, total, mask=k < size)
+            total += tl.load(partial + widen(split * units, INDEX64) * size, mask=mask, other=0.0)
+        if rnorm_ptr is not None:
+            element = element_of_row(k, channels, S, stride_wc, stride_wr, stride_ws)
+            w = tl.load(w_ptr + ((rows * stride_wu)[:, None] + element[None, :]), mask=mask, other=0.0).to(tl.float32)
+            total = (total - w * (rnorm * along)[:, None]) * rnorm[:, None]
+        element = element_of_row(k, channels, S, stride_dc, stride_dr, stride_ds)
+        tl.store(dw_ptr + ((rows * stride_du)[:, None] + element[None, :]), total, mask=mask)
     if dbias_ptr is not None:
-        dbias = 0.0
+        dbias = tl.zeros((BLOCK_U,), dtype=tl.float32)
         for split in range(0, splits):
-            dbias += tl.load(dbias_partial_ptr + split * units + row)
-        tl.store(dbias_ptr + row, dbias)
+            dbias += tl.load(dbias_partial_ptr + (split * units + rows), mask=row_mask, other=0.0)
+        tl.store(dbias_ptr + rows, dbias, mask=row_mask)
 
 
 def reciprocal_norms(weight: Tensor) -> Tensor:
     """1/‖w‖ of every row of a (U, C, R, S) weight, float32; 0 for a row of norm 0."""
     units, channels, r, s = weight.shape
     out = torch.empty((units,), dtype=torch.float32, device=weight.device)
-    weight_reciprocal_norm_kernel[(units,)](
-        out, weight, channels, *weight.stride(), R=r, S=s, INDEX64=index64(weight), BLOCK=BLOCK, num_warps=4
+    weight_reciprocal_norm_kernel[(triton.cdiv(units, BLOCK_U),)](
+        out,
+        weight,
+        units, channels,
+        *weight.stride(),
+        R=r, S=s, INDEX64=index64(weight), BLOCK_U=BLOCK_U, BLOCK_K=BLOCK_K, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -118,10 +131,10 @@ def finish_weight_gradient(
     """Sum the splits into ``dw`` ((U, C, R, S), any strides), through the weight norm if given; returns dbias."""
     units, channels, r, s = weight.shape
     dbias = None if dbias_partial is None else torch.empty((units,), dtype=bias.dtype, device=bias.device)
-    weight_gradient_kernel[(units,)](
+    weight_gradient_kernel[(triton.cdiv(units, BLOCK_U),)](
         dw, dbias, partial, dbias_partial, weight, rnorm,
         units, channels, partial.shape[0],
         *dw.stride(), *weight.stride(),
-        R=r, S=s, NORMALIZE=rnorm is not None, INDEX64=index64(weight, dw, partial), BLOCK=BLOCK, num_warps=4,
+        R=r, S=s, INDEX64=index64(weight, dw, partial), BLOCK_U=BLOCK_U, BLOCK_K=BLOCK_K, num_warps=4,
     )  # fmt: skip
     return dbias

@@ -1,0 +1,209 @@
+"""Cases of the Triton batch normalisation against the float64 reference, which test_batch_norm_uncentered.py runs."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+import bcos_kernels
+from bcos_kernels import reference, triton_kernels
+from tests.bcos_kernels.triton.harness import DTYPES, assert_close, exact_float32, lay_out, prepare_interpreter, random
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    shape: tuple[int, ...] = (4, 7, 5, 6)
+    dtype: str = "fp32"
+    training: bool = True
+    weight: bool = True
+    bias: bool = True
+    residual: bool = False
+    activation: str | None = None
+    layout: str = "contiguous"
+    dy_layout: str = "contiguous"
+    parameters: str = "fp32"  # dtype of weight, bias and running_var
+    mean: float = 1.0
+    scale: float = 1.0
+    eps: float = 1e-5
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.dtype}"
+
+
+def _across_dtypes(*cases: Case) -> list[Case]:
+    return [replace(case, dtype=dtype) for case in cases for dtype in DTYPES]
+
+
+CASES = [
+    *_across_dtypes(
+        Case("training"),
+        Case("training, relu, residual, channels_last", activation="relu", residual=True, layout="channels_last"),
+        Case("eval, relu, residual", training=False, activation="relu", residual=True),
+        Case("training, bare, channels_last", weight=False, bias=False, layout="channels_last"),
+    ),
+    Case("eval", training=False, layout="channels_last", dy_layout="channels_last"),
+    Case("half parameters", dtype="bf16", parameters="bf16", activation="relu"),
+    Case("rows and channels", shape=(33, 5), activation="relu", residual=True),
+    Case("channels last of three", shape=(6, 40, 3)),
+    Case("sequences", shape=(3, 5, 9), activation="relu"),
+    Case("volumes", shape=(2, 3, 4, 3, 2)),
+    Case("one channel", shape=(3, 1, 4, 4), layout="channels_last"),
+    Case("one row", shape=(1, 6), eps=0.1, mean=0.0),
+    Case("many rows, splits", shape=(5, 3, 40, 30), layout="contiguous"),
+    Case("many rows, splits", shape=(3, 70, 13, 12), layout="channels_last", dy_layout="channels_last"),
+    Case("strided", layout="strided", dy_layout="strided", residual=True),
+    Case("transposed", layout="transposed", dy_layout="transposed"),
+    Case("expanded gradient", dy_layout="expanded", activation="relu"),
+    Case("mean far from zero", mean=100.0, shape=(8, 4, 9, 9)),
+    Case("mean far from zero", mean=100.0, shape=(8, 4, 9, 9), layout="channels_last"),
+    Case("values of 1e4", dtype="fp16", scale=1e4, mean=0.0),
+]
+
+
+def _inputs(case: Case, device: str) -> dict[str, torch.Tensor | None]:
+    dtype, parameters, channels = DTYPES[case.dtype], DTYPES[case.parameters], case.shape[1]
+    x = random(case.shape, 1, torch.float32, device, case.scale) + case.mean
+    running_var = random((channels,), 5, torch.float32, device).square() + 0.1
+    return {
+        "x": lay_out(x.to(dtype), case.layout),
+        "weight": random((channels,), 2, parameters, device) if case.weight else None,
+        "bias": random((channels,), 3, parameters, device) if case.bias else None,
+        "residual": lay_out(random(case.shape, 6, dtype, device), case.layout) if case.residual else None,
+        "running_var": None if case.training else running_var.to(parameters),
+        "dy": lay_out(random(case.shape, 4, dtype, device), case.dy_layout),
+    }
+
+
+def _oracle(case: Case, inputs: dict, dtype: torch.dtype | None, detach: bool) -> dict[str, torch.Tensor | None]:
+    """y and the gradients by autograd through the definition, in ``dtype`` or as they are."""
+    leaves = {}
+    for name in ("x", "weight", "bias", "residual"):
+        t = inputs[name]
+        leaves[name] = None if t is None else t.detach().to(dtype or t.dtype).requires_grad_()
+    running_var = inputs["running_var"]
+    y = reference.batch_norm_uncentered(
+        leaves["x"], None if running_var is None else running_var.to(dtype or running_var.dtype), leaves["weight"],
+        leaves["bias"], training=case.training, eps=case.eps, activation=case.activation, residual=leaves["residual"],
+        detach=detach,
+    )  # fmt: skip
+    y.backward(inputs["dy"].to(y.dtype))
+    return {"y": y.detach()} | {f"d{k}": None if t is None else t.grad for k, t in leaves.items()}
+
+
+def check(case: Case, device: str) -> None:
+    """Forward, statistics, training and explanation gradients of one case against the oracle."""
+    dtype, inputs = DTYPES[case.dtype], _inputs(case, device)
+    x, weight, bias, dy = inputs["x"], inputs["weight"], inputs["bias"], inputs["dy"]
+    y, mean, var = triton_kernels.batch_norm_uncentered_forward(
+        x, weight, bias, inputs["residual"], inputs["running_var"], case.training, case.eps, case.activation
+    )
+    assert y.dtype == dtype and mean.dtype == var.dtype == torch.float32
+    if case.training:
+        dims = [d for d in range(x.dim()) if d != 1]
+        exact_var, exact_mean = torch.var_mean(x.double(), dim=dims, unbiased=False)
+        assert_close("mean", mean, exact_mean, torch.float32)
+        assert_close("var", var, exact_var, torch.float32)
+    else:
+        assert mean.numel() == 0 and torch.equal(var, inputs["running_var"].float())
+        assert var.data_ptr() != inputs["running_var"].data_ptr()
+    for detach in (False, True):
+        exact = _oracle(case, inputs, torch.float64, detach)
+        eager = _oracle(case, inputs, None, detach)
+        if not detach:
+            assert_close("y", y, exact["y"], dtype, eager["y"])
+        needs = (True, case.weight, case.bias, case.residual)
+        gradients = triton_kernels.batch_norm_uncentered_backward(
+            dy, x, y if case.activation else None, weight, bias, mean, var, case.training, case.eps, case.activation,
+            detach, *needs,
+        )  # fmt: skip
+        for name, gradient, of in zip(
+            ("dx", "dweight", "dbias", "dresidual"), gradients, (x, weight, bias, inputs["residual"]), strict=True
+        ):
+            if of is None:
+                assert gradient is None
+                continue
+            assert gradient.dtype == of.dtype
+            assert_close(f"{name}, detach={detach}", gradient, exact[name], of.dtype, eager[name])
+
+
+def check_exactly(case: Case, device: str) -> None:
+    """`check`; there is no matrix product whose precision torch could choose, but the oracles of all ops run alike."""
+    with exact_float32():
+        check(case, device)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter():
+    prepare_interpreter()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_case(case):
+    check(case, "cpu")
+
+
+def test_empty_batch():
+    x, weight = torch.randn(0, 3, 4, 4), torch.randn(3)
+    y, mean, var = triton_kernels.batch_norm_uncentered_forward(x, weight, None, None, None, True, 1e-5, "relu")
+    assert y.shape == x.shape and var.isnan().all() and mean.isnan().all()
+    y, mean, var = triton_kernels.batch_norm_uncentered_forward(x, weight, None, None, torch.ones(3), False, 1e-5, None)
+    assert y.shape == x.shape and torch.equal(var, torch.ones(3))
+    dx, dweight, dbias, dresidual = triton_kernels.batch_norm_uncentered_backward(
+        y, x, None, weight, None, mean, var, False, 1e-5, None, False, True, True, False, False
+    )
+    assert dx.shape == x.shape and torch.equal(dweight, torch.zeros(3)) and dbias is None and dresidual is None
+
+
+def test_nan_comes_out_where_it_goes_in():
+    x = torch.randn(3, 4, 5)
+    x[1, 2, 3] = float("nan")
+    y, _, var = triton_kernels.batch_norm_uncentered_forward(x, None, None, None, None, True, 1e-5, "relu")
+    assert var.isnan().tolist() == [False, False, True, False]
+    assert y[:, 2].isnan().all() and torch.isfinite(y[:, [0, 1, 3]]).all()
+    y, _, _ = triton_kernels.batch_norm_uncentered_forward(x, None, None, None, torch.ones(4), False, 1e-5, "relu")
+    assert torch.equal(y.isnan(), x.isnan())
+
+
+def test_unneeded_gradients_are_none():
+    x, weight, bias, dy = torch.randn(3, 4, 5), torch.randn(4), torch.randn(4), torch.randn(3, 4, 5)
+    _, mean, var = triton_kernels.batch_norm_uncentered_forward(x, weight, bias, None, None, True, 1e-5, None)
+    arguments = (dy, x, None, weight, bias, mean, var, True, 1e-5, None, False)
+    full = triton_kernels.batch_norm_uncentered_backward(*arguments, True, True, True, True)
+    for only in range(4):
+        some = triton_kernels.batch_norm_uncentered_backward(*arguments, *(i == only for i in range(4)))
+        assert torch.equal(some[only], full[only])
+        assert all(some[i] is None for i in range(4) if i != only)
+
+
+def test_offsets_in_int64(monkeypatch):
+    module = importlib.import_module("bcos_kernels.triton_kernels.batch_norm_uncentered")
+    monkeypatch.setattr(module, "index64", lambda *tensors: True)
+    check(Case("int64", activation="relu", residual=True), "cpu")
+
+
+def test_float64_is_not_built():
+    x = torch.randn(3, 4, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match="batch_norm_uncentered: .*float16, got torch.float64"):
+        triton_kernels.batch_norm_uncentered_forward(x, None, None, None, None, True, 1e-5, None)
+
+
+def test_public_function():
+    x, weight = torch.randn(4, 3, 5, requires_grad=True), torch.randn(3, requires_grad=True)
+    running_var = torch.ones(3)
+    with bcos_kernels.backend("triton"):
+        y = bcos_kernels.batch_norm_uncentered(x, running_var, weight, training=True, activation="relu")
+        y.square().sum().backward()
+    ran = bcos_kernels.dispatched()
+    assert ran["batch_norm_uncentered"] == "triton" and ran["batch_norm_uncentered_backward"] == "triton"
+    leaves = [t.detach().double().requires_grad_() for t in (x, weight)]
+    expected_var = torch.ones(3, dtype=torch.float64)
+    expected = reference.batch_norm_uncentered(leaves[0], expected_var, leaves[1], training=True, activation="relu")
+    expected.square().sum().backward()
+    assert_close("y", y, expected, torch.float32)
+    assert_close("running_var", running_var, expected_var, torch.float32)
+    assert_close("dx", x.grad, leaves[0].grad, torch.float32)
+    assert_close("dweight", weight.grad, leaves[1].grad, torch.float32)

@@ -1,0 +1,276 @@
+"""Cases of the Triton convolution against the float64 reference, which test_conv2d.py runs."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+import bcos_kernels
+from bcos_kernels import reference, triton_kernels
+from tests.bcos_kernels.triton.harness import (
+    DTYPES,
+    assert_close,
+    exact_float32,
+    lay_out,
+    prepare_interpreter,
+    random,
+    relative_error,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    shape: tuple[int, int, int, int] = (2, 6, 7, 6)  # x
+    outputs: int = 10
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    dtype: str = "fp32"
+    b: float = 2.0
+    b_tensor: bool = False
+    normalize: bool = False
+    max_out: int = 1
+    bias: bool = False
+    layout: str = "channels_last"
+    dy_layout: str = "channels_last"
+    weight_layout: str = "contiguous"
+    scale: float = 1.0
+    recompute: bool = False  # backward without y, as after an in-place change of the output
+    zeros: bool = False  # a sample and a unit of zeros
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.dtype}"
+
+    @property
+    def geometry(self) -> tuple:
+        return (self.stride, self.padding, self.dilation, self.groups)
+
+
+def _across_dtypes(*cases: Case) -> list[Case]:
+    return [replace(case, dtype=dtype) for case in cases for dtype in DTYPES]
+
+
+CASES = [
+    *_across_dtypes(
+        Case("3x3"),
+        Case("strided general b, normalized, bias", b=1.5, normalize=True, bias=True, stride=(2, 2)),
+        Case("groups, b tensor, max_out 2", b=1.75, b_tensor=True, max_out=2, groups=2, outputs=4),
+        Case("recomputed", recompute=True, normalize=True, max_out=2, bias=True, stride=(2, 1), outputs=5),
+        Case("1x1", kernel=(1, 1), padding=(0, 0), shape=(2, 16, 5, 4), layout="contiguous", dy_layout="contiguous"),
+    ),
+    Case("tile-exact", shape=(1, 32, 8, 8), outputs=32, kernel=(1, 1), padding=(0, 0)),
+    Case("channels in blocks", shape=(1, 32, 6, 6), outputs=33, weight_layout="channels_last"),
+    Case("channels in blocks", shape=(1, 64, 5, 5), outputs=64, dtype="bf16", normalize=True),
+    Case("several tiles, splits", shape=(2, 3, 13, 10), outputs=70, layout="contiguous"),
+    Case("depthwise 7x7", shape=(1, 3, 6, 5), outputs=3, kernel=(7, 7), padding=(3, 3), groups=3),
+    Case("depthwise multiplier", shape=(2, 3, 6, 5), outputs=6, groups=3, normalize=True, dtype="bf16", bias=True),
+    Case("dilation", dilation=(2, 3), padding=(2, 3)),
+    Case("dilation and stride", shape=(1, 4, 13, 12), dilation=(2, 3), stride=(4, 2), padding=(3, 1), b=1.5),
+    Case("stride beyond kernel", shape=(1, 4, 11, 10), kernel=(2, 1), stride=(3, 4), padding=(0, 0)),
+    Case("stride beyond image", shape=(2, 4, 2, 3), stride=(5, 4)),
+    Case("patches", shape=(2, 6, 8, 8), outputs=12, kernel=(4, 4), stride=(4, 4), padding=(0, 0), normalize=True),
+    Case("stem 7x7", shape=(1, 6, 9, 10), outputs=8, kernel=(7, 7), stride=(2, 2), padding=(3, 3), dtype="bf16"),
+    Case("11x11", shape=(1, 2, 7, 6), outputs=3, kernel=(11, 11), padding=(5, 5), layout="contiguous"),
+    Case("oblong", shape=(1, 5, 4, 9), kernel=(1, 5), padding=(0, 2), stride=(1, 2)),
+    Case("one pixel", shape=(3, 6, 1, 1)),
+    Case("one value", shape=(1, 1, 1, 1), outputs=1, kernel=(1, 1), padding=(0, 0)),
+    Case("b 1, bias, max_out 3", b=1.0, bias=True, max_out=3, outputs=6, groups=2),
+    Case("b tensor, normalized, bias, groups", b=2.5, b_tensor=True, normalize=True, bias=True, groups=3, outputs=6),
+    Case("recomputed, general b", recompute=True, b=1.25, groups=2),
+    Case("strided memory", layout="strided", dy_layout="strided", weight_layout="strided", bias=True, max_out=2),
+    Case("transposed", layout="transposed", dy_layout="transposed", weight_layout="transposed"),
+    Case("expanded", layout="expanded", dy_layout="expanded", normalize=True),
+    Case("unaligned", layout="offset", dy_layout="offset", weight_layout="offset", shape=(1, 16, 6, 6), outputs=16),
+    Case("zeros", zeros=True, normalize=True, shape=(2, 6, 5, 5)),
+    Case("zeros", zeros=True, normalize=True, shape=(2, 6, 5, 5), dtype="fp16"),
+    Case("zeros, general b", zeros=True, b=1.5, shape=(2, 6, 5, 5)),
+    Case("values of 1e4", scale=1e4, dtype="fp16", shape=(1, 6, 5, 5)),
+    Case("values of 1e4, general b", scale=1e4, dtype="fp16", b=1.5, normalize=True, shape=(1, 6, 5, 5)),
+]
+
+
+def _output_size(case: Case) -> tuple[int, int]:
+    return tuple(
+        (case.shape[2 + i] + 2 * case.padding[i] - case.dilation[i] * (case.kernel[i] - 1) - 1) // case.stride[i] + 1
+        for i in (0, 1)
+    )
+
+
+def _inputs(case: Case, device: str) -> dict[str, torch.Tensor | None]:
+    dtype = DTYPES[case.dtype]
+    units, channels = case.outputs * case.max_out, case.shape[1] // case.groups
+    x = random(case.shape, 1, dtype, device, case.scale)
+    fan_in = channels * case.kernel[0] * case.kernel[1]
+    weight = random((units, channels, *case.kernel), 2, dtype, device, fan_in**-0.5)
+    if case.zeros:
+        x[1] = 0
+        weight[2] = 0
+    # gradients of large inputs stay within float16
+    dy = random((case.shape[0], case.outputs, *_output_size(case)), 4, dtype, device, case.scale**-0.5)
+    return {
+        "x": lay_out(x, case.layout),
+        "weight": lay_out(weight, case.weight_layout),
+        "bias": random((units,), 3, dtype, device, 0.1) if case.bias else None,
+        "dy": lay_out(dy, case.dy_layout),
+        "b": torch.tensor(case.b, device=device) if case.b_tensor else None,
+    }
+
+
+def _oracle(case: Case, inputs: dict, dtype: torch.dtype, detach: bool) -> dict[str, torch.Tensor | None]:
+    """y and the gradients by autograd through the definition, computed in ``dtype``."""
+    leaves = {
+        k: None if t is None else t.detach().to(dtype).requires_grad_() for k, t in inputs.items() if k != "dy"
+    }
+    b = case.b if leaves["b"] is None else leaves["b"]
+    y = reference.conv2d(
+        leaves["x"], leaves["weight"], leaves["bias"], *case.geometry, b=b, normalize_weight=case.normalize,
+        max_out=case.max_out, detach=detach,
+    )  # fmt: skip
+    y.backward(inputs["dy"].to(dtype))
+    return {"y": y.detach()} | {f"d{k}": None if t is None else t.grad for k, t in leaves.items()}
+
+
+def _is_channels_last(t: torch.Tensor) -> bool:
+    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+def check(case: Case, device: str) -> None:
+    """Forward, training and explanation gradients of one case against the oracle."""
+    dtype, inputs = DTYPES[case.dtype], _inputs(case, device)
+    x, weight, bias, dy = inputs["x"], inputs["weight"], inputs["bias"], inputs["dy"]
+    options = (*case.geometry, case.b if inputs["b"] is None else 0.0, inputs["b"])
+    y, n, a, index = triton_kernels.conv2d_forward(x, weight, bias, *options, case.normalize, case.max_out, True)
+    assert y.dtype == dtype
+    channels_last = _is_channels_last(x) or _is_channels_last(weight)
+    assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    is_one = case.b == 1 and not case.b_tensor
+    shape = (case.shape[0], case.outputs, *_output_size(case))
+    assert n.shape == ((0,) if is_one else (shape[0], case.groups, *shape[2:])) and n.is_contiguous()
+    keeps_a = case.b_tensor or case.b not in (1, 2) or (case.b == 2 and case.dtype == "fp16")
+    assert a.shape == (shape if keeps_a else (0,)) and index.shape == (shape if case.max_out > 1 else (0,))
+    wide_norm = None
+    if not is_one:
+        wide_norm = reference.conv2d_norm(x.double(), case.kernel, *case.geometry)
+        assert_close("n", n, wide_norm, torch.float32)
+    held = (None, n[:0], a[:0], index) if case.recompute else (y, n, a, index)
+    for detach in (False, True):
+        exact = _oracle(case, inputs, torch.float64, detach)
+        eager = _oracle(case, inputs, dtype, detach)
+        if not detach:
+            assert_close("y", y, exact["y"], dtype, eager["y"])
+        needs = (True, True, case.bias, case.b_tensor)
+        dx, dw, dbias, db = triton_kernels.conv2d_backward(
+            dy, x, weight, bias, *options, *held, case.normalize, case.max_out, detach, *needs
+        )
+        assert_close(f"dx, detach={detach}", dx, exact["dx"], dtype, eager["dx"])
+        assert_close(f"dw, detach={detach}", dw, exact["dweight"], dtype, eager["dweight"])
+        assert dx.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        assert not _is_channels_last(weight) or _is_channels_last(dw)
+        if case.zeros:
+            assert not y[1].any() and torch.isfinite(dx).all()
+            assert not case.normalize or not dw[2].any()
+        if case.bias:
+            assert_close(f"dbias, detach={detach}", dbias, exact["dbias"], dtype, eager["dbias"])
+        if case.b_tensor and detach:
+            assert db.shape == () and db.item() == 0
+        elif case.b_tensor:
+            per_output = wide_norm.repeat_interleave(case.outputs // case.groups, dim=1)
+            pre_scale = a if a.numel() else exact["y"]
+            terms = dy.double() * exact["y"] * (pre_scale.double().abs() / per_output + 1e-6).log()
+            assert db.dtype == torch.float32
+            assert_close("db", db, exact["db"], dtype, scale=terms)
+
+
+def check_exactly(case: Case, device: str) -> None:
+    """`check` without tf32, for a GPU."""
+    with exact_float32():
+        check(case, device)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter():
+    prepare_interpreter()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_case(case):
+    check(case, "cpu")
+
+
+PLAIN = ((1, 1), (1, 1), (1, 1), 1, 2.0, None)  # stride, padding, dilation, groups, b
+
+
+@pytest.mark.parametrize("batch, outputs", [(0, 4), (2, 0)])
+def test_empty(batch, outputs):
+    x, weight, bias = torch.randn(batch, 3, 5, 5), torch.randn(outputs, 3, 3, 3), torch.randn(outputs)
+    y, n, a, index = triton_kernels.conv2d_forward(x, weight, bias, *PLAIN, True, 1, True)
+    assert y.shape == (batch, outputs, 5, 5)
+    dx, dw, dbias, db = triton_kernels.conv2d_backward(
+        torch.randn(y.shape), x, weight, bias, *PLAIN, y, n, a, index, True, 1, False, True, True, True, False
+    )
+    for gradient, of in ((dx, x), (dw, weight), (dbias, bias)):
+        assert gradient.shape == of.shape and not gradient.any()
+    assert db is None
+
+
+def test_unneeded_gradients_are_none():
+    x, weight, dy = torch.randn(1, 4, 5, 5), torch.randn(3, 4, 3, 3), torch.randn(1, 3, 5, 5)
+    y, n, a, index = triton_kernels.conv2d_forward(x, weight, None, *PLAIN, False, 1, True)
+    arguments = (dy, x, weight, None, *PLAIN, y, n, a, index, False, 1, False)
+    full = triton_kernels.conv2d_backward(*arguments, True, True, False, False)
+    only_dx = triton_kernels.conv2d_backward(*arguments, True, False, False, False)
+    only_dw = triton_kernels.conv2d_backward(*arguments, False, True, False, False)
+    assert torch.equal(only_dx[0], full[0]) and only_dx[1:] == (None, None, None)
+    assert torch.equal(only_dw[1], full[1]) and (only_dw[0], *only_dw[2:]) == (None, None, None)
+
+
+def test_nan_reaches_the_windows_that_see_it():
+    x, weight = torch.randn(2, 3, 6, 6), torch.randn(4, 3, 3, 3)
+    x[1, 2, 0, 0] = float("nan")
+    seen = torch.zeros(2, 2, 6, 6, dtype=torch.bool)
+    seen[1, :, :2, :2] = True
+    y, n, a, index = triton_kernels.conv2d_forward(x, weight, None, *PLAIN, True, 2, True)
+    assert torch.equal(y.isnan(), seen) and torch.equal(n.isnan(), seen[:, :1])
+    dx, dw, _, _ = triton_kernels.conv2d_backward(
+        torch.ones_like(y), x, weight, None, *PLAIN, y, n, a, index, True, 2, False, True, True, False, False
+    )
+    assert torch.isfinite(dx[0]).all() and torch.isfinite(dx[1, :, 3:, 3:]).all() and dx[1, :, :2, :2].isnan().all()
+    assert dw.isnan().any()
+
+
+def test_offsets_in_int64(monkeypatch):
+    module = importlib.import_module("bcos_kernels.triton_kernels.conv2d")
+    monkeypatch.setattr(module, "index64", lambda *tensors: True)
+    check(Case("int64", max_out=2, normalize=True, stride=(2, 1), groups=2, outputs=4, bias=True), "cpu")
+
+
+def test_float64_is_not_built():
+    x = torch.randn(1, 3, 4, 4, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match="conv2d: .*float32, bfloat16, float16, got torch.float64"):
+        triton_kernels.conv2d_forward(x, x, None, *PLAIN, False, 1, True)
+    with pytest.raises(NotImplementedError, match="conv2d"):
+        triton_kernels.conv2d_backward(
+            x, x, x, None, *PLAIN, x, x, x, x, False, 1, False, True, True, False, False
+        )  # fmt: skip
+
+
+def test_public_function():
+    x = torch.randn(3, 6, 5, requires_grad=True)
+    weight = torch.randn(4, 3, 3, 3, requires_grad=True)
+    with bcos_kernels.backend("triton"):
+        y = bcos_kernels.conv2d(x, weight, padding="same", padding_mode="reflect", normalize_weight=True)
+        y.square().sum().backward()
+    ran = bcos_kernels.dispatched()
+    assert ran["conv2d"] == "triton" and ran["conv2d_backward"] == "triton"
+    leaves = [t.detach().double().requires_grad_() for t in (x, weight)]
+    expected = reference.conv2d(*leaves, padding="same", padding_mode="reflect", normalize_weight=True)
+    expected.square().sum().backward()
+    assert y.shape == (4, 6, 5) and relative_error(y, expected) < 1e-5
+    assert_close("dx", x.grad, leaves[0].grad, torch.float32)
+    assert_close("dw", weight.grad, leaves[1].grad, torch.float32)
