@@ -446,6 +446,7 @@ _PEER_HANDLERS: dict[str, Callable] = {
     "BcosConv2d": _peer_conv2d,
     "BcosConv2dWithScale": _peer_conv2d_with_scale,
     "BcosLinear": _peer_linear,
+    "MyGELU": lambda module, tape, x: _gelu(tape, x),  # B-cosification's, written with torch.erf
 }
 
 
@@ -453,7 +454,7 @@ def _handler(module: nn.Module, own: dict[type, Callable]) -> Callable | None:
     for cls in type(module).__mro__:
         if cls in own:
             return own[cls]
-        if cls.__name__ in _PEER_HANDLERS and hasattr(module, "linear"):
+        if cls.__name__ in _PEER_HANDLERS and (hasattr(module, "linear") or cls.__name__ == "MyGELU"):
             return _PEER_HANDLERS[cls.__name__]
     return None
 

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from bcos import modules as peer
 from torch import nn
 
+from bcosification import fuse
 from bcosification.convert.frozen_replay import frozen_replay
 from bcosification.nn import explanation_mode
 from tests.bcosification import tiny_networks
+from tests.bcosification.convert.b_cosification_standins import BcosifyConv2d, BcosifyLinear, MyGELU
 from tests.bcosification.tiny_networks import build
 
 TARGETS = torch.tensor([1, 4, 0])
@@ -127,6 +130,53 @@ def test_plain_layers_are_frozen_too():
     torch.testing.assert_close(replay.logits(), net(x6))
     assert replay.is_affine()
     assert set(replay.recorded) == {"relu", "pooling", "variance", "gelu", "attention"}
+
+
+class BCosified(nn.Module):
+    """B-cosification's layers, with every kind of exponent that they know."""
+
+    def __init__(self):
+        super().__init__()
+        clamped = {"clamping": True, "b": nn.Parameter(torch.tensor(1.7))}
+        self.conv = nn.Sequential(
+            BcosifyConv2d(6, 8, 3, linear_bias=True, **clamped),
+            BcosifyConv2d(8, 8, 3, stride=2, b_loss=True, b=nn.Parameter(torch.tensor(-0.6))),
+            MyGELU(),
+        )
+        self.linear = nn.Sequential(
+            BcosifyLinear(8, 8, linear_bias=True, b=1),
+            BcosifyLinear(8, 8, b=2, max_out=2),
+            BcosifyLinear(8, 5, **clamped),
+        )
+
+    def forward(self, x):
+        return self.linear(self.conv(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_b_cosifications_layers(fused):
+    torch.manual_seed(0)
+    network, x6 = BCosified().double().eval(), tiny_networks.images()
+    network = fuse(network) if fused else network
+    replay = frozen_replay(network, x6)
+    torch.testing.assert_close(replay.logits(), network(x6), rtol=1e-9, atol=1e-12)
+    assert replay.is_affine() and replay.recorded == {"scale": 4, "gelu": 1, "max_out": 1}
+    with explanation_mode(network):
+        assert error(weights_by_autograd(network, x6), replay.gradient(TARGETS)) < AGREES
+        network.conv[2].detach = False
+        assert error(weights_by_autograd(network, x6), replay.gradient(TARGETS)) > 1e-5
+
+
+def test_scaled_convolutions_of_the_peer():
+    torch.manual_seed(0)
+    with pytest.warns(DeprecationWarning):
+        network = nn.Sequential(peer.BcosConv2dWithScale(6, 5, 3, scale=0.3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network, x6 = network.double(), tiny_networks.images()
+    for model in (network, fuse(network)):
+        replay = frozen_replay(model, x6)
+        torch.testing.assert_close(replay.logits(), model(x6), rtol=1e-9, atol=1e-12)
+        with explanation_mode(model):
+            assert error(weights_by_autograd(model, x6), replay.gradient(TARGETS)) < AGREES
 
 
 def test_a_forward_that_depends_on_values_is_refused():

@@ -195,7 +195,7 @@ def test_against_the_peers_own_explain():
     class Peer(BcosUtilMixin, nn.Sequential):
         pass
 
-    network, x6 = Peer(build("peer_convnet").float()), tiny_networks.images(1).float()
+    network, x6 = Peer(build("peer_convnet").float()).eval(), tiny_networks.images(1).float()
     theirs = network.explain(x6.clone().requires_grad_())
     ours = explain(network, x6)
     assert ours.targets.item() == theirs["prediction"]
