@@ -1,0 +1,228 @@
+// Norms of patches and rows, their gradient, and weight normalisation.
+//
+//   linear  n = |x| + 1e-12 per row
+//   conv    n = sqrt(box filter of sum_c x^2 + 1e-6) per window and group: x is read once, the rest is one channel wide
+//   gradient of the norm: dx += x * (transposed box filter of q), q = (dL/dn)/n
+//   weights w_hat = w/|w| per unit, dw = (dw_hat - w_hat (w_hat . dw_hat))/|w|; a unit of norm 0 gives 0
+//
+// Traffic: sum_squares reads x; add_norm_term reads x and reads and writes dx; the maps are 1/C of an activation.
+#include "element.h"
+
+namespace bcos::cpu::BCOS_ISA {
+namespace {
+
+// Sum of squares of n contiguous values; W accumulators, reassociated by the compiler.
+template <class S>
+inline Wide<S> sum_squares(const S* __restrict x, int64_t n) {
+  using W = Wide<S>;
+  W sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; i++) {
+    const W v = load(x[i]);
+    sum += v * v;
+  }
+  return sum;
+}
+
+template <class S>
+void norm_rows(const void* x_, void* n_, int64_t columns, int64_t begin, int64_t end) {
+  using W = Wide<S>;
+  const S* x = static_cast<const S*>(x_);
+  W* n = static_cast<W*>(n_);
+  for (int64_t r = begin; r < end; r++) n[r] = std::sqrt(sum_squares(x + r * columns, columns)) + W(kLinearNormEps);
+}
+
+template <class S>
+void sum_squares_rows(const void* x_, void* map_, Layout l, int64_t begin, int64_t end) {
+  using W = Wide<S>;
+  const S* x = static_cast<const S*>(x_);
+  W* map = static_cast<W*>(map_);
+  const int64_t per_group = l.channels / l.groups;
+  for (int64_t r = begin; r < end; r++) {
+    const int64_t image = r / l.pixels, pixel = r % l.pixels;
+    for (int64_t g = 0; g < l.groups; g++) {
+      map[(image * l.groups + g) * l.pixels + pixel] = sum_squares(x + r * l.channels + g * per_group, per_group);
+    }
+  }
+}
+
+template <class S>
+void sum_squares_planes(const void* x_, void* map_, Layout l, int64_t begin, int64_t end) {
+  using W = Wide<S>;
+  const S* x = static_cast<const S*>(x_);
+  W* map = static_cast<W*>(map_);
+  const int64_t per_group = l.channels / l.groups;
+  for (int64_t item = begin; item < end; item++) {  // (image, group)
+    W* __restrict out = map + item * l.pixels;
+    for (int64_t p = 0; p < l.pixels; p++) out[p] = 0;
+    for (int64_t c = 0; c < per_group; c++) {
+      const S* __restrict plane = x + (item * per_group + c) * l.pixels;
+#pragma omp simd
+      for (int64_t p = 0; p < l.pixels; p++) {
+        const W v = load(plane[p]);
+        out[p] += v * v;
+      }
+    }
+  }
+}
+
+// First and one past the last window position o with 0 <= o * stride + offset < size.
+inline void valid_range(int64_t offset, int64_t stride, int64_t size, int64_t count, int64_t* first, int64_t* last) {
+  *first = offset >= 0 ? 0 : (-offset + stride - 1) / stride;
+  *last = offset >= size ? 0 : (size - 1 - offset) / stride + 1;
+  if (*last > count) *last = count;
+  if (*first > *last) *first = *last;
+}
+
+// Box filter, columns then rows; scratch: one (height, out_width) map per item.
+template <class S>
+void window_norm(const void* map_, void* n_, void* scratch_, const Window& w, int64_t begin, int64_t end) {
+  using W = Wide<S>;
+  const bool pointwise = w.kernel[0] * w.kernel[1] == 1 && w.padding[0] == 0 && w.padding[1] == 0 &&
+                         w.stride[0] == 1 && w.stride[1] == 1;
+  for (int64_t item = begin; item < end; item++) {
+    const W* map = static_cast<const W*>(map_) + item * w.height * w.width;
+    W* __restrict n = static_cast<W*>(n_) + item * w.out_height * w.out_width;
+    const int64_t count = w.out_height * w.out_width;
+    if (pointwise) {
+      for (int64_t i = 0; i < count; i++) n[i] = std::sqrt(map[i] + W(kConvNormEps));
+      continue;
+    }
+    W* __restrict sums = static_cast<W*>(scratch_) + item * w.height * w.out_width;
+    for (int64_t h = 0; h < w.height; h++) {
+      W* __restrict out = sums + h * w.out_width;
+      const W* __restrict row = map + h * w.width;
+      for (int64_t q = 0; q < w.out_width; q++) out[q] = 0;
+      for (int64_t k = 0; k < w.kernel[1]; k++) {
+        const int64_t offset = k * w.dilation[1] - w.padding[1];
+        int64_t first, last;
+        valid_range(offset, w.stride[1], w.width, w.out_width, &first, &last);
+        for (int64_t q = first; q < last; q++) out[q] += row[q * w.stride[1] + offset];
+      }
+    }
+    for (int64_t p = 0; p < w.out_height; p++) {
+      W* __restrict out = n + p * w.out_width;
+      for (int64_t q = 0; q < w.out_width; q++) out[q] = 0;
+      for (int64_t k = 0; k < w.kernel[0]; k++) {
+        const int64_t h = p * w.stride[0] + k * w.dilation[0] - w.padding[0];
+        if (h < 0 || h >= w.height) continue;
+        const W* __restrict row = sums + h * w.out_width;
+        for (int64_t q = 0; q < w.out_width; q++) out[q] += row[q];
+      }
+    }
+    for (int64_t i = 0; i < count; i++) n[i] = std::sqrt(n[i] + W(kConvNormEps));
+  }
+}
+
+// The transposed box filter: rows, then columns.
+template <class S>
+void window_spread(const void* q_, void* map_, void* scratch_, const Window& w, int64_t begin, int64_t end) {
+  using W = Wide<S>;
+  for (int64_t item = begin; item < end; item++) {
+    const W* q_map = static_cast<const W*>(q_) + item * w.out_height * w.out_width;
+    W* map = static_cast<W*>(map_) + item * w.height * w.width;
+    W* sums = static_cast<W*>(scratch_) + item * w.height * w.out_width;
+    for (int64_t i = 0; i < w.height * w.out_width; i++) sums[i] = 0;
+    for (int64_t p = 0; p < w.out_height; p++) {
+      const W* __restrict row = q_map + p * w.out_width;
+      for (int64_t k = 0; k < w.kernel[0]; k++) {
+        const int64_t h = p * w.stride[0] + k * w.dilation[0] - w.padding[0];
+        if (h < 0 || h >= w.height) continue;
+        W* __restrict out = sums + h * w.out_width;
+        for (int64_t q = 0; q < w.out_width; q++) out[q] += row[q];
+      }
+    }
+    for (int64_t h = 0; h < w.height; h++) {
+      const W* __restrict row = sums + h * w.out_width;
+      W* __restrict out = map + h * w.width;
+      for (int64_t i = 0; i < w.width; i++) out[i] = 0;
+      for (int64_t k = 0; k < w.kernel[1]; k++) {
+        const int64_t offset = k * w.dilation[1] - w.padding[1];
+        int64_t first, last;
+        valid_range(offset, w.stride[1], w.width, w.out_width, &first, &last);
+        for (int64_t q = first; q < last; q++) out[q * w.stride[1] + offset] += row[q];
+      }
+    }
+  }
+}
+
+template <class S>
+void add_norm_term_rows(void* dx_, const void* x_, const void* map_, Layout l, int64_t begin, int64_t end) {
+  using W = Wide<S>;
+  const W* map = static_cast<const W*>(map_);
+  const int64_t per_group = l.channels / l.groups;
+  for (int64_t r = begin; r < end; r++) {
+    const int64_t image = r / l.pixels, pixel = r % l.pixels;
+    for (int64_t g = 0; g < l.groups; g++) {
+      const W factor = map[(image * l.groups + g) * l.pixels + pixel];
+      S* __restrict dx = static_cast<S*>(dx_) + r * l.channels + g * per_group;
+      const S* __restrict x = static_cast<const S*>(x_) + r * l.channels + g * per_group;
+#pragma omp simd
+      for (int64_t c = 0; c < per_group; c++) dx[c] = store<S>(load(dx[c]) + load(x[c]) * factor);
+    }
+  }
+}
+
+template <class S>
+void add_norm_term_planes(void* dx_, const void* x_, const void* map_, Layout l, int64_t begin, int64_t end) {
+  using W = Wide<S>;
+  const int64_t per_group = l.channels / l.groups;
+  for (int64_t plane = begin; plane < end; plane++) {  // (image, channel)
+    const W* __restrict map = static_cast<const W*>(map_) + plane / per_group * l.pixels;
+    S* __restrict dx = static_cast<S*>(dx_) + plane * l.pixels;
+    const S* __restrict x = static_cast<const S*>(x_) + plane * l.pixels;
+#pragma omp simd
+    for (int64_t p = 0; p < l.pixels; p++) dx[p] = store<S>(load(dx[p]) + load(x[p]) * map[p]);
+  }
+}
+
+template <class S>
+void normalize_weight(const void* w_, void* w_hat_, void* reciprocal_, int64_t columns, int64_t begin, int64_t end) {
+  using W = Wide<S>;
+  for (int64_t o = begin; o < end; o++) {
+    const S* __restrict w = static_cast<const S*>(w_) + o * columns;
+    S* __restrict w_hat = static_cast<S*>(w_hat_) + o * columns;
+    const W squares = sum_squares(w, columns);
+    const W reciprocal = squares == 0 ? W(0) : 1 / std::sqrt(squares);
+    static_cast<W*>(reciprocal_)[o] = reciprocal;
+#pragma omp simd
+    for (int64_t k = 0; k < columns; k++) w_hat[k] = store<S>(load(w[k]) * reciprocal);
+  }
+}
+
+template <class S>
+void weight_norm_backward(
+    const void* dw_hat_, const void* w_, const void* reciprocal_, void* dw_, int64_t columns, int64_t begin, int64_t end) {
+  using W = Wide<S>;
+  for (int64_t o = begin; o < end; o++) {
+    const S* __restrict dw_hat = static_cast<const S*>(dw_hat_) + o * columns;
+    const S* __restrict w = static_cast<const S*>(w_) + o * columns;
+    S* __restrict dw = static_cast<S*>(dw_) + o * columns;
+    const W reciprocal = static_cast<const W*>(reciprocal_)[o];
+    W dot = 0;
+#pragma omp simd reduction(+ : dot)
+    for (int64_t k = 0; k < columns; k++) dot += load(dw_hat[k]) * load(w[k]);
+    // from w itself, not from the rounded w_hat
+    const W along = dot * reciprocal * reciprocal;
+#pragma omp simd
+    for (int64_t k = 0; k < columns; k++) dw[k] = store<S>((load(dw_hat[k]) - load(w[k]) * along) * reciprocal);
+  }
+}
+
+}  // namespace
+
+void register_norm(Kernels* table, Type type) {
+  BCOS_FOR_TYPE(type, S, {
+    table->norm_rows = norm_rows<S>;
+    table->sum_squares_rows = sum_squares_rows<S>;
+    table->sum_squares_planes = sum_squares_planes<S>;
+    table->window_norm = window_norm<S>;
+    table->window_spread = window_spread<S>;
+    table->add_norm_term_rows = add_norm_term_rows<S>;
+    table->add_norm_term_planes = add_norm_term_planes<S>;
+    table->normalize_weight = normalize_weight<S>;
+    table->weight_norm_backward = weight_norm_backward<S>;
+  })
+}
+
+}  // namespace bcos::cpu::BCOS_ISA
