@@ -258,7 +258,8 @@ def fuse(model: nn.Module, *, blocks: bool = True, memory: str = "default") -> n
     of ``bcos`` 0.1.3, and the layers of B-cosification, get the classes of this package, in place, exact types only.
     Parameters, buffers, hooks, device, dtype, training and explanation mode stay the same objects and values; weights
     of convolutions become channels_last in memory. Checkpoints load in both directions, and the peer model's own
-    ``explain`` and ``explanation_mode`` keep working. On models of this package's modules only blocks are fused.
+    ``explain`` and ``explanation_mode`` keep working. On models of this package's modules, weights become
+    channels_last and blocks are fused.
 
     Args:
         model: a model, changed in place and returned; make optimisers before or after.
@@ -290,6 +291,8 @@ def fuse(model: nn.Module, *, blocks: bool = True, memory: str = "default") -> n
         rule = _rule_of(module)
         if rule is None:
             left = _why_left(module)
+            if type(module) is BcosConv2d:
+                _to_channels_last(module.weight)
         else:
             reason = rule.check(module)
             if reason is None and "forward" in module.__dict__:

@@ -141,6 +141,7 @@ def test_reversible(name):
         assert a.__dict__.keys() == b.__dict__.keys()
 
 
+@pytest.mark.slow
 def test_isinstance_copies_and_pickles_in_a_new_process(tmp_path):
     fused = build("basic").eval()
     fuse_blocks(fused)

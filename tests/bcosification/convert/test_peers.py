@@ -433,6 +433,16 @@ def test_fusing_twice_and_our_own_models_change_nothing():
     assert [type(m) for m in fuse(model).modules()] == kinds
     ours = nn.Sequential(BcosConv2d(6, 8, 3), BcosLinear(4, 4))
     assert [type(m) for m in fuse(ours).modules()] == [nn.Sequential, BcosConv2d, BcosLinear]
+    assert ours[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_compiles_without_a_graph_break():
+    model = fuse(
+        nn.Sequential(bcos.modules.BcosConv2d(6, 8, 3), NO_BIAS(8), bcos.modules.LogitLayer(0.5, -1.0)).eval()
+    )
+    x = images(torch.float32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x), model(x), rtol=1e-5, atol=1e-6)
 
 
 def test_blocks_can_be_left():
