@@ -11,10 +11,10 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # Tests run two at a time (JOBS), each on one thread: more threads than cores only slow each other down.
 JOBS ?= 2
 PYTEST_ARGS ?=
-THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-aot test-install demo bench clean
+.PHONY: help setup lint test test-aot test-install bench demo clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -45,7 +45,16 @@ lint: $(VENV)/.built  ## ruff
 	$(BIN)/python -m ruff check .
 
 test: lint  ## lint and all tests, ahead-of-time compilation and installation cases included
-	$(THREADS) $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+	$(PYTEST) -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+
+test-aot: $(VENV)/.built  ## only: every Triton kernel compiled ahead of time for GPUs that need not be there
+	$(PYTEST) tests/bcos_kernels/triton -k ahead_of_time $(PYTEST_ARGS)
+
+test-install:  ## pip install . as a new user does it: fresh environment, build isolation on (two installs of torch)
+	rm -rf build/fresh && $(PYTHON) -m venv build/fresh
+	bash -c 'time build/fresh/bin/python -m pip install -q .'
+	cd build && fresh/bin/python -P -m bcos_kernels
+	rm -rf build/fresh
 
 bench: $(VENV)/.built  ## the benchmark suites (benchmarks/), nothing else running
 	$(BIN)/python -m pytest -q benchmarks $(PYTEST_ARGS)
