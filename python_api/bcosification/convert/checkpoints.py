@@ -159,7 +159,7 @@ def load(folder: str | os.PathLike, model: nn.Module | None = None) -> Bcosified
     dtype = getattr(torch, config.get("dtype", "float32"))
     if any(parameter.dtype != dtype for parameter in model.parameters()):
         model = copy.deepcopy(model).to(dtype)
-    converted = convert(model, options, preprocessing, source=config.get("source"))
+    converted = convert(model, options, preprocessing, source=_source(config))
     if config["num_classes"] is not None and converted.num_classes != config["num_classes"]:
         reset_head(converted, config["num_classes"])
     for name, value in config.get("layer_b", {}).items():
@@ -190,6 +190,10 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     return config
 
 
+def _source(config: dict[str, Any]) -> dict[str, Any]:
+    return {"spec": config.get("source"), "num_classes": config.get("source_num_classes")}
+
+
 def _build(config: dict[str, Any], folder: Path) -> nn.Module:
     """The standard network that config.json describes, with random weights."""
     family = next((family for family in FAMILIES.values() if family.name == config.get("family")), None)
@@ -198,7 +202,7 @@ def _build(config: dict[str, Any], folder: Path) -> nn.Module:
     if config.get("source"):
         from bcosification.convert.resolver import resolve
 
-        return resolve(config["source"], pretrained=False, num_classes=config["num_classes"])[0]
+        return resolve(config["source"], pretrained=False, num_classes=_source(config)["num_classes"])[0]
     raise ValueError(
         f"load: {folder} holds a {config.get('class')}, which cannot be built from its config: "
         "expected model=, the standard network of that class, got None"

@@ -39,12 +39,14 @@ _CHOICES = {
 }
 
 _WRAPPERS = {
-    "torch.nn.parallel.distributed.DistributedDataParallel": "its .module",
-    "torch.nn.parallel.data_parallel.DataParallel": "its .module",
-    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "the model before it was sharded",
-    "torch._dynamo.eval_frame.OptimizedModule": "its ._orig_mod, and compile the converted model",
-    "torch.fx.graph_module.GraphModule": "the model before it was traced",
+    "DistributedDataParallel": "its .module",
+    "DataParallel": "its .module",
+    "FullyShardedDataParallel": "the model before it was sharded",
+    "OptimizedModule": "its ._orig_mod, and compile the converted model",
+    "GraphModule": "the model before it was traced",
+    "ScriptModule": "the model before it was scripted",
 }
+"""Torch's classes around a model -> what to convert instead."""
 
 
 def bcosify(
@@ -126,7 +128,7 @@ def bcosify(
     else:
         found = detect(model, family.preprocessing, size)
     preprocessing = with_statistics(found, mean, std, size)
-    return convert(model, options, preprocessing, source=source.get("spec"))
+    return convert(model, options, preprocessing, source=source)
 
 
 def check_options(**given: Any) -> Options:
@@ -162,11 +164,10 @@ def check_convertible(model: nn.Module) -> None:
     for name, module in model.named_modules():
         place = f"submodule {name!r} is" if name else "got"
         kind = type_name(type(module))
-        instead = _WRAPPERS.get(kind)
-        if isinstance(module, torch.jit.ScriptModule):
-            instead = "the model before it was scripted"
-        if instead is not None:
-            raise TypeError(f"bcosify: expected a plain model, {place} {kind}; convert {instead}")
+        for base in type(module).__mro__:
+            if base.__module__.startswith("torch.") and base.__name__ in _WRAPPERS:
+                instead = _WRAPPERS[base.__name__]
+                raise TypeError(f"bcosify: expected a plain model, {place} {base.__name__}; convert {instead}")
         if hasattr(module, "set_explanation_mode"):
             raise ValueError(f"bcosify: expected a standard model, {place} {kind}, which is B-cos already")
     owners: dict[Any, str] = {}
@@ -240,22 +241,33 @@ def _join(prefix: str, name: str) -> str:
 
 
 def convert(
-    model: nn.Module, options: Options, preprocessing: Preprocessing, *, source: str | None = None, blocks: bool = True
+    model: nn.Module,
+    options: Options,
+    preprocessing: Preprocessing,
+    *,
+    source: dict[str, Any] | None = None,
+    blocks: bool = True,
 ) -> BcosifiedModel:
-    """The conversion itself, on a copy of ``model``, with checked options. ``blocks=False`` leaves blocks unfused."""
+    """The conversion itself, on a copy of ``model``, with checked options.
+
+    ``source`` tells how the resolver made the model ("spec", "num_classes"); ``blocks=False`` leaves blocks unfused.
+    """
     family = family_of(model)
     config = {
         "format": FORMAT,
         "class": type_name(type(model)),
         "family": family.name,
         "architecture": describe(family, model),
-        "source": source,
+        "source": source.get("spec") if source else None,
+        "source_num_classes": source.get("num_classes") if source else None,
         "dtype": str(next((p.dtype for p in model.parameters()), torch.get_default_dtype())).removeprefix("torch."),
         "options": asdict(options),
     }
     input_name, head_name = family.input_layer(model), family.head(model)
     moves = options.head == "before_pool" and head_name is not None and family.moves_head(model)
     preprocessing = _check_channels(model, input_name, options, preprocessing)
+    _check_single(model, input_name if options.inverse else None, "layer that reads the image")
+    _check_single(model, head_name if moves else None, "classifier")
 
     network = copy.deepcopy(model)
     network.__dict__.pop("bcosification_source", None)
@@ -339,6 +351,16 @@ def _check_channels(
             f"bcosify: expected one mean and std per channel of {input_name!r}, which reads {read}, got {channels}"
         )
     return preprocessing
+
+
+def _check_single(model: nn.Module, name: str | None, what: str) -> None:
+    """A layer that is changed, not only replaced, must be registered in one place."""
+    if name is None:
+        return
+    layer = model.get_submodule(name)
+    names = [other for other, module in model.named_modules(remove_duplicate=False) if module is layer]
+    if len(names) > 1:
+        raise ValueError(f"bcosify: expected the {what} in one place, got {', '.join(map(repr, names))}")
 
 
 def _check_head(network: nn.Module, name: str, moves: bool) -> int | None:

@@ -86,14 +86,16 @@ def resolve(
     if weights is not None and (Path(weights).expanduser().is_file() or _looks_like_path(weights)):
         return _from_file(Path(weights).expanduser(), spec, num_classes, None)
     network, info = LIBRARIES[library](name, num_classes, pretrained, weights)
-    return _described(network, f"{library}:{name}", info)
+    return _described(network, f"{library}:{name}", info, num_classes)
 
 
 def _looks_like_path(text: str) -> bool:
     return text.endswith(SUFFIXES) or text.startswith(("/", "./", "../", "~")) or text.endswith("/")
 
 
-def _described(network: nn.Module, spec: str, info: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+def _described(
+    network: nn.Module, spec: str, info: dict[str, Any], num_classes: int | None
+) -> tuple[nn.Module, dict[str, Any]]:
     family = family_of(network)
     preprocessing = info.pop("preprocessing", None) or detect(network, family.preprocessing, family.input_size(network))
     head = _head(network)
@@ -105,7 +107,11 @@ def _described(network: nn.Module, spec: str, info: dict[str, Any]) -> tuple[nn.
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
     }
     # bcosify reads this: which weights' preprocessing it is, and by what name ``load`` builds the network again.
-    network.bcosification_source = {"spec": spec, "preprocessing": info["preprocessing"]}
+    network.bcosification_source = {
+        "spec": spec if spec.partition(":")[0] in LIBRARIES else None,
+        "num_classes": num_classes,
+        "preprocessing": info["preprocessing"],
+    }
     return network.eval(), info
 
 
@@ -287,7 +293,7 @@ def _from_file(
     load_state(network, state, str(path))
     if num_classes is not None:
         _new_head(network, num_classes, str(path))
-    return _described(network, spec, {**info, "weights": str(path)})
+    return _described(network, spec, {**info, "weights": str(path)}, num_classes)
 
 
 def _common_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,11 +1,12 @@
 """The conversion written once more, straightforwardly, with the layers of the package ``bcos``: the tests' oracle.
 
-As B-cosification's own code does, a peer's B-cos layer gets a plain nn.Conv2d / nn.Linear inside. Nothing here is shared
-with bcosification.convert.
+As B-cosification's own code does, a peer's B-cos layer gets a plain nn.Conv2d / nn.Linear inside. Nothing here is
+shared with bcosification.convert.
 """
 
 import copy
 import math
+import warnings
 
 import torch
 from bcos import modules as peer
@@ -17,15 +18,12 @@ from tests.bcosification.convert.standard_networks import MEAN, STD
 
 
 def convolution(layer, b):
-    """nn.Conv2d -> the peer's BcosConv2d without weight normalisation."""
-    new = peer.BcosConv2d(
-        layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-        layer.groups, b=b,
-    )  # fmt: skip
-    new.linear = nn.Conv2d(
-        layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-        layer.groups, bias=False,
-    )  # fmt: skip
+    """nn.Conv2d -> the peer's BcosConv2d (which takes ints only) without weight normalisation."""
+    arguments = [value[0] for value in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "dilation > 1 is much slower!"
+        new = peer.BcosConv2d(layer.in_channels, layer.out_channels, *arguments, layer.groups, b=b)
+    new.linear = nn.Conv2d(layer.in_channels, layer.out_channels, *arguments, layer.groups, bias=False)
     new.linear.weight.data = layer.weight.data.clone()
     return new
 

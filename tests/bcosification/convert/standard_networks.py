@@ -74,7 +74,6 @@ def sequential():
 NETWORKS = {
     "resnet, basic blocks": (basic_resnet, 33),
     "resnet, grouped bottlenecks": (bottleneck_resnet, 32),
-    "resnet, dilated": (dilated_resnet, 32),
     "densenet": (densenet, 35),
     "vit": (vit, 16),
     "vit, convolutional stem": (vit_conv_stem, 16),
@@ -82,11 +81,14 @@ NETWORKS = {
 }
 """Name -> (constructor, image size)."""
 
+LARGER = {"resnet, dilated": (dilated_resnet, 32)}
+"""Slower ones, for fewer tests."""
+
 
 def make(name, seed=0):
     """A network of the table, randomized, and two images for it in [0, 1]."""
     torch.manual_seed(seed)
-    constructor, size = NETWORKS[name]
+    constructor, size = {**NETWORKS, **LARGER}[name]
     images = torch.rand(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
     return randomize(constructor(), seed), images
 

@@ -1,0 +1,168 @@
+"""The resolver: what every kind of name stands for, and what it says when a name stands for nothing."""
+
+from urllib.error import URLError
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import ResNet18_Weights, resnet18
+from torchvision.models.resnet import ResNet
+
+from bcosification import bcosify, load, resolve
+from bcosification.convert.preprocessing import IMAGENET_MEAN
+from tests.bcosification.convert.standard_networks import sequential, vit
+
+
+@pytest.fixture
+def images():
+    return torch.rand(1, 3, 64, 64)
+
+
+@pytest.mark.parametrize("spec", ["resnet18", "torchvision:resnet18"])
+def test_torchvision(spec):
+    network, info = resolve(spec, pretrained=False)
+    assert type(network) is ResNet and not network.training
+    assert info["spec"] == "torchvision:resnet18" and info["weights"] is None and info["num_classes"] == 1000
+    assert info["preprocessing"]["mean"] == list(IMAGENET_MEAN) and info["converted"] is False
+    assert resolve(spec, pretrained=False, num_classes=7)[0].fc.out_features == 7
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """torchvision's downloads, replaced by random weights."""
+    torch.manual_seed(3)
+    state = resnet18().state_dict()
+    monkeypatch.setattr(ResNet18_Weights.IMAGENET1K_V1.__class__, "get_state_dict", lambda *_, **__: state)
+    return state
+
+
+def test_published_weights_and_a_new_head(published):
+    network, info = resolve("resnet18")
+    assert torch.equal(network.fc.weight, published["fc.weight"])
+    assert info["weights"] == "ResNet18_Weights.IMAGENET1K_V1"
+    assert info["preprocessing"]["resize"] == 256 and info["preprocessing"]["input_size"] == [224, 224]
+    network, info = resolve("resnet18", num_classes=3, weights="IMAGENET1K_V1")
+    assert torch.equal(network.conv1.weight, published["conv1.weight"])
+    assert network.fc.weight.shape == (3, 512) and info["num_classes"] == 3
+    assert bcosify(network).config["source"] == "torchvision:resnet18"
+
+
+def test_weights_that_cannot_be_downloaded(monkeypatch):
+    def offline(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setattr(ResNet18_Weights.IMAGENET1K_V1.__class__, "get_state_dict", offline)
+    with pytest.raises(RuntimeError, match=r"resnet18: expected to download .*no network.*pretrained=False"):
+        resolve("resnet18")
+
+
+def test_timm():
+    network, info = resolve("timm:resnet10t", pretrained=False, num_classes=4)
+    assert info["library"] == "timm" and info["num_classes"] == 4
+    assert info["preprocessing"]["preprocessing_origin"] == "timm pretrained_cfg"
+    assert network(torch.rand(1, 3, 64, 64)).shape == (1, 4)
+
+
+def test_open_clip_names_are_checked():
+    with pytest.raises(ValueError, match="ViT-B-32/TAG with TAG one of .*openai.*, got 'nothing'"):
+        resolve("open_clip:ViT-B-32/nothing")
+    with pytest.raises(ValueError, match="expected the name of a open_clip model, got 'ViT-B-33'; near: .*ViT-B-32"):
+        resolve("open_clip:ViT-B-33/openai")
+    with pytest.raises(ValueError, match="neither num_classes"):
+        resolve("open_clip:ViT-B-32/openai", num_classes=3)
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_unknown_names_come_with_near_ones(library):
+    with pytest.raises(ValueError, match=f"name of a {library} model, got 'resnet188'; near: .*resnet18"):
+        resolve(f"{library}:resnet188")
+
+
+def test_bad_arguments_are_named(tmp_path):
+    with pytest.raises(TypeError, match="expected a name, folder or file, got None"):
+        resolve(None)
+    with pytest.raises(ValueError, match="expected num_classes to be an int >= 1, got 0"):
+        resolve("resnet18", num_classes=0)
+    with pytest.raises(ValueError, match="expected weights IMAGENET1K_V1, DEFAULT, got 'V9'"):
+        resolve("resnet18", weights="V9")
+    with pytest.raises(ValueError, match="expected arch= with a weights file only"):
+        resolve("resnet18", arch="resnet18")
+    with pytest.raises(ValueError, match="expected model= with a folder or file only"):
+        resolve("resnet18", model=vit())
+    with pytest.raises(FileNotFoundError, match="expected a folder or file, found none at './missing'"):
+        resolve("./missing")
+    with pytest.raises(FileNotFoundError, match="expected config.json"):
+        resolve(str(tmp_path))
+
+
+def test_folders(tmp_path):
+    torch.manual_seed(0)
+    network, _ = resolve("resnet18", pretrained=False, num_classes=6)
+    model = bcosify(network).eval()
+    model.save_pretrained(tmp_path)
+    images = torch.rand(1, 3, 64, 64)
+    loaded, info = resolve(str(tmp_path))
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+    assert info["converted"] and info["num_classes"] == 6 and info["name"] == "torchvision:resnet18"
+    assert resolve(str(tmp_path), num_classes=2)[0](images).shape == (1, 2)
+    with pytest.raises(ValueError, match="expected no arch= with a folder, got 'resnet18'"):
+        resolve(str(tmp_path), arch="resnet18")
+
+
+def test_a_source_rebuilds_what_no_family_describes(tmp_path):
+    torch.manual_seed(0)
+    network, _ = resolve("torchvision:squeezenet1_1", pretrained=False, num_classes=3)
+    model = bcosify(network, head="keep", mean=0.5, std=0.25).eval()
+    model.save_pretrained(tmp_path)
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path)(images), model(images))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_files(tmp_path, suffix):
+    from safetensors.torch import save_file
+
+    network = vit()
+    path = str(tmp_path / f"weights{suffix}")
+    state = resnet18(num_classes=4).state_dict()
+    if suffix == ".pth":
+        torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, path)
+    else:
+        save_file(state, path)
+    loaded, info = resolve(path, arch="resnet18")
+    assert loaded.fc.out_features == 4 and torch.equal(loaded.fc.weight, state["fc.weight"])
+    assert info["weights"] == path and info["spec"] == "torchvision:resnet18"
+    loaded, _ = resolve("resnet18", weights=path, num_classes=9)
+    assert loaded.fc.out_features == 9 and torch.equal(loaded.conv1.weight, state["conv1.weight"])
+    own = nn.Sequential(resnet18(num_classes=4))
+    with pytest.raises(ValueError, match=r"missing \(122\): 0.bn1.bias.*\n.*unexpected \(122\): bn1.bias"):
+        resolve(path, model=own)
+    assert torch.equal(resolve(path, model=own[0])[0].fc.weight, state["fc.weight"])
+    assert not torch.equal(own[0].fc.weight, state["fc.weight"])
+    with pytest.raises(ValueError, match="expected arch=NAME or model= with a weights file, got neither"):
+        resolve(path)
+    with pytest.raises(ValueError, match="got both"):
+        resolve(path, arch="resnet18", model=network)
+    with pytest.raises(ValueError, match="another architecture's"):
+        resolve(path, arch="resnet34")
+
+
+def test_published_densenet_files_have_older_names(tmp_path):
+    import re
+
+    from torchvision.models import densenet121
+
+    state = densenet121(num_classes=2).state_dict()
+    older = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", name): value for name, value in state.items()}
+    assert set(older) != set(state)
+    torch.save(older, tmp_path / "densenet121.pth")
+    loaded, _ = resolve(str(tmp_path / "densenet121.pth"), arch="densenet121")
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+
+
+def test_a_converted_models_file_asks_for_its_folder(tmp_path):
+    bcosify(sequential(), mean=0.5, std=0.5).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected a standard model's weights, got a converted one's: give its folder"):
+        resolve(str(tmp_path / "model.safetensors"), model=sequential())

@@ -1,0 +1,236 @@
+"""verify: says yes to exact conversions, and no to each kind of mistake, by the name of the layer."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from bcosification import bcosify, verify
+from bcosification.convert import rules
+from tests.bcosification.convert.standard_networks import (
+    MEAN,
+    NETWORKS,
+    STD,
+    make,
+    normalized,
+    relative_error,
+    statistics_of,
+    vit,
+)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_exact_conversions_pass(name):
+    network, images = make(name)
+    converted = bcosify(network, **statistics_of(name))
+    report = verify(network, converted, images)
+    assert report.ok, str(report)
+    assert report.equivalence.ok and report.equivalence.error < 1e-12 and report.equivalence.tolerance == 1e-10
+    assert report.completeness.ok and report.completeness.error < 1e-12
+    assert min(abs(value) for value in report.completeness.contributions) > 1e-6
+    parametrized = [layer for layer in report.layers if "Bcos" in layer.becomes or "Norm" in layer.becomes]
+    assert len(parametrized) > 5 or name == "sequential"
+    assert all(layer.calls >= 1 and layer.error < 1e-12 for layer in parametrized)
+    assert report.weights_changed == []
+    for i in range(2):
+        total = report.completeness.contributions[i] + report.completeness.constants[i]
+        assert total == pytest.approx(report.completeness.logits[i], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"b": 1.5, "bias": "keep", "pool": "keep"},
+        {"normalize_weight": True, "activation": "remove", "normalize_input": False},
+        {"inverse": False, "head": "keep", "bias": "decay"},
+    ],
+)
+def test_options_that_leave_the_originals_function_are_told(options):
+    network, images = make("resnet, basic blocks")
+    report = verify(network, bcosify(network, **options), images)
+    assert report.ok, str(report)
+    told = report.equivalence.differs_by
+    assert f"b={options.get('b', 2):g}" in told
+    assert ("average pooling" in told) == (options.get("pool") != "keep")
+    assert ("normalize_weight=True" in told) == options.get("normalize_weight", False)
+    assert ("bias='decay'" in told) == (options.get("bias") == "decay")
+
+
+def test_float32_has_its_own_tolerance():
+    network, images = make("vit")
+    network, images = network.float(), images.float()
+    report = verify(network, bcosify(network), images)
+    assert report.ok and report.equivalence.tolerance == 1e-4 and 1e-9 < report.equivalence.error < 1e-5
+
+
+def test_half_precision_is_verified_in_float32():
+    network, images = make("vit")
+    network = network.bfloat16()
+    report = verify(network, bcosify(network), images.float())
+    assert report.ok and report.equivalence.tolerance == 1e-4
+
+
+def test_fine_tuned_weights_are_told():
+    network, images = make("vit")
+    converted = bcosify(network)
+    with torch.no_grad():
+        converted.model.heads.head.weight.mul_(1.01)
+    report = verify(network, converted, images)
+    assert report.ok and report.weights_changed == ["model.heads.head.weight"]
+    assert "1 tensors differ" in str(report)
+    converted.reset_classifier(7)
+    assert verify(network, converted, images).ok
+
+
+def test_both_models_are_left_as_they_were():
+    network, images = make("densenet")
+    network.train()
+    converted = bcosify(network)
+    states = [{k: v.clone() for k, v in m.state_dict().items()} for m in (network, converted)]
+    verify(network, converted, images)
+    for model, state in zip((network, converted), states, strict=True):
+        assert all(module.training for module in model.modules())
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+        assert not any(module._forward_hooks for module in model.modules())
+
+
+class Unused(nn.Module):
+    """Reads its projection's weight instead of calling it, and has a layer that nobody uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.projection, self.spare = nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.Linear(2, 2)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.stem(x).mean((2, 3))
+        return self.fc(nn.functional.linear(x, self.projection.weight, self.projection.bias))
+
+
+def test_converted_layers_that_are_never_called_are_errors():
+    network, images = Unused().double(), torch.rand(2, 3, 6, 6, dtype=torch.float64)
+    converted = bcosify(network, mean=MEAN, std=STD, head="keep")
+    report = verify(network, converted, images)
+    assert not report.ok
+    failed = {layer.name: layer.problem for layer in report.layers if not layer.ok}
+    assert failed == {
+        "projection": "a converted layer that is never called",
+        "spare": "a converted layer that is never called",
+    }
+    assert "FAILED: a converted layer that is never called" in str(report)
+
+
+def wrong_batch_norm(layer, options):
+    """Forgets the running mean."""
+    bias = layer.bias.detach().clone()
+    new = rules.batch_norm2d(layer, options)
+    new.bias.data = bias
+    return new
+
+
+def wrong_linear(layer, options):
+    new = rules.linear(layer, options)
+    new.weight.data = new.weight.data * (1 + 1e-6)
+    return new
+
+
+@pytest.mark.parametrize(
+    "key, wrong, name, layer",
+    [
+        ("torch.nn.modules.batchnorm.BatchNorm2d", wrong_batch_norm, "resnet, basic blocks", "bn1"),
+        ("torch.nn.modules.linear.Linear", wrong_linear, "vit", "encoder.layers.encoder_layer_0.mlp.0"),
+    ],
+    ids=["BatchNorm2d", "Linear"],
+)
+def test_a_wrong_rule_is_found_at_the_first_layer_it_touches(monkeypatch, key, wrong, name, layer):
+    monkeypatch.setitem(rules.RULES, key, wrong)
+    network, images = make(name)
+    report = verify(network, bcosify(network), images)
+    assert not report.ok and not report.equivalence.ok
+    failed = [entry for entry in report.layers if not entry.ok]
+    assert failed[0].name == layer and "output differs at B=1" in failed[0].problem
+    assert failed[0].error > 1e-7
+
+
+class Hidden(nn.Module):
+    """Adds a constant that no layer tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(self.stem(x).mean((2, 3))) + 0.5
+
+
+def test_a_constant_that_nobody_accounts_for_breaks_completeness():
+    network, images = Hidden().double(), torch.rand(2, 3, 6, 6, dtype=torch.float64)
+    report = verify(network, bcosify(network, mean=MEAN, std=STD, head="keep"), images)
+    assert report.equivalence.ok and not report.completeness.ok and not report.ok
+
+
+def test_kept_layers_are_listed():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softplus(), nn.Flatten(), nn.Linear(64, 3)).double()
+    images = torch.rand(1, 3, 6, 6, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="1 layers without a rule"):
+        converted = bcosify(network, mean=MEAN, std=STD, on_unknown="keep")
+    report = verify(network, converted, images)
+    assert report.equivalence.ok
+    kept = [layer for layer in report.layers if "kept without a rule" in layer.problem]
+    assert [layer.name for layer in kept] == ["1"]
+    # softplus(0) is not 0: it is not linear, so contributions + constant cannot be the logit
+    assert not report.completeness.ok and not report.ok
+
+
+def test_the_report_as_json_and_table():
+    network, images = make("vit")
+    report = verify(network, bcosify(network), images)
+    content = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert content["ok"] is True and content["equivalence"]["error"] == report.equivalence.error
+    assert len(content["layers"]) == len(report.layers)
+    table = str(report).splitlines()
+    assert table[0].split()[:4] == ["layer", "was", "becomes", "calls"]
+    assert table[1].split()[:4] == ["conv_proj", "Conv2d", "BcosConv2d", "1"]
+    assert table[-1] == "verified: ok"
+    report.equivalence.error = math.inf
+    assert report.to_dict()["equivalence"]["error"] is None
+
+
+def test_models_that_do_not_belong_together_are_named():
+    network, images = make("vit")
+    converted = bcosify(network)
+    other, _ = make("densenet")
+    with pytest.raises(ValueError, match="expected a conversion of .*DenseNet, got one of .*VisionTransformer"):
+        verify(other, converted, images)
+    with pytest.raises(ValueError, match=r"model.encoder.pos_embedding \(1, 17, 12\) is \(1, 5, 12\) in a fresh one"):
+        small = vit()
+        small.image_size, small.encoder.pos_embedding = 8, nn.Parameter(torch.zeros(1, 5, 12))
+        verify(small.double(), converted, images)
+    with pytest.raises(TypeError, match="expected the standard model first, got BcosifiedModel"):
+        verify(converted, network, images)
+    with pytest.raises(TypeError, match="expected a model made by bcosify second, got VisionTransformer"):
+        verify(network, network, images)
+
+
+@pytest.mark.parametrize(
+    "images, error, message",
+    [
+        (torch.rand(1, 6, 16, 16), ValueError, r"expected images \(N, 3, H, W\) in \[0, 1\], N >= 1, got \(1, 6"),
+        (torch.rand(0, 3, 16, 16), ValueError, r"got \(0, 3, 16, 16\)"),
+        (torch.full((1, 3, 16, 16), -1.0), ValueError, "not normalised, got values from -1 to -1"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), TypeError, "got torch.uint8"),
+    ],
+)
+def test_wrong_images_are_named(images, error, message):
+    network, _ = make("vit")
+    with pytest.raises(error, match=message):
+        verify(network, bcosify(network), images)
+
+
+def test_images_are_normalised_for_the_original():
+    network, images = make("vit")
+    converted = bcosify(network, b=1, bias="keep", pool="keep", mean=(0.2, 0.3, 0.4), std=(0.5, 0.6, 0.7))
+    assert verify(network, converted, images).ok
+    assert relative_error(converted(images).detach(), network(normalized(images)).detach()) > 1e-3
