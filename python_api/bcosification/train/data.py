@@ -1,7 +1,7 @@
 """Images to train and evaluate on: two embedded data sets of real images, and folders of images.
 
-`digits` and `scenes` are made from what scikit-learn ships (1,797 handwritten digits and two photographs), so that every
-command of this project runs on real input without a download. All images leave this module as float32 tensors
+`digits` and `scenes` are made from what scikit-learn ships (1,797 handwritten digits and two photographs), so that
+every command of this project runs on real input without a download. All images leave this module as float32 tensors
 (3, H, W) in [0, 1]; B-cosified models encode and normalise them themselves.
 
 Everything is reproducible: a data set depends on its seed alone; the order of an epoch and the augmentation of an image
@@ -27,6 +27,8 @@ __all__ = ["EMBEDDED", "FolderImages", "ImageDataModule", "ImageTensors", "build
 EMBEDDED = ("digits", "scenes")
 SPLITS = ("train", "val")
 VALIDATION_SHARE = 0.2
+BRIGHTNESS = np.array([0.299, 0.587, 0.114], np.float32)  # weights of red, green and blue (BT.601)
+CONTRAST = 0.35
 FULL_CHECK_LIMIT = 20_000  # files; up to here each is decoded before training (about a minute), beyond only its header
 
 
@@ -157,7 +159,7 @@ def scenes(split: str = "train", *, count: int | None = None, size: int = 64, se
     boxes = torch.empty(count, 4, dtype=torch.int64)
     for i, digit in enumerate(picked):
         scene = _background(photographs, size, rng)
-        edge = int(rng.integers(round(0.30 * size), round(0.55 * size) + 1))
+        edge = int(rng.integers(round(0.45 * size), round(0.70 * size) + 1))
         x, y = (int(v) for v in rng.integers(0, size - edge + 1, size=2))
         opacity = _upscale(patches[digit][None], edge)[0].numpy()
         ink = opacity > 0.1
@@ -189,9 +191,10 @@ def _background(photographs: Sequence[np.ndarray], size: int, rng: np.random.Gen
 
 
 def _tint(background: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A colour whose brightness differs from that of `background` (3,) by at least CONTRAST."""
     while True:
         tint = rng.random(3).astype(np.float32)
-        if np.abs(tint - background).mean() >= 0.25:
+        if abs(float((tint - background) @ BRIGHTNESS)) >= CONTRAST:
             return tint
 
 
@@ -471,7 +474,7 @@ def build_datamodule(
     """The data module for a name ("digits", "scenes") or for a folder of images.
 
     Args:
-        data: a name in EMBEDDED, or a folder with train/ and val/ (with evaluation_only, val/ or class folders directly).
+        data: a name in EMBEDDED, or a folder with train/ and val/ (with evaluation_only: val/, or class folders).
         image_size: edge in pixels; default: the data set's own (32, 64), 224 for folders.
         batch_size, num_workers, seed: as ImageDataModule.
         augment: folders: random resized crop and flip; `digits` and `scenes`: a random shift of up to 2 and 4 pixels.

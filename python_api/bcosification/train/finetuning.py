@@ -35,8 +35,7 @@ class FinetuneConfig:
 
     Model: `model` (a spec such as resnet18, torchvision:NAME, timm:NAME, a folder written by us, a weights file with
     `arch`), `arch`, `pretrained` (False: random weights), `weights` (a local file with the standard network's weights).
-    `standard` trains the network as it is, without B-cosification. `conversion` holds further options of `bcosify`
-    (pool, head, activation, normalize_weight, logit_bias, mean, std, …).
+    `conversion` holds further options of `bcosify` (pool, head, activation, normalize_weight, logit_bias, mean, …).
 
     B: `b` reached, raised linearly from 1 over `b_epochs` (0: at once). Biases: `bias` is "remove", "keep" or "decay"
     (over `bias_epochs`).
@@ -57,7 +56,6 @@ class FinetuneConfig:
     arch: str | None = None
     pretrained: bool = True
     weights: str | None = None
-    standard: bool = False
     conversion: dict = field(default_factory=dict)
     b: float = 2.0
     b_epochs: float = 0.0
@@ -199,9 +197,7 @@ def load_recipe(name_or_file: str) -> dict:
     elif Path(name_or_file).is_file():
         text = Path(name_or_file).read_text()
     if text is None:
-        raise FileNotFoundError(
-            f"recipe: expected a YAML file or one of {', '.join(recipes())}; got {name_or_file!r}"
-        )
+        raise FileNotFoundError(f"recipe: expected a YAML file or one of {', '.join(recipes())}; got {name_or_file!r}")
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -217,22 +213,33 @@ def check_output(folder, *, resume: bool = False) -> None:
         FileNotFoundError: resume, and there is no run in it.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"output: expected a folder, got the file {folder}")
+    check_writable(folder)
     if resume:
         if not (folder / "config.yaml").is_file():
-            raise FileNotFoundError(f"--resume: expected the folder of an earlier run (config.yaml), found none in {folder}")
+            raise FileNotFoundError(
+                f"--resume: expected the folder of an earlier run (config.yaml), found none in {folder}"
+            )
     elif folder.is_dir() and any(folder.iterdir()):
         hint = "give --resume to continue the run in it, or " if (folder / "config.yaml").is_file() else ""
-        raise FileExistsError(f"output: expected a new or empty folder, got {folder} with files in it; {hint}choose another")
+        raise FileExistsError(
+            f"output: expected a new or empty folder, got {folder} with files in it; {hint}choose another"
+        )
+
+
+def check_writable(folder: Path) -> None:
+    """Raises NotADirectoryError or PermissionError unless `folder` can be written or made; leaves nothing behind."""
     parent = folder.absolute()
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise NotADirectoryError(f"output: expected a folder, got {folder}, where {parent} is a file")
     try:
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        raise PermissionError(f"output: expected a folder that can be written, got {folder}: {error.strerror}") from None
+        raise PermissionError(
+            f"output: expected a folder that can be written, got {folder}: {error.strerror}"
+        ) from None
 
 
 def _require(extra: str, *modules: str) -> None:
@@ -303,7 +310,7 @@ def _callbacks(output: Path | None, show: bool):
             self.rows = state["rows"]
 
     class Keep(Checkpoint):
-        """last.ckpt, last/ and best/ after every epoch. A Checkpoint: Lightning calls those after all other callbacks."""
+        """last.ckpt, last/ and best/ after every epoch; as a Checkpoint it is called after all other callbacks."""
 
         def __init__(self):
             self.best = -1.0
@@ -359,7 +366,8 @@ def _draw_history(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in rows]
-    for axis, unit, names in ((left, "loss", ("train_loss", "val_loss")), (right, "accuracy (%)", ("train_top1", "val_top1"))):
+    panels = ((left, "loss", ("train_loss", "val_loss")), (right, "accuracy (%)", ("train_top1", "val_top1")))
+    for axis, unit, names in panels:
         for name in names:
             values = [row.get(name, float("nan")) * (100 if axis is right else 1) for row in rows]
             axis.plot(epochs, values, marker="." if len(epochs) < 30 else None, label=name.split("_")[0])
@@ -392,6 +400,7 @@ def train(
     from lightning.pytorch import Trainer
 
     module.seed = seed
+    module.train()  # Lightning keeps the mode that it finds, and models come in eval mode
     history, keep = _callbacks(output, progress)
     # Lightning names itself, its GPUs and its tips at level INFO.
     logger = logging.getLogger("lightning.pytorch")
@@ -421,11 +430,13 @@ def train(
     return history.rows
 
 
-def finetune(config: FinetuneConfig, *, resume: bool = False) -> FinetuneResult:
+def finetune(config: FinetuneConfig, *, model=None, resume: bool = False) -> FinetuneResult:
     """Takes a pretrained network, B-cosifies it and fine-tunes it.
 
     Args:
         config: see FinetuneConfig.
+        model: a standard network of one's own, with its weights, instead of what config.model names (which then only
+            labels the run); it is not changed. Resuming needs it again where its class cannot be built from its name.
         resume: continue the run in config.output from its last complete epoch; everything except FinetuneConfig.MACHINE
             has to be as it was. On the same machine the result is that of an uninterrupted run, bit for bit.
 
@@ -433,6 +444,8 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> FinetuneResult:
         ValueError, FileNotFoundError, FileExistsError, PermissionError: the configuration, the data, the model or the
             output folder is not usable; nothing has been written then.
     """
+    if model is not None and not config.model:
+        config = dataclasses.replace(config, model=type(model).__name__)
     config.check()
     _require("train", "lightning", "torchmetrics", "torchvision", "yaml", *(["timm"] if config.agc is not None else []))
     output = Path(config.output)
@@ -444,7 +457,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> FinetuneResult:
 
     torch.manual_seed(config.seed)
     started = resume and (output / "last.ckpt").is_file()
-    model, datamodule = _prepare(config, output / "last" if started else None)
+    model, datamodule = _prepare(config, model, output / "last" if started else None)
     from .lightning_module import ClassificationModule
     from .schedules import BiasDecay, LinearB
 
@@ -478,19 +491,28 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> FinetuneResult:
     return FinetuneResult(output, history, model.eval(), best, datamodule.unreadable)
 
 
-def _check_same(config: FinetuneConfig, output: Path) -> None:
+def saved_config(output: Path) -> FinetuneConfig:
+    """The configuration of the run in `output`."""
     import yaml
 
+    check_output(output, resume=True)
     path = output / "config.yaml"
-    earlier = FinetuneConfig.from_mapping(yaml.safe_load(path.read_text()), str(path))
+    return FinetuneConfig.from_mapping(yaml.safe_load(path.read_text()), str(path))
+
+
+def _check_same(config: FinetuneConfig, output: Path) -> None:
+    path, earlier = output / "config.yaml", saved_config(output)
     for entry in dataclasses.fields(FinetuneConfig):
         before, now = getattr(earlier, entry.name), getattr(config, entry.name)
         if entry.name not in FinetuneConfig.MACHINE and before != now:
             raise ValueError(f"--resume: expected {entry.name} as in {path}, {before!r}; got {now!r}")
 
 
-def _prepare(config: FinetuneConfig, saved: Path | None):
-    """The B-cosified model (or the standard one) with a head for the data's classes, and the data module."""
+def _prepare(config: FinetuneConfig, own, saved: Path | None):
+    """The B-cosified model with a head for the data's classes, and the data module.
+
+    From the run's last/ (saved) when it is resumed: its configuration holds what the first start found out.
+    """
     import bcosification
     from bcosification.convert.resolver import resolve
     from bcosification.convert.wrapper import BcosifiedModel
@@ -498,9 +520,11 @@ def _prepare(config: FinetuneConfig, saved: Path | None):
     from .data import EMBEDDED, build_datamodule, digits, evaluation_transform, scenes
 
     if saved is not None:
-        model = bcosification.load(saved)
+        model = bcosification.load(saved, model=own)
     else:
-        found, _ = resolve(config.model, arch=config.arch, pretrained=config.pretrained, weights=config.weights)
+        found = own
+        if own is None:
+            found, _ = resolve(config.model, arch=config.arch, pretrained=config.pretrained, weights=config.weights)
         if isinstance(found, BcosifiedModel):
             model = found
         else:
@@ -516,16 +540,16 @@ def _prepare(config: FinetuneConfig, saved: Path | None):
         raise ValueError(
             f"finetune: expected an image_size that {config.model} can take (its own: {expected}), got {size}"
         )
-    own = not embedded and config.image_size is None and expected is not None
+    as_expected = not embedded and config.image_size is None and expected is not None
     datamodule = build_datamodule(
         config.data, image_size=size, batch_size=config.batch_size, num_workers=config.num_workers, seed=config.seed,
-        augment=config.augment, eval_transform=model.transform if own else evaluation_transform(size),
+        augment=config.augment, eval_transform=model.transform if as_expected else evaluation_transform(size),
     )  # fmt: skip
     if saved is None:
         if model.num_classes != datamodule.num_classes:
             model.reset_classifier(datamodule.num_classes)
         model.config["class_names"] = datamodule.class_names
-        if not own:
+        if not as_expected:
             resize = size if embedded else round(size * 256 / 224)
             model.config.update(input_size=[size, size], resize=resize, crop="center")
     return model, datamodule

@@ -1,0 +1,311 @@
+"""Fine-tuning runs end to end, on a small network and real digits."""
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import bcosification
+from bcosification.evaluation import evaluate
+from bcosification.train import finetuning
+from bcosification.train.data import build_datamodule
+from bcosification.train.finetuning import FinetuneConfig, check_output, finetune, load_recipe, recipes, saved_config
+
+from .test_schedules import STATISTICS, small_network
+
+
+def _config(output, **changes):
+    options = dict(
+        data="digits", output=str(output), epochs=3, batch_size=16, limit_batches=3, lr=1e-2, progress=False,
+        conversion=STATISTICS, accelerator="cpu",
+    )  # fmt: skip
+    return FinetuneConfig(**(options | changes))
+
+
+def _weights(folder, model):
+    return bcosification.load(folder, model=model).state_dict()
+
+
+def _equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_leaves_what_it_says(tmp_path):
+    network = small_network()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    result = finetune(_config(tmp_path / "run"), model=network)
+    assert _equal(before, network.state_dict())
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml", "metrics.csv", "training_curves.png", "last.ckpt", "last", "best",
+    }  # fmt: skip
+    with open(folder / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
+    assert [int(row["step"]) for row in rows] == [3, 6, 9]
+    assert [float(row["val_loss"]) for row in rows] == [row["val_loss"] for row in result.history]
+    assert Image.open(folder / "training_curves.png").size[0] > 500
+    last = bcosification.load(folder / "last", model=small_network(1))
+    assert _equal(last.state_dict(), result.model.state_dict())
+    assert last.config["class_names"] == [str(i) for i in range(10)]
+    assert last.config["input_size"] == [32, 32]
+    # The accuracy in the file is that of the weights in the folder, measured by other code.
+    best = bcosification.load(folder / "best", model=small_network(1))
+    val = build_datamodule("digits", batch_size=16).val_dataloader()
+    batches = [batch for batch, _ in zip(val, range(3), strict=False)]
+    assert evaluate(best, batches, progress=False)["top1"] == pytest.approx(result.best)
+    assert result.best == max(row["val_top1"] for row in result.history)
+
+
+def test_training_improves_on_the_start(tmp_path):
+    config = _config(tmp_path / "run", epochs=4, limit_batches=None, batch_size=32, augment=False)
+    result = finetune(config, model=small_network())
+    assert result.history[-1]["val_loss"] < result.history[0]["val_loss"]
+    assert result.history[-1]["val_top1"] > 0.3  # chance: 0.1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(optimizer="adamw", weight_decay=0.05, warmup_epochs=0.5, agc=0.1),
+        dict(b_epochs=2.5, bias="decay", bias_epochs=1.5),
+        dict(bias="decay", bias_epochs=2.5, clip_norm=1.0),
+    ],
+    ids=["adamw", "schedules-ended", "schedules-running"],
+)
+def test_resumed_equals_uninterrupted(tmp_path, changes, monkeypatch):
+    """A run stopped in its third epoch and continued: weights, history, checkpoint equal, bit for bit."""
+    whole = finetune(_config(tmp_path / "whole", epochs=4, **changes), model=small_network())
+
+    class Stop(Exception):
+        pass
+
+    from bcosification.train.lightning_module import ClassificationModule
+
+    step = ClassificationModule.training_step
+
+    def stopping(self, batch, batch_idx):
+        if self.trainer.current_epoch == 2 and batch_idx == 1:
+            raise Stop
+        return step(self, batch, batch_idx)
+
+    config = _config(tmp_path / "parts", epochs=4, **changes)
+    monkeypatch.setattr(ClassificationModule, "training_step", stopping)
+    with pytest.raises(Stop):
+        finetune(config, model=small_network())
+    monkeypatch.undo()
+    torch.manual_seed(99)
+    resumed = finetune(config, model=small_network(5), resume=True)
+    assert _equal(whole.model.state_dict(), resumed.model.state_dict())
+    assert _equal(
+        _weights(tmp_path / "whole/best", small_network()), _weights(tmp_path / "parts/best", small_network())
+    )
+    without_time = [[{k: v for k, v in row.items() if k != "seconds"} for row in r.history] for r in (whole, resumed)]
+    assert without_time[0] == without_time[1]
+    states = [torch.load(r.output / "last.ckpt", weights_only=True)["optimizer_states"][0] for r in (whole, resumed)]
+    for a, b in zip(states[0]["state"].values(), states[1]["state"].values(), strict=True):
+        assert _equal(a, b)
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+
+
+def test_killed_for_real_and_resumed(tmp_path):
+    """SIGKILL in the middle of the run, from outside; what is left is complete enough to go on."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys; sys.path.insert(0, sys.argv[2])\n"
+        "from tests.bcosification.train.test_finetuning import _config, finetune, small_network\n"
+        "finetune(_config(sys.argv[1], epochs=400), model=small_network())\n"
+    )
+    root = str(Path(__file__).resolve().parents[3])
+    output = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, str(script), str(output), root], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (output / "last.ckpt").is_file():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    checkpoint = torch.load(output / "last.ckpt", weights_only=True)
+    done = checkpoint["epoch"] + 1
+    assert done < 390
+    # The same run, cut short: its configuration is what a resume compares with.
+    config = _config(output, epochs=done + 2)
+    (output / "config.yaml").write_text(config.to_yaml())
+    result = finetune(config, model=small_network(), resume=True)
+    assert [row["epoch"] for row in result.history] == list(range(1, done + 3))
+    assert result.history[-1]["step"] == 3 * (done + 2)
+
+
+def test_resume_before_the_first_checkpoint_starts_again(tmp_path):
+    whole = finetune(_config(tmp_path / "whole", epochs=1), model=small_network())
+    (tmp_path / "killed").mkdir()
+    config = _config(tmp_path / "killed", epochs=1, model="Sequential")
+    (tmp_path / "killed/config.yaml").write_text(config.to_yaml())
+    resumed = finetune(config, model=small_network(), resume=True)
+    assert _equal(whole.model.state_dict(), resumed.model.state_dict())
+
+
+def test_resume_refuses_another_configuration(tmp_path):
+    config = _config(tmp_path / "run", epochs=1)
+    finetune(config, model=small_network())
+    with pytest.raises(ValueError, match=r"--resume: expected lr as in .*config.yaml, 0.01; got 0.5"):
+        finetune(dataclasses.replace(config, lr=0.5), model=small_network(), resume=True)
+    again = finetune(dataclasses.replace(config, num_workers=0), model=small_network(), resume=True)
+    assert len(again.history) == 1  # complete already: nothing is trained
+
+
+def test_folder_of_images_with_corrupt_files(tmp_path):
+    digits = build_datamodule("digits")
+    for part, data in (("train", digits.train), ("val", digits.val)):
+        for i in range(24):
+            label = int(data.labels[i])
+            path = tmp_path / "data" / part / f"class{label}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(data.images[i].permute(1, 2, 0).numpy()).save(path)
+    broken = tmp_path / "data" / "train" / "class0" / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8 no")
+    config = _config(tmp_path / "run", data=str(tmp_path / "data"), image_size=32, epochs=1, batch_size=8)
+    result = finetune(dataclasses.replace(config, num_workers=0), model=small_network())
+    assert [path for path, _ in result.unreadable] == [str(broken)]
+    assert str(broken) in (tmp_path / "run/unreadable_images.txt").read_text()
+    assert result.model.config["class_names"] == [f"class{i}" for i in range(10)]
+    assert result.model.config["resize"] == round(32 * 256 / 224)
+
+
+def test_head_for_another_number_of_classes(tmp_path):
+    for part in ("train", "val"):
+        for name in ("a", "b", "c"):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            Image.new("RGB", (16, 16), "red").save(tmp_path / "data" / part / name / "x.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = _config(tmp_path / "run", data=str(tmp_path / "data"), image_size=16, epochs=1, num_workers=0)
+        result = finetune(config, model=small_network())
+    assert result.model.num_classes == 3
+    config = json.loads((tmp_path / "run/last/config.json").read_text())
+    assert config["num_classes"] == 3 and config["class_names"] == ["a", "b", "c"]
+    assert config["logit_bias"] == pytest.approx(-0.6931472)
+
+
+def test_compiled_training_saves_plain_names(tmp_path):
+    plain = finetune(_config(tmp_path / "plain", epochs=1), model=small_network())
+    compiled = finetune(_config(tmp_path / "compiled", epochs=1, compile=True), model=small_network())
+    a, b = plain.model.state_dict(), _weights(tmp_path / "compiled/last", small_network())
+    assert a.keys() == b.keys()
+    # Adam divides by the root of tiny second moments: rounding in the gradient shows up to a step's size (1e-2).
+    assert compiled.history[0]["train_loss"] == pytest.approx(plain.history[0]["train_loss"], rel=1e-4)
+
+
+def test_mixed_precision_trains(tmp_path):
+    mixed = finetune(_config(tmp_path / "mixed", precision="bf16-mixed"), model=small_network())
+    full = finetune(_config(tmp_path / "full"), model=small_network())
+    assert mixed.history[-1]["train_loss"] == pytest.approx(full.history[-1]["train_loss"], rel=0.02)
+    assert {p.dtype for p in mixed.model.parameters()} == {torch.float32}
+
+
+# --- bad input: told before anything is written -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(epochs=0), "expected epochs >= 1, got 0"),
+        (dict(lr=-1.0), "expected lr > 0, got -1.0"),
+        (dict(b=0.5), "expected b >= 1, got 0.5"),
+        (dict(bias="drop"), r"expected bias in \('remove', 'keep', 'decay'\), got 'drop'"),
+        (dict(bias="decay"), "expected bias_epochs > 0 with bias decay, got 0"),
+        (dict(bias_epochs=1.0), "expected bias_epochs 0 without bias decay, got 1.0"),
+        (dict(b_epochs=7.0), r"expected b_epochs between 0 and epochs \(3\), got 7.0"),
+        (dict(loss="mse"), "expected loss in .*got 'mse'"),
+        (dict(agc=0.01, clip_norm=1.0), "expected clip_norm None when agc is given, got 1.0"),
+        (dict(data="nowhere"), "expected one of .*got 'nowhere'"),
+        (dict(image_size=8), "expected an image_size that .* can take"),
+        (dict(conversion={"b": 1.5}), "expected b outside of conversion"),
+    ],
+)
+def test_bad_configuration_writes_nothing(tmp_path, changes, message):
+    model = small_network()
+    if "image_size" in changes:
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 9), *list(small_network())[5:7], torch.nn.Linear(4, 10))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        finetune(_config(tmp_path / "run", **changes), model=model)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_folder_is_checked_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(finetuning, "_prepare", lambda *a: pytest.fail("the model was built before the check"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="expected a new or empty folder, got .*full with files in it; choose"):
+        finetune(_config(tmp_path / "full", model="x"))
+    with pytest.raises(NotADirectoryError, match="expected a folder, got .*notes.txt"):
+        finetune(_config(tmp_path / "full" / "notes.txt", model="x"))
+    with pytest.raises(NotADirectoryError):
+        finetune(_config(tmp_path / "full" / "notes.txt" / "run", model="x"))
+    with pytest.raises(FileNotFoundError, match="expected the folder of an earlier run"):
+        finetune(_config(tmp_path / "none", model="x"), resume=True)
+    (tmp_path / "full" / "config.yaml").write_text("")
+    with pytest.raises(FileExistsError, match="give --resume to continue"):
+        check_output(tmp_path / "full")
+
+
+def test_unwritable_output(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(finetuning.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(PermissionError, match="expected a folder that can be written, got .*run: Permission denied"):
+        check_output(tmp_path / "run")
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def test_recipes_are_complete_configurations():
+    assert {"digits", "scenes", "imagenet_resnet50", "imagenet_densenet121", "imagenet_vit_b16"} <= set(recipes())
+    for name in recipes():
+        values = {"data": "digits", "output": "x"} | load_recipe(name)
+        FinetuneConfig(**values).check()
+    paper = load_recipe("imagenet_resnet50")
+    assert (paper["lr"], paper["epochs"], paper["loss"], paper["optimizer"]) == (1e-4, 90, "bce_uniform", "adam")
+
+
+def test_own_recipe_and_its_errors(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("lr: 1e-4\nepochs: 5\nconversion:\n  pool: keep\n")  # YAML reads 1e-4 as a string
+    assert load_recipe(str(file)) == {"lr": 1e-4, "epochs": 5, "conversion": {"pool": "keep"}}
+    for text, message in (
+        ("learning_rate: 1", "expected options among .*got 'learning_rate'"),
+        ("epochs: many", "expected epochs to be int, got 'many'"),
+        ("epochs: 1.5", "expected epochs to be int, got 1.5"),
+        ("compile: 1", "expected compile to be bool, got 1"),
+        ("lr:", "expected lr to be float, got None"),
+        ("- 1", "expected a mapping of options, got list"),
+        ("lr: [", "not valid YAML"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_recipe(str(file))
+    with pytest.raises(FileNotFoundError, match="expected a YAML file or one of digits, .*got 'nothing'"):
+        load_recipe("nothing")
+
+
+def test_configuration_survives_yaml(tmp_path):
+    config = _config(tmp_path, model="resnet18", agc=0.01, precision="bf16-mixed", b=1.7)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert saved_config(tmp_path) == config
+    assert yaml.safe_load(config.to_yaml())["agc"] == 0.01
+    assert os.listdir(tmp_path) == ["config.yaml"]
