@@ -56,12 +56,11 @@ def _dense_weight(weight: Tensor) -> Tensor:
     return weight if _is_channels_last(weight) else weight.contiguous()
 
 
-def _normalized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """ŵ in the weight's layout and 1/‖w‖ per unit."""
+def _normalized(weight: Tensor) -> Tensor:
+    """ŵ in the weight's layout."""
     w_hat = torch.empty_like(weight)
-    reciprocal = torch.empty(weight.shape[0], dtype=_wide(weight.dtype))
-    _cpp().normalize_weight(weight, w_hat, reciprocal)
-    return w_hat, reciprocal
+    _cpp().normalize_weight(weight, w_hat)
+    return w_hat
 
 
 def _mode(b: float, b_tensor: Tensor | None) -> tuple[int, float]:
@@ -112,12 +111,18 @@ def _scaled_backward(dy, source, index, n, layout, shape, mode, exponent, max_ou
     return da, q, None if db is None else db.sum()
 
 
-def _weight_gradient(dw_hat: Tensor, weight: Tensor, reciprocal: Tensor) -> Tensor:
-    dw = torch.empty_like(weight)
+def _projects_in_float32(weight: Tensor, normalize_weight: bool) -> bool:
+    """Whether ∂L/∂ŵ is wanted in float32: of a short weight the projection leaves so little that rounding shows."""
+    return normalize_weight and weight.dtype in (torch.bfloat16, torch.float16) and weight[0].numel() <= 32
+
+
+def _weight_gradient(dw_hat: Tensor, weight: Tensor) -> Tensor:
+    """∂L/∂w from ∂L/∂ŵ, in the weight's type and layout."""
+    wide = weight.to(dw_hat.dtype)
+    dw = torch.empty_like(wide)
     memory_format = torch.channels_last if _is_channels_last(weight) else torch.contiguous_format
-    dw_hat = dw_hat.contiguous(memory_format=memory_format) if weight.dim() == 4 else dw_hat.contiguous()
-    _cpp().weight_norm_backward(dw_hat, weight, reciprocal, dw)
-    return dw
+    _cpp().weight_norm_backward(dw_hat.contiguous(memory_format=memory_format), wide, dw)
+    return dw.to(weight.dtype)
 
 
 def _sum_to_bias(da: Tensor, dims: tuple[int, ...], bias: Tensor) -> Tensor:
@@ -138,7 +143,7 @@ def linear_forward(x, weight, bias, b, b_tensor, normalize_weight, max_out, keep
     mode, exponent = _mode(b, b_tensor)
     x, weight = x.contiguous(), weight.contiguous()
     if normalize_weight:
-        weight, _ = _normalized(weight)
+        weight = _normalized(weight)
     a = F.linear(x, weight, bias)
     n = None if mode == 1 else _linear_norm(x)
     shape = (x.shape[0], weight.shape[0] // max_out)
@@ -153,7 +158,7 @@ def linear_backward(
     """Gradients (dx, dw, dbias, db) from y and n, or from a; y None: a is computed again."""
     mode, exponent = _mode(b, b_tensor)
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
-    w, reciprocal = _normalized(weight) if normalize_weight else (weight, None)
+    w = _normalized(weight) if normalize_weight else weight
     shape = (x.shape[0], weight.shape[0] // max_out)
     layout = (1, *shape, 1, True)
     source, from_a = _source(mode, dy, y, a)
@@ -171,9 +176,9 @@ def linear_backward(
         if q is not None:
             _cpp().linear_norm_backward(q, x, dx)
     if need_dw:
-        dw = da.t() @ x
+        dw = da.float().t() @ x.float() if _projects_in_float32(weight, normalize_weight) else da.t() @ x
         if normalize_weight:
-            dw = _weight_gradient(dw, weight, reciprocal)
+            dw = _weight_gradient(dw, weight)
     dbias = _sum_to_bias(da, (0,), bias) if need_dbias else None
     return dx, dw, dbias, _scalar_gradient(db, need_db, x)
 
@@ -227,7 +232,7 @@ def conv2d_forward(x, weight, bias, stride, padding, dilation, groups, b, b_tens
     channels_last = _is_channels_last(x) or _is_channels_last(weight)
     x, weight = _in_layout(x, channels_last), _dense_weight(weight)
     if normalize_weight:
-        weight, _ = _normalized(weight)
+        weight = _normalized(weight)
     a = _convolution(x, weight, bias, stride, padding, dilation, groups, channels_last)
     n = None if mode == 1 else _conv2d_norm(x, weight, stride, padding, dilation, groups, channels_last)
     shape = (a.shape[0], a.shape[1] // max_out, a.shape[2], a.shape[3])
@@ -244,7 +249,7 @@ def conv2d_backward(
     mode, exponent = _mode(b, b_tensor)
     channels_last = _is_channels_last(x) or _is_channels_last(weight)
     dy, x, weight = _in_layout(dy, channels_last), _in_layout(x, channels_last), _dense_weight(weight)
-    w, reciprocal = _normalized(weight) if normalize_weight else (weight, None)
+    w = _normalized(weight) if normalize_weight else weight
     shape = tuple(dy.shape)
     layout = (shape[0], shape[2] * shape[3], shape[1], groups, channels_last)
     source, from_a = _source(mode, dy, y, a)
@@ -260,15 +265,20 @@ def conv2d_backward(
         need_db, False,
     )  # fmt: skip
     dx = dw = None
-    if need_dx or need_dw:
-        dx, dw, _ = torch.ops.aten.convolution_backward(
-            da, x, w, None, stride, padding, dilation, False, (0, 0), groups, (need_dx, need_dw, False)
+    wide_dw = need_dw and _projects_in_float32(weight, normalize_weight)
+    window = (None, stride, padding, dilation, False, (0, 0), groups)
+    if need_dx or need_dw and not wide_dw:
+        wanted = (need_dx, need_dw and not wide_dw, False)
+        dx, dw, _ = torch.ops.aten.convolution_backward(da, x, w, *window, wanted)
+    if wide_dw:
+        _, dw, _ = torch.ops.aten.convolution_backward(
+            da.float(), x.float(), w.float(), *window, (False, True, False)
         )
     if need_dx and q is not None:
         dx = _in_layout(dx, channels_last)
         _cpp().conv2d_norm_backward(q, x, dx, channels_last, *_window(weight, stride, padding, dilation))
     if need_dw and normalize_weight:
-        dw = _weight_gradient(dw, weight, reciprocal)
+        dw = _weight_gradient(dw, weight)
     dbias = _sum_to_bias(da, (0, 2, 3), bias) if need_dbias else None
     return dx if need_dx else None, dw if need_dw else None, dbias, _scalar_gradient(db, need_db, x)
 

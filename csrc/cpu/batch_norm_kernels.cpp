@@ -5,14 +5,14 @@
 //   backward  reduce: g = dy where y > 0; sum g, sum g x per channel (g written where a residual wants it);
 //             apply: dx = g scale + factor (x - mean), factor = -(sum g x) scale / (var + eps) / count in training
 //
-// Sums are taken in float over blocks of 64 rows about an origin near the mean, and in double across blocks.
+// Sums are taken in float over blocks of 16 rows about an origin near the mean, and in double across blocks.
 #include "element.h"
 
 namespace bcos::cpu::BCOS_ISA {
 namespace {
 
-constexpr int64_t kRows = 64;        // rows of a block
-constexpr int64_t kChannels = 256;   // channels of a block: two float buffers of it stay in L1
+constexpr int64_t kRows = 16;       // rows of a block
+constexpr int64_t kChannels = 256;  // channels of a block: two float buffers of it stay in L1
 
 template <class S>
 void moments_rows(const void* x_, const void* origin_, double* sums, Layout l, int64_t begin, int64_t end) {
@@ -47,7 +47,10 @@ template <class S>
 void moments_planes(const void* x_, void* mean_, void* var_, Layout l, int64_t begin, int64_t end) {
   using W = Wide<S>;
   for (int64_t c = begin; c < end; c++) {
-    const W origin = load(static_cast<const S*>(x_)[c * l.pixels]);
+    const int64_t sample = l.pixels < 16 ? l.pixels : 16;
+    W origin = 0;
+    for (int64_t p = 0; p < sample; p++) origin += load(static_cast<const S*>(x_)[c * l.pixels + p]);
+    origin = std::isfinite(origin) ? origin / sample : W(0);
     double first = 0, second = 0;
     for (int64_t image = 0; image < l.images; image++) {
       const S* __restrict x = static_cast<const S*>(x_) + (image * l.channels + c) * l.pixels;

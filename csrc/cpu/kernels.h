@@ -87,9 +87,9 @@ struct Kernels {
   void (*add_norm_term_rows)(void* dx, const void* x, const void* map, Layout layout, int64_t begin, int64_t end);
   void (*add_norm_term_planes)(void* dx, const void* x, const void* map, Layout layout, int64_t begin, int64_t end);
   // weight normalisation; items are output units
-  void (*normalize_weight)(const void* w, void* w_hat, void* reciprocal, int64_t columns, int64_t begin, int64_t end);
+  void (*normalize_weight)(const void* w, void* w_hat, int64_t columns, int64_t begin, int64_t end);
   void (*weight_norm_backward)(
-      const void* dw_hat, const void* w, const void* reciprocal, void* dw, int64_t columns, int64_t begin, int64_t end);
+      const void* dw_hat, const void* w, void* dw, int64_t columns, int64_t begin, int64_t end);
   // the scaling; items are (image, pixel) pairs, or blocks of `kBlock` pixels of (image, group) planes
   void (*scale_rows)(const ScaleArguments&, int64_t begin, int64_t end);
   void (*scale_planes)(const ScaleArguments&, int64_t begin, int64_t end);

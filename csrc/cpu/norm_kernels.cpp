@@ -177,14 +177,13 @@ void add_norm_term_planes(void* dx_, const void* x_, const void* map_, Layout l,
 }
 
 template <class S>
-void normalize_weight(const void* w_, void* w_hat_, void* reciprocal_, int64_t columns, int64_t begin, int64_t end) {
+void normalize_weight(const void* w_, void* w_hat_, int64_t columns, int64_t begin, int64_t end) {
   using W = Wide<S>;
   for (int64_t o = begin; o < end; o++) {
     const S* __restrict w = static_cast<const S*>(w_) + o * columns;
     S* __restrict w_hat = static_cast<S*>(w_hat_) + o * columns;
     const W squares = sum_squares(w, columns);
     const W reciprocal = squares == 0 ? W(0) : 1 / std::sqrt(squares);
-    static_cast<W*>(reciprocal_)[o] = reciprocal;
 #pragma omp simd
     for (int64_t k = 0; k < columns; k++) w_hat[k] = store<S>(load(w[k]) * reciprocal);
   }
@@ -192,20 +191,25 @@ void normalize_weight(const void* w_, void* w_hat_, void* reciprocal_, int64_t c
 
 template <class S>
 void weight_norm_backward(
-    const void* dw_hat_, const void* w_, const void* reciprocal_, void* dw_, int64_t columns, int64_t begin, int64_t end) {
+    const void* dw_hat_, const void* w_, void* dw_, int64_t columns, int64_t begin, int64_t end) {
   using W = Wide<S>;
   for (int64_t o = begin; o < end; o++) {
     const S* __restrict dw_hat = static_cast<const S*>(dw_hat_) + o * columns;
     const S* __restrict w = static_cast<const S*>(w_) + o * columns;
     S* __restrict dw = static_cast<S*>(dw_) + o * columns;
-    const W reciprocal = static_cast<const W*>(reciprocal_)[o];
-    W dot = 0;
-#pragma omp simd reduction(+ : dot)
-    for (int64_t k = 0; k < columns; k++) dot += load(dw_hat[k]) * load(w[k]);
-    // from w itself, not from the rounded w_hat
-    const W along = dot * reciprocal * reciprocal;
+    // In double, and from w itself instead of the rounded w_hat: what is left after the projection is often small.
+    double dot = 0, squares = 0;
+#pragma omp simd reduction(+ : dot, squares)
+    for (int64_t k = 0; k < columns; k++) {
+      const double v = load(w[k]);
+      dot += load(dw_hat[k]) * v;
+      squares += v * v;
+    }
+    const double along = squares == 0 ? 0 : dot / squares, reciprocal = squares == 0 ? 0 : 1 / std::sqrt(squares);
 #pragma omp simd
-    for (int64_t k = 0; k < columns; k++) dw[k] = store<S>((load(dw_hat[k]) - load(w[k]) * along) * reciprocal);
+    for (int64_t k = 0; k < columns; k++) {
+      dw[k] = store<S>(static_cast<W>((load(dw_hat[k]) - load(w[k]) * along) * reciprocal));
+    }
   }
 }
 

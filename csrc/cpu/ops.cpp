@@ -201,22 +201,22 @@ void scale_backward(
   }
 }
 
-// w, w_hat: units of `numel / units` contiguous values in any common order; reciprocal (units): 1/|w|
-void normalize_weight(const Tensor& w, const Tensor& w_hat, const Tensor& reciprocal) {
+// w, w_hat: dimension 0 outermost, the others in any common order
+void normalize_weight(const Tensor& w, const Tensor& w_hat) {
   const Kernels& k = kernels(type_of(w));
-  const int64_t units = reciprocal.numel(), columns = units == 0 ? 0 : w.numel() / units;
+  const int64_t units = w.size(0), columns = units == 0 ? 0 : w.numel() / units;
   const void* pw = w.data_ptr();
-  void *ph = w_hat.data_ptr(), *pr = reciprocal.data_ptr();
-  in_parallel(units, columns, [&](int64_t begin, int64_t end) { k.normalize_weight(pw, ph, pr, columns, begin, end); });
+  void* ph = w_hat.data_ptr();
+  in_parallel(units, columns, [&](int64_t begin, int64_t end) { k.normalize_weight(pw, ph, columns, begin, end); });
 }
 
-void weight_norm_backward(const Tensor& dw_hat, const Tensor& w, const Tensor& reciprocal, const Tensor& dw) {
+void weight_norm_backward(const Tensor& dw_hat, const Tensor& w, const Tensor& dw) {
   const Kernels& k = kernels(type_of(w));
-  const int64_t units = reciprocal.numel(), columns = units == 0 ? 0 : w.numel() / units;
-  const void *pg = dw_hat.data_ptr(), *pw = w.data_ptr(), *pr = reciprocal.data_ptr();
+  const int64_t units = w.size(0), columns = units == 0 ? 0 : w.numel() / units;
+  const void *pg = dw_hat.data_ptr(), *pw = w.data_ptr();
   void* pd = dw.data_ptr();
   in_parallel(units, columns, [&](int64_t begin, int64_t end) {
-    k.weight_norm_backward(pg, pw, pr, pd, columns, begin, end);
+    k.weight_norm_backward(pg, pw, pd, columns, begin, end);
   });
 }
 
@@ -244,8 +244,9 @@ void moments(const Tensor& x, const Layout& l, W* mean, W* var) {
   const Chunks chunks(rows, C);
   std::vector<W> origin(C, W(0));
   std::vector<double> sums(chunks.count * 2 * C);
-  k.moments_rows(px, origin.data(), sums.data(), l, 0, 1);  // the first row itself
-  for (int64_t c = 0; c < C; c++) origin[c] = std::isfinite(sums[c]) ? static_cast<W>(sums[c]) : W(0);
+  const int64_t sample = std::min<int64_t>(rows, 16);  // their mean is near enough to the batch's not to cancel
+  k.moments_rows(px, origin.data(), sums.data(), l, 0, sample);
+  for (int64_t c = 0; c < C; c++) origin[c] = std::isfinite(sums[c]) ? static_cast<W>(sums[c] / sample) : W(0);
   torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       k.moments_rows(px, origin.data(), sums.data() + i * 2 * C, l, std::min(i * chunks.size, rows),
@@ -385,8 +386,8 @@ STABLE_TORCH_LIBRARY(bcos_kernels_cpp, m) {
         ", int max_out, int mode, float exponent) -> ()");
   m.def("scale_backward(Tensor dy, Tensor source, Tensor? index, Tensor? n, Tensor(a!) da, Tensor(b!)? q, Tensor(c!)? db, "
         BCOS_LAYOUT ", int max_out, int mode, float exponent, bool from_a, bool detach, bool linear_norm) -> ()");
-  m.def("normalize_weight(Tensor w, Tensor(a!) w_hat, Tensor(b!) reciprocal) -> ()");
-  m.def("weight_norm_backward(Tensor dw_hat, Tensor w, Tensor reciprocal, Tensor(a!) dw) -> ()");
+  m.def("normalize_weight(Tensor w, Tensor(a!) w_hat) -> ()");
+  m.def("weight_norm_backward(Tensor dw_hat, Tensor w, Tensor(a!) dw) -> ()");
   m.def("batch_norm(Tensor x, Tensor(a!) y, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(b!)? mean, "
         "Tensor(c!) var, bool training, float eps, bool relu, int images, int pixels, int channels, bool rows) -> ()");
   m.def("batch_norm_backward(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? mean, Tensor var, float eps, "
