@@ -161,6 +161,12 @@ def batch_norm2d(layer: nn.BatchNorm2d, options: Options) -> nn.Module:
     return _moved(layer, new)
 
 
+@rule(nn.SyncBatchNorm)
+def sync_batch_norm(layer: nn.SyncBatchNorm, options: Options) -> nn.Module:
+    """SyncBatchNorm -> SyncBatchNormUncentered2d, as ``batch_norm2d``, in the same process group."""
+    return bnn.SyncBatchNormUncentered2d.convert_sync_batchnorm(batch_norm2d(layer, options), layer.process_group)
+
+
 @rule(nn.LayerNorm)
 def layer_norm(layer: nn.LayerNorm, options: Options) -> nn.Module:
     """LayerNorm -> LayerNorm whose variance is a constant in explanation mode."""

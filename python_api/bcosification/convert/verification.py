@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bcosification.convert.conversion import convert
+from bcosification.convert.frozen_replay import frozen_replay
 from bcosification.convert.linear_map import bare_model, dynamic_linear_map, eval_mode
 from bcosification.convert.preprocessing import Preprocessing
 from bcosification.convert.rules import Options, type_name
@@ -65,6 +66,19 @@ class Completeness:
 
 
 @dataclass
+class Explanation:
+    """W(x) of the predicted class against the frozen replay's gradient, in float64.
+
+    error: largest relative difference of an image's weights or constant. ``problem`` says why there is none.
+    """
+
+    error: float
+    tolerance: float
+    ok: bool
+    problem: str = ""
+
+
+@dataclass
 class Report:
     """What ``verify`` found. ``ok`` is all of it together; printing gives a table, ``to_dict`` JSON types."""
 
@@ -72,6 +86,7 @@ class Report:
     layers: list[LayerReport]
     equivalence: Equivalence
     completeness: Completeness
+    explanation: Explanation
     weights_changed: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,6 +109,10 @@ class Report:
         if e.differs_by:
             lines.append(f"  the converted model differs by: {', '.join(e.differs_by)}")
         lines.append(f"completeness:        error {c.error:.1e}, tolerance {c.tolerance:.0e}: {_verdict(c.ok)}")
+        x = self.explanation
+        lines.append(f"explanations:        error {x.error:.1e}, tolerance {x.tolerance:.0e}: {_verdict(x.ok)}")
+        if x.problem:
+            lines.append(f"  {x.problem}")
         if self.weights_changed:
             lines.append(f"weights:             {len(self.weights_changed)} tensors differ from a fresh conversion")
         lines.append(f"verified: {_verdict(self.ok)}")
@@ -120,6 +139,9 @@ def verify(original: nn.Module, converted: BcosifiedModel, images: Tensor) -> Re
     - Calls: a converted layer that the forward never calls is an error.
     - Completeness: in ``converted`` itself, contributions + constant have to be the logit of the predicted class, the
       constant being computed on its own.
+    - Explanations: in a float64 copy of ``converted``, W(x) has to be the gradient of the frozen replay: the same
+      forward pass with every scale, gate, variance and attention matrix held at its value, which knows nothing of
+      explanation mode (frozen_replay.py); and that replay has to be affine.
 
     Args:
         original: the standard model that was converted. It may be in any mode, and is left as it is.
@@ -127,7 +149,7 @@ def verify(original: nn.Module, converted: BcosifiedModel, images: Tensor) -> Re
         images: (N, C, H, W) in [0, 1], not normalised; verify normalises them for ``original``.
 
     Returns:
-        A report with .ok, .layers, .equivalence, .completeness and .weights_changed.
+        A report with .ok, .layers, .equivalence, .completeness, .explanation and .weights_changed.
 
     Raises:
         TypeError, ValueError: models that are not original and conversion of one another, images of another shape.
@@ -176,8 +198,9 @@ def verify(original: nn.Module, converted: BcosifiedModel, images: Tensor) -> Re
     error = _error(twin_logits, logits)
     equivalence = Equivalence(error, tolerance, error <= tolerance, _differences(converted))
     completeness = _completeness(converted, images)
-    ok = equivalence.ok and completeness.ok and all(layer.ok for layer in layers)
-    return Report(ok, layers, equivalence, completeness, changed)
+    explanation = _explanation(converted, images)
+    ok = equivalence.ok and completeness.ok and explanation.ok and all(layer.ok for layer in layers)
+    return Report(ok, layers, equivalence, completeness, explanation, changed)
 
 
 def _check_models(original: nn.Module, converted: BcosifiedModel) -> tuple[nn.Module, BcosifiedModel]:
@@ -333,3 +356,21 @@ def _completeness(converted: BcosifiedModel, images: Tensor) -> Completeness:
     total, size = parts.sum((1, 2, 3)), parts.abs().sum((1, 2, 3)) + constant.double().abs()
     error = float(((total + constant.double() - chosen.double()).abs() / size.clamp_min(1e-300)).max())
     return Completeness(error, tolerance, error <= tolerance, chosen.tolist(), total.tolist(), constant.tolist())
+
+
+def _explanation(converted: BcosifiedModel, images: Tensor) -> Explanation:
+    tolerance = 1e-8
+    model = copy.deepcopy(converted).double().eval()
+    x6 = model.encode(images.to(next(model.parameters()).device, torch.float64))
+    try:
+        replay = frozen_replay(model, x6)
+        logits, weights, constant = dynamic_linear_map(model, x6)
+        targets = logits.argmax(1)
+        expected, rest = replay.gradient(targets), replay.constant(targets)
+        affine = replay.is_affine()
+    except (NotImplementedError, RuntimeError) as error:
+        return Explanation(math.inf, tolerance, False, f"the forward pass cannot be replayed: {error}")
+    pairs = ((weights.flatten(1), expected.flatten(1)), (constant[:, None], rest[:, None]))
+    error = max(_error(got, wanted) if wanted.any() else float(got.abs().max()) for got, wanted in pairs)
+    problem = "" if affine else "the network is not affine with its scales, gates and attention held"
+    return Explanation(error, tolerance, affine and error <= tolerance, problem)

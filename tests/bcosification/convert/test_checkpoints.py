@@ -16,7 +16,6 @@ from bcosification import nn as bnn
 from bcosification.convert.checkpoints import read_weights, require_writable, save_pretrained
 from tests.bcosification.convert.standard_networks import LARGER, MEAN, NETWORKS, STD, make, statistics_of, vit
 
-
 BUILT = [name for name in NETWORKS if name not in ("sequential", "vit, convolutional stem")]
 
 

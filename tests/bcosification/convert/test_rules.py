@@ -42,6 +42,17 @@ def test_batch_norm_without_affine_parameters_gets_a_bias_and_no_weight():
     torch.testing.assert_close(new(x), layer(x), rtol=0, atol=1e-14)
 
 
+def test_sync_batch_norm_keeps_synchronising():
+    layer = nn.SyncBatchNorm(3).double().eval()
+    layer.running_mean.uniform_(1, 2)
+    layer.running_var.uniform_(1, 2)
+    nn.init.normal_(layer.bias)
+    x = torch.rand(2, 3, 4, 4, dtype=torch.float64)
+    new = convert(layer)
+    assert type(new) is bnn.SyncBatchNormUncentered2d and new.process_group is layer.process_group
+    torch.testing.assert_close(new(x), layer(x), rtol=0, atol=1e-14)
+
+
 def test_batch_norm_in_half_precision_computes_its_bias_in_float32():
     layer = nn.BatchNorm2d(1).eval()
     layer.running_mean.fill_(3.0)
@@ -130,7 +141,9 @@ def test_convolutions_keep_every_argument(layer):
     assert new.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("layer", [nn.LayerNorm(6), nn.LayerNorm((3, 6), elementwise_affine=False), nn.LayerNorm(6, 0.1)])
+@pytest.mark.parametrize(
+    "layer", [nn.LayerNorm(6), nn.LayerNorm((3, 6), elementwise_affine=False), nn.LayerNorm(6, 0.1)]
+)
 def test_layer_norm_is_the_same(layer):
     layer = layer.double()
     for parameter in layer.parameters():

@@ -33,6 +33,7 @@ def test_exact_conversions_pass(name):
     parametrized = [layer for layer in report.layers if "Bcos" in layer.becomes or "Norm" in layer.becomes]
     assert len(parametrized) > 5 or name == "sequential"
     assert all(layer.calls >= 1 and layer.error < 1e-12 for layer in parametrized)
+    assert report.explanation.ok and report.explanation.error < 1e-9
     assert report.weights_changed == []
     for i in range(2):
         total = report.completeness.contributions[i] + report.completeness.constants[i]
@@ -169,6 +170,39 @@ def test_a_constant_that_nobody_accounts_for_breaks_completeness():
     network, images = Hidden().double(), torch.rand(2, 3, 6, 6, dtype=torch.float64)
     report = verify(network, bcosify(network, mean=MEAN, std=STD, head="keep"), images)
     assert report.equivalence.ok and not report.completeness.ok and not report.ok
+
+
+class OwnAttention(nn.Module):
+    """Attention written with functions and two linear layers: rules convert its layers and see nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.qkv = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 24)
+        self.out, self.fc = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        tokens = self.stem(x).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(tokens).chunk(3, -1)
+        return self.fc(self.out(torch.softmax(q @ k.mT, -1) @ v).mean(1))
+
+
+def test_attention_that_is_not_held_constant_is_found():
+    torch.manual_seed(0)
+    network, images = OwnAttention().double(), torch.rand(2, 3, 6, 6, dtype=torch.float64)
+    report = verify(network, bcosify(network, mean=MEAN, std=STD, head="keep"), images)
+    assert report.equivalence.ok and all(layer.ok for layer in report.layers)
+    assert not report.explanation.ok and report.explanation.error > 1e-3
+    assert not report.ok
+
+
+@pytest.mark.parametrize("name, kind", [("resnet, basic blocks", "BcosConv2d"), ("vit", "GELU"), ("vit", "LayerNorm")])
+def test_a_layer_that_forgets_explanation_mode_is_found(name, kind):
+    network, images = make(name)
+    converted = bcosify(network)
+    module = [module for module in converted.modules() if type(module).__name__ == kind][1]
+    module.set_explanation_mode = lambda activate=True: None
+    report = verify(network, converted, images)
+    assert report.equivalence.ok and not report.explanation.ok and not report.ok
 
 
 def test_kept_layers_are_listed():
