@@ -19,23 +19,21 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
 
-# --- installation: dependencies once, the native code again whenever a source of it changed ---
+# --- installation: the environment once, the package again whenever its metadata or its native sources changed ---
 
-$(VENV)/.dependencies: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "bcos-kernels needs Python >= 3.11: python3 is" \
-		"$$(python3 --version 2>&1 || true), and neither python3.12 nor python3.11 was found. Install one, or say make PYTHON=/path/to/python3"; exit 1; }
+$(VENV)/.environment:
+	@test -n "$(PYTHON)" || { echo "bcos-kernels needs Python >= 3.11: python3 is $$(python3 --version 2>&1)," \
+		"and neither python3.12 nor python3.11 was found. Install one, or say make PYTHON=/path/to/python"; exit 1; }
 	@echo "== $(VENV): virtual environment with $$($(PYTHON) --version)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "could not make $(VENV); on Debian and Ubuntu: apt install python3-venv"; exit 1; }
-	@echo "== torch and the build tools (torch's CUDA build is about 3 GB: minutes on the first run)"
+	@echo "== torch and the build tools (torch's CUDA build is 5 GB unpacked: minutes on the first run)"
 	$(BIN)/python -m pip install -q 'torch>=2.11' torchvision 'setuptools>=77' wheel 'pybind11>=2.13' ninja
-	@echo "== bcos-kernels, editable, with its extras train, explain and dev"
-	$(BIN)/python -m pip install -q --no-build-isolation -e '.[train,explain,dev]'
-	@touch $@ $(VENV)/.built
+	@touch $@
 
-$(VENV)/.built: $(VENV)/.dependencies setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
-	@echo "== native code"
-	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+$(VENV)/.built: $(VENV)/.environment pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+	@echo "== bcos-kernels with its extras train, explain and dev, editable; native code compiled where it changed"
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[train,explain,dev]'
 	@touch $@
 
 setup: $(VENV)/.built  ## make .venv and install everything into it, editable
