@@ -32,7 +32,12 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 
+_PACKAGES = ("convert", "evaluation", "explanation", "train")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'bcosification' has no attribute {name!r}")
     home = _HOMES[name]
@@ -44,4 +49,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_PACKAGES})

@@ -81,6 +81,16 @@ def bare_model(model: nn.Module) -> nn.Module:
         model = inside
 
 
+def additive_parameters(model: nn.Module) -> list[str]:
+    """Names, in ``model``, of the parameters that it or a module inside tells to be added outside any layer."""
+    names = [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in getattr(module, "additive_parameters", ())
+    ]
+    return list(dict.fromkeys(names))
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """``model`` in eval mode; afterwards every submodule is in the mode it was in."""
@@ -127,7 +137,7 @@ def _gained(model: nn.Module, gain: Tensor) -> Iterator[dict[str, Tensor]]:
                 if hook is not None:
                     stack.callback(module.register_forward_hook(hook).remove)
         values = {}
-        for name in getattr(model, "additive_parameters", ()):
+        for name in additive_parameters(model):
             parameter = model.get_parameter(name)
             if parameter.shape[0] != 1:
                 raise ValueError(

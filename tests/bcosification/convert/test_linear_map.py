@@ -136,6 +136,16 @@ def test_everything_is_left_as_it_was_after_an_error():
     assert not any(getattr(module, "is_in_explanation_mode", False) for module in model.modules())
 
 
+def test_additive_parameters_count_inside_other_modules_too():
+    network, images = make("vit")
+    model = bcosify(network)
+    x6 = model.encode(images)
+    expected = dynamic_linear_map(model, x6)
+    assert expected[2].abs().min() > 1e-3
+    for got, wanted in zip(dynamic_linear_map(nn.Sequential(model, bnn.LogitBias(2.0)), x6), expected, strict=True):
+        torch.testing.assert_close(got, wanted if got.dim() == 4 else wanted + 2.0)
+
+
 def test_inference_mode_and_compiled_models_are_served():
     network, images = make("vit")
     model = bcosify(network)
