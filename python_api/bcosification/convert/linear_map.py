@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from bcosification.nn import explanation_mode
+from bcosification.nn.evaluation_mode import evaluation_mode
 from bcosification.nn.modes import per_sample
 
 __all__ = ["dynamic_linear_map"]
@@ -57,7 +58,7 @@ def dynamic_linear_map(model: nn.Module, x6: Tensor, targets: Tensor | None = No
         raise TypeError(f"dynamic_linear_map: expected floating point images, got {getattr(x6, 'dtype', type(x6))}")
     with _locks_guard:
         lock = _locks.setdefault(model, threading.RLock())
-    with lock, torch.inference_mode(False), torch.enable_grad(), eval_mode(model), explanation_mode(model):
+    with lock, torch.inference_mode(False), torch.enable_grad(), evaluation_mode(model), explanation_mode(model):
         x6 = x6.detach().clone().requires_grad_()
         gain = torch.ones(x6.shape[0], device=x6.device, dtype=x6.dtype, requires_grad=True)
         with _gained(model, gain) as parameters:
@@ -90,17 +91,6 @@ def additive_parameters(model: nn.Module) -> list[str]:
     ]
     return list(dict.fromkeys(names))
 
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """``model`` in eval mode; afterwards every submodule is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _target_index(logits: Tensor, samples: int, targets: Tensor | None) -> Tensor:

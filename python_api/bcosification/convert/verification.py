@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from bcosification.convert.conversion import convert
 from bcosification.convert.frozen_replay import frozen_replay
-from bcosification.convert.linear_map import bare_model, dynamic_linear_map, eval_mode
+from bcosification.convert.linear_map import bare_model, dynamic_linear_map
 from bcosification.convert.preprocessing import Preprocessing
 from bcosification.convert.rules import Options, type_name
 from bcosification.convert.wrapper import BcosifiedModel
+from bcosification.nn.evaluation_mode import evaluation_mode
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 """Largest relative error ‖got − expected‖ / ‖expected‖ that passes, by dtype."""
@@ -185,7 +186,7 @@ def verify(original: nn.Module, converted: BcosifiedModel, images: Tensor) -> Re
     mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     modules = dict(original.named_modules())  # families may add modules to the converted network
     names = [entry["name"] for entry in twin.conversion if entry["name"] in modules]
-    with torch.no_grad(), eval_mode(original), eval_mode(twin):
+    with torch.no_grad(), evaluation_mode(original), evaluation_mode(twin):
         with _recorded(original, names) as expected:
             logits = original((images - mean) / std)
         with _recorded(twin.model, names) as got:
@@ -348,7 +349,7 @@ def _completeness(converted: BcosifiedModel, images: Tensor) -> Completeness:
         model = copy.deepcopy(converted).float()
     dtype = next(model.parameters()).dtype
     tolerance = TOLERANCE[dtype]
-    with eval_mode(model):
+    with evaluation_mode(model):
         x6 = model.encode(images.to(parameter.device, dtype))
         logits, weights, constant = dynamic_linear_map(model, x6)
     chosen = logits.amax(1)

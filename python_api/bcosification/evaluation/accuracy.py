@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from bcosification.explanation.evaluation_mode import evaluation_mode
+from bcosification.nn.evaluation_mode import evaluation_mode
 
 __all__ = ["evaluate"]
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bcosification.explanation.evaluation_mode import evaluation_mode
+from bcosification.nn.evaluation_mode import evaluation_mode
 
 __all__ = ["Localization", "energy_pointing_game", "grid_pointing_game"]
 

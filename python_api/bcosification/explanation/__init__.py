@@ -6,7 +6,6 @@ from bcosification.explanation.attribution import (
     input_x_gradient,
     integrated_gradients,
 )
-from bcosification.explanation.evaluation_mode import evaluation_mode
 from bcosification.explanation.explaining import Explanation, explain
 from bcosification.explanation.pictures import (
     color_picture,
@@ -16,6 +15,7 @@ from bcosification.explanation.pictures import (
     save_figure,
     save_picture,
 )
+from bcosification.nn.evaluation_mode import evaluation_mode
 
 __all__ = [
     "Explanation",

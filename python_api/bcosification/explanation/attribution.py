@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bcosification.explanation.evaluation_mode import evaluation_mode
 from bcosification.explanation.explaining import explain
+from bcosification.nn.evaluation_mode import evaluation_mode
 
 __all__ = ["bcos_contributions", "grad_cam", "input_x_gradient", "integrated_gradients"]
 

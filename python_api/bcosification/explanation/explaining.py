@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from bcosification.convert.linear_map import dynamic_linear_map
 from bcosification.explanation import pictures
-from bcosification.explanation.evaluation_mode import evaluation_mode
 from bcosification.nn import LogitBias, Normalize, explanation_mode
+from bcosification.nn.evaluation_mode import evaluation_mode
 
 __all__ = ["Explanation", "explain"]
 
