@@ -328,10 +328,7 @@ class NativeBuild(build_ext):
     @staticmethod
     def why_no_cuda() -> str:
         nvcc = shutil.which("nvcc") or "not on PATH"
-        return (
-            f"this version has no CUDA C++ kernels to build (nvcc at build time: {nvcc}); "
-            "NVIDIA GPUs are served by the triton backend"
-        )
+        return f"this version has no CUDA C++ kernels to build (nvcc at build time: {nvcc})"
 
     def get_source_files(self):
         sources = {".cpp", ".h", ".cu", ".cuh"}
