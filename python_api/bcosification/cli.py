@@ -442,10 +442,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.version:
-        import runpy
+        from bcos_kernels.__main__ import main as report
 
-        runpy.run_module("bcos_kernels", run_name="__main__")
-        return 0
+        return report([])
     if arguments.command is None:
         parser.print_help()
         return 2
