@@ -10,8 +10,6 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 
-from bcosification.convert.rules import remove_biases
-
 __all__ = ["BiasDecay", "LinearB", "linear_ramp", "scale_biases"]
 
 
@@ -83,7 +81,7 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _biases(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that `remove_biases` removes."""
+    """The parameters that BcosifiedModel.remove_biases removes."""
     return [
         module._parameters[name]
         for module in model.modules()
@@ -104,7 +102,7 @@ class BiasDecay(Callback):
 
     Biases are trained meanwhile: before step k they are multiplied by f(k)/f(k − 1), f falling from 1 to 0. At the end
     they are removed from the modules and from the optimiser, and checkpoints no longer hold them. The constant logit
-    bias and the means of the input normalisation are no biases in this sense and stay.
+    bias and the means of the input normalisation are no biases in this sense and stay. For models of `bcosify` only.
 
     Args:
         epochs: length, fractions allowed, > 0.
@@ -119,13 +117,11 @@ class BiasDecay(Callback):
         self.epochs = epochs
         self.factor = 1.0
 
-    def setup(self, trainer, pl_module, stage) -> None:
-        if stage == "fit" and not _biases(_backbone(pl_module)):
-            raise ValueError("BiasDecay: expected a model converted with bias='decay', found no bias in it")
-
     def on_train_start(self, trainer, pl_module) -> None:
         self._steps = _steps(trainer, self.epochs)
         self.factor = linear_ramp(trainer.global_step, self._steps, 1.0, 0.0)
+        if self.factor > 0 and not _biases(_backbone(pl_module)):
+            raise ValueError("BiasDecay: expected a model converted with bias='decay', found no bias in it")
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         self._apply(trainer, pl_module)
@@ -139,7 +135,7 @@ class BiasDecay(Callback):
     def on_load_checkpoint(self, trainer, pl_module, checkpoint) -> None:
         # Called before the weights are loaded and before the optimiser is made: both then match the checkpoint.
         if checkpoint.get("biases_removed"):
-            self._remove(pl_module)
+            pl_module.model.remove_biases()
 
     def _apply(self, trainer, pl_module) -> None:
         if self.factor == 0:
@@ -147,7 +143,7 @@ class BiasDecay(Callback):
         factor = linear_ramp(trainer.global_step, self._steps, 1.0, 0.0)
         if factor == 0:
             biases = _biases(_backbone(pl_module))
-            self._remove(pl_module)
+            pl_module.model.remove_biases()
             gone = {id(bias) for bias in biases}
             for optimizer in trainer.optimizers:
                 for group in optimizer.param_groups:
@@ -157,12 +153,6 @@ class BiasDecay(Callback):
         elif factor != self.factor:
             scale_biases(_backbone(pl_module), factor / self.factor)
         self.factor = factor
-
-    def _remove(self, pl_module) -> None:
-        remove_biases(_backbone(pl_module))
-        config = getattr(pl_module.model, "config", None)
-        if isinstance(config, dict) and isinstance(config.get("options"), dict):
-            config["options"]["bias"] = "remove"
 
 
 def _backbone(pl_module) -> nn.Module:
