@@ -24,6 +24,12 @@ MODEL_HELP = (
     "or a weights file together with --arch"
 )
 
+# Which extra of the distribution brings a module.
+EXTRAS = {
+    name: "train" for name in ("lightning", "torchmetrics", "torchvision", "timm", "open_clip", "sklearn", "tqdm")
+}
+EXTRAS |= {"yaml": "train", "safetensors": "train", "matplotlib": "explain", "captum": "explain", "PIL": "explain"}
+
 
 def _finetune(arguments: argparse.Namespace) -> int:
     from bcosification.train.finetuning import FinetuneConfig, finetune, load_recipe, saved_config
@@ -242,7 +248,7 @@ def _image_files(names: Sequence[str]) -> list[Path]:
 
 
 def _read_images(paths: Sequence[Path], model):
-    from bcosification.train.data import load_image
+    from bcosification.train.image_files import load_image
 
     tensors, read, unreadable = [], [], []
     for path in paths:
@@ -459,6 +465,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             traceback.print_exc()
+        if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS and "pip install" not in str(error):
+            error = ModuleNotFoundError(
+                f"this needs {error.name}, which is not installed: pip install 'bcos-kernels[{EXTRAS[error.name]}]'"
+            )
         expected = isinstance(error, (ValueError, TypeError, OSError, NotImplementedError))
         text = str(error) or type(error).__name__
         more = "" if expected or isinstance(error, (ImportError, RuntimeError)) else " (--debug shows where)"

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from bcosification.train.image_files import load_image
+
 __all__ = ["EMBEDDED", "FolderImages", "ImageDataModule", "ImageTensors", "build_datamodule", "digits", "scenes"]
 
 EMBEDDED = ("digits", "scenes")
@@ -283,21 +285,6 @@ class FolderImages(Dataset):
             warnings.warn(f"image {path} cannot be read and is left out: {error}", stacklevel=2)
             return None
         return self.transform(image), label
-
-
-def load_image(path):
-    """The file as a PIL image in RGB; transparent pixels are laid on white.
-
-    Raises:
-        OSError: no such file, or not an image that can be decoded.
-    """
-    from PIL import Image
-
-    with Image.open(path) as image:
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        return image.convert("RGB")
 
 
 def _unreadable(path: str, full: bool) -> str | None:

@@ -16,9 +16,9 @@ from bcosification.train.data import (
     build_datamodule,
     digits,
     evaluation_transform,
-    load_image,
     scenes,
 )
+from bcosification.train.image_files import load_image
 
 
 def _write(path, color=(200, 30, 30), size=(20, 14)):
