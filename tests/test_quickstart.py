@@ -1,0 +1,47 @@
+"""examples/quickstart.py runs, and what it prints is true."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+import bcos_kernels
+
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "quickstart.py"
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    spec = importlib.util.spec_from_file_location("quickstart", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.OUT = str(tmp_path_factory.mktemp("quickstart"))
+    return module
+
+
+def test_swapping_in_changes_no_number(quickstart):
+    before, after = quickstart.swap_in()
+    assert (after - before).norm() < 1e-4 * before.norm()
+    assert before.std() > 0
+
+
+def test_b_cosify_explain_and_measure(quickstart):
+    result = quickstart.b_cosify()
+    assert len(result.history) == 1 and (result.output / "best" / "model.safetensors").is_file()
+    explanation = quickstart.explain(result)
+    total = explanation.contributions.sum((1, 2)) + explanation.constant
+    logit = explanation.logits.gather(1, explanation.targets[:, None])[:, 0]
+    assert torch.allclose(total, logit, rtol=1e-4, atol=1e-4)
+    assert len(list(Path(quickstart.OUT, "pictures").glob("*_explanation.png"))) == 8
+    game = quickstart.measure(result)
+    assert len(game) == 16 and 0 < game.mean < 1 and 0.05 < game.chance < 0.5
+
+
+def test_build_on_it(quickstart):
+    with bcos_kernels.backend("reference"):
+        torch.manual_seed(0)
+        y, grad = quickstart.build_on_it()
+    torch.manual_seed(0)
+    other, other_grad = quickstart.build_on_it()
+    assert torch.allclose(y, other, rtol=1e-4, atol=1e-5) and torch.allclose(grad, other_grad, rtol=1e-4, atol=1e-7)
