@@ -73,18 +73,19 @@ def linear(
     validation.check_linear(x, weight, bias, max_out)
     exponent, b_tensor = validation.check_b("linear", b, x)
     rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
-    y = _apply(ops.Linear, torch.ops.bcos_kernels.linear, rows, weight, bias, b_tensor, (exponent, normalize_weight, max_out), detach)
+    options = (exponent, normalize_weight, max_out)
+    y = _apply(ops.Linear, "linear", rows, weight, bias, b_tensor, options, detach)
     return y if x.dim() == 2 else y.view(x.shape[:-1] + y.shape[-1:])
 
 
-def _apply(function, op, x, weight, bias, b_tensor, options: tuple, detach: bool) -> Tensor:
+def _apply(function, op: str, x, weight, bias, b_tensor, options: tuple, detach: bool) -> Tensor:
     """The op alone where nothing is differentiated or transformed, else its autograd Function."""
     keep = _differentiates(x, weight, bias, None if detach else b_tensor)
     if not keep and not ops.functorch_active():
-        return op(x, weight, bias, b_tensor, *options, False)[0]
+        return ops.run(op, x, weight, bias, b_tensor, *options, False)[0]
     if detach and b_tensor is not None:
         b_tensor = b_tensor.detach()
-    return function.apply(x, weight, bias, b_tensor, *options, detach, keep)[0]
+    return ops.apply(function, x, weight, bias, b_tensor, *options, detach, keep)[0]
 
 
 def conv2d(
@@ -151,7 +152,7 @@ def conv2d(
             raise ValueError(f"conv2d: expected padded {name} >= the dilated kernel's {reach}, got {size}")
     y = _apply(
         ops.Conv2d,
-        torch.ops.bcos_kernels.conv2d,
+        "conv2d",
         batched,
         weight,
         bias,
@@ -236,12 +237,12 @@ def batch_norm_uncentered(
     validation.check_batch_norm(x, running_var, weight, bias, training, momentum, eps, activation, residual)
     statistics = None if training else running_var.detach()
     if _differentiates(x, weight, bias, residual) or ops.functorch_active():
-        y, _, var = ops.BatchNormUncentered.apply(
-            x, weight, bias, residual, statistics, training, eps, activation, detach
+        y, _, var = ops.apply(
+            ops.BatchNormUncentered, x, weight, bias, residual, statistics, training, eps, activation, detach
         )
     else:
-        y, _, var = torch.ops.bcos_kernels.batch_norm_uncentered(
-            x, weight, bias, residual, statistics, training, eps, activation
+        y, _, var = ops.run(
+            "batch_norm_uncentered", x, weight, bias, residual, statistics, training, eps, activation
         )
     if training and running_var is not None and x.numel():
         with torch.no_grad():

@@ -13,6 +13,8 @@ with its version, uses it while it is unchanged and recomputes from x and w othe
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,12 @@ _library = torch.library.Library("bcos_kernels", "DEF")
 _ran_on: dict[int, str] = {}
 
 
+_implementations: dict[str, object] = {}
+
+
 def _define(schema: str, implementation, fake) -> None:
     name = schema.split("(")[0]
+    _implementations[name] = implementation
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bcos_kernels::{name}", fake, lib=_library)
@@ -140,8 +146,8 @@ def _linear_backward_fake(
 
 
 _define(
-    "linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? b_tensor, Tensor? y, Tensor n, Tensor a, "
-    "Tensor index, float b, bool normalize_weight, SymInt max_out, bool detach, bool[] needs, str backend) "
+    "linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? b_tensor, Tensor? y, Tensor n, "
+    "Tensor a, Tensor index, float b, bool normalize_weight, SymInt max_out, bool detach, bool[] needs, str backend) "
     "-> (Tensor dx, Tensor dw, Tensor dbias, Tensor db)",
     _linear_backward,
     _linear_backward_fake,
@@ -227,8 +233,8 @@ def _conv2d_backward_fake(
 
 
 _define(
-    "conv2d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? b_tensor, Tensor? y, Tensor n, Tensor a, "
-    "Tensor index, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, float b, "
+    "conv2d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? b_tensor, Tensor? y, Tensor n, "
+    "Tensor a, Tensor index, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, float b, "
     "bool normalize_weight, SymInt max_out, bool detach, bool[] needs, str backend) "
     "-> (Tensor dx, Tensor dw, Tensor dbias, Tensor db)",
     _conv2d_backward,
@@ -299,6 +305,40 @@ _define(
 )
 
 # autograd -------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _without_setup_context(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The same Function in the older form, whose context is set up inside forward.
+
+    What torch.func and the compiler need `setup_context` for costs 140 µs a call in eager: torch binds the arguments
+    to forward's signature. The older form does not.
+    """
+
+    def forward(ctx, *arguments):
+        output = function.forward(*arguments)
+        function.setup_context(ctx, arguments, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(function.__name__, (torch.autograd.Function,), members)
+
+
+def run(name: str, x: Tensor, *arguments):
+    """The op, called by way of the dispatcher only where something there could see it (fakes, tracing, modes,
+    subclasses); plain eager calls its implementation and saves the 45 µs of two round trips."""
+    if torch.compiler.is_compiling() or functorch_active() or torch._C._len_torch_dispatch_stack():
+        return getattr(torch.ops.bcos_kernels, name).default(x, *arguments)
+    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+        return getattr(torch.ops.bcos_kernels, name).default(x, *arguments)
+    return _implementations[name](x, *arguments)
+
+
+def apply(function: type[torch.autograd.Function], *arguments):
+    """``function.apply`` in the form that serves the moment: traced or transformed, or plain eager."""
+    if torch.compiler.is_compiling() or functorch_active():
+        return function.apply(*arguments)
+    return _without_setup_context(function).apply(*arguments)
 
 
 def functorch_active() -> bool:
@@ -404,7 +444,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, keep):
-        y, n, a, index = torch.ops.bcos_kernels.linear(x, weight, bias, b_tensor, b, normalize_weight, max_out, keep)
+        y, n, a, index = run("linear", x, weight, bias, b_tensor, b, normalize_weight, max_out, keep)
         return y, n, a, index, _compiled_copy(y, _keep_y(y, b, b_tensor, keep))
 
     @staticmethod
@@ -426,8 +466,8 @@ class Linear(torch.autograd.Function):
         x, weight, bias, b_tensor, n, a, index, copy = ctx.saved_tensors
         y = _optional(copy) if ctx.compiled else _release(ctx)
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
-        dx, dw, dbias, db = LinearBackward.apply(
-            dy, x, weight, bias, b_tensor, y, n, a, index, ctx.b, ctx.normalize_weight, ctx.max_out, ctx.detach, needs,
+        dx, dw, dbias, db = apply(
+            LinearBackward, dy, x, weight, bias, b_tensor, y, n, a, index, ctx.b, ctx.normalize_weight, ctx.max_out, ctx.detach, needs,
             ctx.backend,
         )  # fmt: skip
         grads = [g if need else None for g, need in zip((dx, dw, dbias, db), needs, strict=True)]
@@ -449,8 +489,8 @@ class LinearBackward(torch.autograd.Function):
     def forward(
         dy, x, weight, bias, b_tensor, y, n, a, index, b, normalize_weight, max_out, detach, needs, backend
     ):
-        return torch.ops.bcos_kernels.linear_backward(
-            dy, x, weight, bias, b_tensor, y, n, a, index, b, normalize_weight, max_out, detach, needs, backend
+        return run(
+            "linear_backward", dy, x, weight, bias, b_tensor, y, n, a, index, b, normalize_weight, max_out, detach, needs, backend
         )
 
     @staticmethod
@@ -488,9 +528,11 @@ class Conv2d(torch.autograd.Function):
     """(x, weight, bias, b_tensor, stride, …, detach, keep) → y, n, a, index, copy of y."""
 
     @staticmethod
-    def forward(x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, detach, keep):
-        y, n, a, index = torch.ops.bcos_kernels.conv2d(
-            x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep
+    def forward(
+        x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, detach, keep
+    ):
+        y, n, a, index = run(
+            "conv2d", x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep
         )
         return y, n, a, index, _compiled_copy(y, _keep_y(y, b, b_tensor, keep))
 
@@ -515,8 +557,8 @@ class Conv2d(torch.autograd.Function):
         x, weight, bias, b_tensor, n, a, index, copy = ctx.saved_tensors
         y = _optional(copy) if ctx.compiled else _release(ctx)
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
-        dx, dw, dbias, db = Conv2dBackward.apply(
-            dy, x, weight, bias, b_tensor, y, n, a, index, *ctx.window, ctx.b, ctx.normalize_weight, ctx.max_out,
+        dx, dw, dbias, db = apply(
+            Conv2dBackward, dy, x, weight, bias, b_tensor, y, n, a, index, *ctx.window, ctx.b, ctx.normalize_weight, ctx.max_out,
             ctx.detach, needs, ctx.backend,
         )  # fmt: skip
         grads = [g if need else None for g, need in zip((dx, dw, dbias, db), needs, strict=True)]
@@ -539,8 +581,8 @@ class Conv2dBackward(torch.autograd.Function):
         dy, x, weight, bias, b_tensor, y, n, a, index, stride, padding, dilation, groups, b, normalize_weight, max_out,
         detach, needs, backend,
     ):  # fmt: skip
-        return torch.ops.bcos_kernels.conv2d_backward(
-            dy, x, weight, bias, b_tensor, y, n, a, index, stride, padding, dilation, groups, b, normalize_weight,
+        return run(
+            "conv2d_backward", dy, x, weight, bias, b_tensor, y, n, a, index, stride, padding, dilation, groups, b, normalize_weight,
             max_out, detach, needs, backend,
         )  # fmt: skip
 
@@ -581,8 +623,8 @@ class BatchNormUncentered(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, bias, residual, running_var, training, eps, activation, detach):
-        return torch.ops.bcos_kernels.batch_norm_uncentered(
-            x, weight, bias, residual, running_var, training, eps, activation
+        return run(
+            "batch_norm_uncentered", x, weight, bias, residual, running_var, training, eps, activation
         )
 
     @staticmethod
@@ -604,8 +646,8 @@ class BatchNormUncentered(torch.autograd.Function):
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
         passes_on = needs[3] and ctx.activation is None  # the residual's gradient is dy itself
         asked = [*needs[:3], needs[3] and not passes_on]
-        gradients = BatchNormUncenteredBackward.apply(
-            dy, x, y, weight, bias, mean, var, ctx.training, ctx.eps, ctx.activation, ctx.detach, asked, ctx.backend
+        gradients = apply(
+            BatchNormUncenteredBackward, dy, x, y, weight, bias, mean, var, ctx.training, ctx.eps, ctx.activation, ctx.detach, asked, ctx.backend
         )
         grads = [g if need else None for g, need in zip(gradients, asked, strict=True)]
         if passes_on:
@@ -622,8 +664,8 @@ class BatchNormUncenteredBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(dy, x, y, weight, bias, mean, var, training, eps, activation, detach, needs, backend):
-        return torch.ops.bcos_kernels.batch_norm_uncentered_backward(
-            dy, x, y, weight, bias, mean, var, training, eps, activation, detach, needs, backend
+        return run(
+            "batch_norm_uncentered_backward", dy, x, y, weight, bias, mean, var, training, eps, activation, detach, needs, backend
         )
 
     @staticmethod
@@ -663,12 +705,12 @@ def _sliced_keeping_empty(function, info, in_dims, arguments) -> tuple:
 # Functions, and from inside their forward, where gradients are off, below autograd.
 
 
-def _register_autograd(name: str, apply) -> None:
+def _register_autograd(name: str, differentiable) -> None:
     op = getattr(torch.ops.bcos_kernels, name).default
 
     def kernel(*arguments):
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
-            return apply(*arguments)
+            return differentiable(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
 

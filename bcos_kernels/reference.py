@@ -1,4 +1,4 @@
-"""The definition of every op in plain PyTorch: the oracle of every test, and the backend that serves every device and dtype.
+"""The definition of every op in plain PyTorch: every test's oracle, and the backend for every device and dtype.
 
 Two forms of each op live here:
 
@@ -44,7 +44,7 @@ def normalized_weight(weight: Tensor) -> Tensor:
 
 
 def _first_max(a: Tensor, dim: int, max_out: int) -> tuple[Tensor, Tensor]:
-    """Maximum over consecutive units of ``dim``; ties go to the first unit. Returns the values and the winning units."""
+    """Maximum over consecutive units of ``dim``, ties to the first unit: the values and the winning units."""
     dim = dim % a.dim()
     grouped = a.unflatten(dim, (a.shape[dim] // max_out, max_out))
     if grouped.numel() == 0:
@@ -201,7 +201,7 @@ def batch_norm_uncentered(
     residual: Tensor | None = None,
     detach: bool = False,
 ) -> Tensor:
-    """Uncentered batch normalisation, the definition; updates ``running_var`` in training as the public function does."""
+    """Uncentered batch normalisation, the definition; updates ``running_var`` as the public function does."""
     wide = x.to(statistics_dtype(x.dtype))
     if training:
         dims = [d for d in range(x.dim()) if d != 1]
@@ -235,7 +235,7 @@ def _nothing(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def keeps_pre_scale(dtype: torch.dtype, b: float, b_tensor: Tensor | None) -> bool:
-    """Whether the backward needs a itself: y and n alone suffice for B = 1 and 2, but not in fp16, where y underflows."""
+    """Whether the backward needs a itself: y and n suffice for B = 1 and 2, but not in fp16, where y underflows."""
     return b_tensor is not None or b not in (1, 2) or (b == 2 and dtype == torch.float16)
 
 
@@ -335,7 +335,7 @@ def linear_backward(
 
 
 def conv2d_forward(x, weight, bias, stride, padding, dilation, groups, b, b_tensor, normalize_weight, max_out, keep):
-    """Backend form of `conv2d` (zero padding, pairs): y (N, O, P, Q), n (N, G, P, Q), a and winning units where kept."""
+    """Backend form of `conv2d` (zero padding, pairs): y (N, O, P, Q), n (N, G, P, Q); a, winning units where kept."""
     w = normalized_weight(weight) if normalize_weight else weight
     a, index = F.conv2d(x, w, bias, stride, padding, dilation, groups), None
     if max_out > 1:

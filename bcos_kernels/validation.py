@@ -88,7 +88,8 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, max_out: int) -
     check_floating(op, "x", x)
     check_same(op, "weight", weight, x)
     if weight.dim() != 2:
-        raise ValueError(f"{op}: expected weight of shape (out_features * max_out, in_features), got {tuple(weight.shape)}")
+        expected = "(out_features * max_out, in_features)"
+        raise ValueError(f"{op}: expected weight of shape {expected}, got {tuple(weight.shape)}")
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"{op}: expected x.size(-1) == weight.size(1) ({weight.shape[1]}), got shape {tuple(x.shape)}")
     check_weight_units(op, weight, max_out)

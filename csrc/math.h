@@ -24,7 +24,7 @@ constexpr double kConvNormEps = 1e-6;     // under the root
 constexpr double kLinearNormEps = 1e-12;  // added to the norm
 constexpr double kCosineEps = 1e-6;       // added to |cos|, general B only
 
-// BCOS_MATH_NAMESPACE is a namespace of its own for each instruction set: of an inline function that several objects
+// BCOS_ISA is a namespace of its own for each instruction set: of an inline function that several objects
 // carry the linker keeps one copy, which has to run everywhere.
 #if defined(BCOS_ISA)
 namespace BCOS_ISA {

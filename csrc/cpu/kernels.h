@@ -84,8 +84,10 @@ struct Kernels {
   void (*sum_squares_planes)(const void* x, void* map, Layout layout, int64_t begin, int64_t end);
   void (*window_norm)(const void* map, void* n, void* scratch, const Window& window, int64_t begin, int64_t end);
   void (*window_spread)(const void* q, void* map, void* scratch, const Window& window, int64_t begin, int64_t end);
-  void (*add_norm_term_rows)(void* dx, const void* x, const void* map, Layout layout, int64_t begin, int64_t end);
-  void (*add_norm_term_planes)(void* dx, const void* x, const void* map, Layout layout, int64_t begin, int64_t end);
+  void (*add_norm_term_rows)(
+      void* out, const void* dx, const void* x, const void* map, Layout layout, int64_t begin, int64_t end);
+  void (*add_norm_term_planes)(
+      void* out, const void* dx, const void* x, const void* map, Layout layout, int64_t begin, int64_t end);
   // weight normalisation; items are output units
   void (*normalize_weight)(const void* w, void* w_hat, int64_t columns, int64_t begin, int64_t end);
   void (*weight_norm_backward)(

@@ -2,10 +2,10 @@
 //
 //   linear  n = |x| + 1e-12 per row
 //   conv    n = sqrt(box filter of sum_c x^2 + 1e-6) per window and group: x is read once, the rest is one channel wide
-//   gradient of the norm: dx += x * (transposed box filter of q), q = (dL/dn)/n
+//   gradient of the norm: dx + x * (transposed box filter of q), q = (dL/dn)/n
 //   weights w_hat = w/|w| per unit, dw = (dw_hat - w_hat (w_hat . dw_hat))/|w|; a unit of norm 0 gives 0
 //
-// Traffic: sum_squares reads x; add_norm_term reads x and reads and writes dx; the maps are 1/C of an activation.
+// Traffic: sum_squares reads x; add_norm_term reads x and dx and writes their sum; the maps are 1/C of an activation.
 #include "element.h"
 
 namespace bcos::cpu::BCOS_ISA {
@@ -38,10 +38,10 @@ void sum_squares_rows(const void* x_, void* map_, Layout l, int64_t begin, int64
   const S* x = static_cast<const S*>(x_);
   W* map = static_cast<W*>(map_);
   const int64_t per_group = l.channels / l.groups;
-  for (int64_t r = begin; r < end; r++) {
-    const int64_t image = r / l.pixels, pixel = r % l.pixels;
+  RowPosition at_row(l, begin);
+  for (int64_t r = begin; r < end; r++, at_row.next()) {
     for (int64_t g = 0; g < l.groups; g++) {
-      map[(image * l.groups + g) * l.pixels + pixel] = sum_squares(x + r * l.channels + g * per_group, per_group);
+      map[at_row.window(g)] = sum_squares(x + r * l.channels + g * per_group, per_group);
     }
   }
 }
@@ -147,32 +147,36 @@ void window_spread(const void* q_, void* map_, void* scratch_, const Window& w, 
 }
 
 template <class S>
-void add_norm_term_rows(void* dx_, const void* x_, const void* map_, Layout l, int64_t begin, int64_t end) {
+void add_norm_term_rows(
+    void* out_, const void* dx_, const void* x_, const void* map_, Layout l, int64_t begin, int64_t end) {
   using W = Wide<S>;
   const W* map = static_cast<const W*>(map_);
   const int64_t per_group = l.channels / l.groups;
-  for (int64_t r = begin; r < end; r++) {
-    const int64_t image = r / l.pixels, pixel = r % l.pixels;
+  RowPosition at_row(l, begin);
+  for (int64_t r = begin; r < end; r++, at_row.next()) {
     for (int64_t g = 0; g < l.groups; g++) {
-      const W factor = map[(image * l.groups + g) * l.pixels + pixel];
-      S* __restrict dx = static_cast<S*>(dx_) + r * l.channels + g * per_group;
+      const W factor = map[at_row.window(g)];
+      S* out = static_cast<S*>(out_) + r * l.channels + g * per_group;  // may be dx itself
+      const S* dx = static_cast<const S*>(dx_) + r * l.channels + g * per_group;
       const S* __restrict x = static_cast<const S*>(x_) + r * l.channels + g * per_group;
 #pragma omp simd
-      for (int64_t c = 0; c < per_group; c++) dx[c] = store<S>(load(dx[c]) + load(x[c]) * factor);
+      for (int64_t c = 0; c < per_group; c++) out[c] = store<S>(load(dx[c]) + load(x[c]) * factor);
     }
   }
 }
 
 template <class S>
-void add_norm_term_planes(void* dx_, const void* x_, const void* map_, Layout l, int64_t begin, int64_t end) {
+void add_norm_term_planes(
+    void* out_, const void* dx_, const void* x_, const void* map_, Layout l, int64_t begin, int64_t end) {
   using W = Wide<S>;
   const int64_t per_group = l.channels / l.groups;
   for (int64_t plane = begin; plane < end; plane++) {  // (image, channel)
     const W* __restrict map = static_cast<const W*>(map_) + plane / per_group * l.pixels;
-    S* __restrict dx = static_cast<S*>(dx_) + plane * l.pixels;
+    S* out = static_cast<S*>(out_) + plane * l.pixels;
+    const S* dx = static_cast<const S*>(dx_) + plane * l.pixels;
     const S* __restrict x = static_cast<const S*>(x_) + plane * l.pixels;
 #pragma omp simd
-    for (int64_t p = 0; p < l.pixels; p++) dx[p] = store<S>(load(dx[p]) + load(x[p]) * map[p]);
+    for (int64_t p = 0; p < l.pixels; p++) out[p] = store<S>(load(dx[p]) + load(x[p]) * map[p]);
   }
 }
 

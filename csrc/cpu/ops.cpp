@@ -108,44 +108,47 @@ void conv2d_norm(
   });
 }
 
-void add_norm_term(const Tensor& dx, const Tensor& x, const void* map, const Layout& l) {
+void add_norm_term(const Tensor& dx, const Tensor& x, const void* map, const Tensor& out, const Layout& l) {
   const Kernels& k = kernels(type_of(x));
-  void* pdx = dx.data_ptr();
+  check_size(dx, x.numel(), "dx");
+  check_size(out, x.numel(), "out");
+  const void* pdx = dx.data_ptr();
+  void* pout = out.data_ptr();
   const void* px = x.data_ptr();
   if (l.rows) {
     in_parallel(l.images * l.pixels, l.channels, [&](int64_t begin, int64_t end) {
-      k.add_norm_term_rows(pdx, px, map, l, begin, end);
+      k.add_norm_term_rows(pout, pdx, px, map, l, begin, end);
     });
   } else {
     in_parallel(l.images * l.channels, l.pixels, [&](int64_t begin, int64_t end) {
-      k.add_norm_term_planes(pdx, px, map, l, begin, end);
+      k.add_norm_term_planes(pout, pdx, px, map, l, begin, end);
     });
   }
 }
 
-// dx += x * q per row: x, dx (M, K), q (M)
-void linear_norm_backward(const Tensor& q, const Tensor& x, const Tensor& dx) {
+// out = dx + x * q per row: x, dx, out (M, K), q (M)
+void linear_norm_backward(const Tensor& q, const Tensor& x, const Tensor& dx, const Tensor& out) {
   check_size(q, x.size(0), "q");
-  add_norm_term(dx, x, q.data_ptr(), Layout{1, x.size(0), x.size(1), 1, true});
+  add_norm_term(dx, x, q.data_ptr(), out, Layout{1, x.size(0), x.size(1), 1, true});
 }
 
-// dx += x * (transposed box filter of q)
+// out = dx + x * (transposed box filter of q); out may be dx
 void conv2d_norm_backward(
-    const Tensor& q, const Tensor& x, const Tensor& dx, bool channels_last, int64_t k0, int64_t k1, int64_t s0,
+    const Tensor& q, const Tensor& x, const Tensor& dx, const Tensor& out, bool channels_last, int64_t k0, int64_t k1, int64_t s0,
     int64_t s1, int64_t p0, int64_t p1, int64_t d0, int64_t d1) {
   const Type type = type_of(x);
   const Kernels& k = kernels(type);
   const Window w = window_of(x, q, k0, k1, s0, s1, p0, p1, d0, d1);
   const Layout l{x.size(0), w.height * w.width, x.size(1), q.size(1), channels_last};
   const bool pointwise = k0 * k1 == 1 && s0 == 1 && s1 == 1 && p0 == 0 && p1 == 0;
-  if (pointwise) return add_norm_term(dx, x, q.data_ptr(), l);
+  if (pointwise) return add_norm_term(dx, x, q.data_ptr(), out, l);
   const int64_t maps = l.images * l.groups;
   const Scratch map(maps * l.pixels, type), scratch(maps * w.height * w.out_width, type);
   const void* pq = q.data_ptr();
   in_parallel(maps, (w.height + w.out_height) * w.out_width * k1, [&](int64_t begin, int64_t end) {
     k.window_spread(pq, map.get(), scratch.get(), w, begin, end);
   });
-  add_norm_term(dx, x, map.get(), l);
+  add_norm_term(dx, x, map.get(), out, l);
 }
 
 Mode mode_of(int64_t mode) { return mode == 1 ? Mode::one : mode == 2 ? Mode::two : Mode::general; }
@@ -379,9 +382,9 @@ void batch_norm_backward(
 
 STABLE_TORCH_LIBRARY(bcos_kernels_cpp, m) {
   m.def("linear_norm(Tensor x, Tensor(a!) n) -> ()");
-  m.def("linear_norm_backward(Tensor q, Tensor x, Tensor(a!) dx) -> ()");
+  m.def("linear_norm_backward(Tensor q, Tensor x, Tensor dx, Tensor(a!) out) -> ()");
   m.def("conv2d_norm(Tensor x, Tensor(a!) n, bool channels_last, " BCOS_WINDOW ") -> ()");
-  m.def("conv2d_norm_backward(Tensor q, Tensor x, Tensor(a!) dx, bool channels_last, " BCOS_WINDOW ") -> ()");
+  m.def("conv2d_norm_backward(Tensor q, Tensor x, Tensor dx, Tensor(a!) out, bool channels_last, " BCOS_WINDOW ") -> ()");
   m.def("scale(Tensor a, Tensor(a!) y, Tensor(b!)? kept, Tensor(c!)? index, Tensor? n, " BCOS_LAYOUT
         ", int max_out, int mode, float exponent) -> ()");
   m.def("scale_backward(Tensor dy, Tensor source, Tensor? index, Tensor? n, Tensor(a!) da, Tensor(b!)? q, Tensor(c!)? db, "
