@@ -254,6 +254,8 @@ class FolderImages(Dataset):
                 "class folders, found none"
             )
         full = check == "full" or (check == "auto" and len(samples) <= FULL_CHECK_LIMIT)
+        if not full:
+            print(f"{root}: opening {len(samples):,} image files to leave out what is none …", flush=True)
         with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) * 2)) as pool:
             reasons = list(pool.map(lambda sample: _unreadable(sample[0], full), samples))
         self.unreadable = [

@@ -18,8 +18,10 @@ import importlib.util
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -382,7 +384,7 @@ def _draw_history(rows: list[dict], path: Path) -> None:
 def train(
     module, datamodule, *, epochs: int, seed: int = 0, output: Path | None = None, callbacks=(), resume: bool = False,
     precision: str = "32-true", accelerator: str = "auto", devices="auto", clip_norm: float | None = None,
-    limit_batches: int | None = None, progress: bool = True,
+    limit_batches: int | None = None, progress: bool = True, ready=None,
 ) -> list[dict]:  # fmt: skip
     """Runs Lightning's Trainer on a ClassificationModule; the core of `finetune`, usable with any model.
 
@@ -393,6 +395,8 @@ def train(
         callbacks: further Lightning callbacks (schedules).
         resume: continue from output/last.ckpt.
         precision, accelerator, devices: Lightning's. clip_norm: gradient norm limit.
+        limit_batches: per epoch and part; None: all. progress: a bar on a terminal, else a line per epoch.
+        ready: called without arguments when everything has been accepted, before anything runs.
 
     Returns:
         One dict per epoch: epoch, step, seconds (training part), lr, train_loss, train_top1, val_loss, val_top1, …
@@ -405,6 +409,8 @@ def train(
     # Lightning names itself, its GPUs and its tips at level INFO.
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    on_interrupt = signal.getsignal(signal.SIGINT)
     logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -419,14 +425,21 @@ def train(
                 enable_progress_bar=progress and sys.stderr.isatty(), use_distributed_sampler=False,
                 gradient_clip_val=clip_norm, limit_train_batches=limit_batches, limit_val_batches=limit_batches,
             )  # fmt: skip
+            if ready is not None:
+                ready()
             path = output / "last.ckpt" if resume and output is not None else None
             if path is not None and not path.is_file():
                 path = None  # killed in its first epoch: the same seed starts the same run again
-            trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True if path else None)
+            try:
+                trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True if path else None)
+            except SystemExit:  # what Lightning makes of Ctrl-C, after putting its things in order
+                if trainer.interrupted:
+                    raise KeyboardInterrupt from None
+                raise
     finally:
         logger.setLevel(level)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+        if in_main_thread:
+            signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves Ctrl-C ignored after the first
     return history.rows
 
 
@@ -474,21 +487,35 @@ def finetune(config: FinetuneConfig, *, model=None, resume: bool = False) -> Fin
     if config.compile:
         model.compile()
 
-    output.mkdir(parents=True, exist_ok=True)
-    _write(output / "config.yaml", config.to_yaml())
-    if datamodule.unreadable:
-        _write(output / "unreadable_images.txt", "".join(f"{path}\t{why}\n" for path, why in datamodule.unreadable))
-        print(
-            f"{len(datamodule.unreadable)} unreadable image files are left out, listed in "
-            f"{output / 'unreadable_images.txt'}; first: {datamodule.unreadable[0][0]}"
-        )
+    def ready() -> None:
+        output.mkdir(parents=True, exist_ok=True)
+        _write(output / "config.yaml", config.to_yaml())
+        if config.progress:
+            print(_summary(config, model, datamodule), flush=True)
+        if datamodule.unreadable:
+            listed = output / "unreadable_images.txt"
+            _write(listed, "".join(f"{path}\t{reason}\n" for path, reason in datamodule.unreadable))
+            print(
+                f"{len(datamodule.unreadable)} unreadable image files are left out, listed in {listed}; first: "
+                f"{datamodule.unreadable[0][0]}"
+            )
+
     history = train(
         module, datamodule, epochs=config.epochs, seed=config.seed, output=output, callbacks=callbacks, resume=resume,
         precision=config.precision, accelerator=config.accelerator, devices=config.devices,
-        clip_norm=config.clip_norm, limit_batches=config.limit_batches, progress=config.progress,
+        clip_norm=config.clip_norm, limit_batches=config.limit_batches, progress=config.progress, ready=ready,
     )  # fmt: skip
     best = max((row["val_top1"] for row in history if "val_top1" in row), default=float("nan"))
     return FinetuneResult(output, history, model.eval(), best, datamodule.unreadable)
+
+
+def _summary(config: FinetuneConfig, model, datamodule) -> str:
+    height, width = model.config["input_size"] or ("?", "?")
+    return (
+        f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, B {config.b:g}, biases: "
+        f"{config.bias}; {config.data}: {len(datamodule.train):,} images to train on and {len(datamodule.val):,} to "
+        f"validate on, {datamodule.num_classes} classes, {height} x {width} pixels"
+    )
 
 
 def saved_config(output: Path) -> FinetuneConfig:
@@ -527,6 +554,7 @@ def _prepare(config: FinetuneConfig, own, saved: Path | None):
             found, _ = resolve(config.model, arch=config.arch, pretrained=config.pretrained, weights=config.weights)
         if isinstance(found, BcosifiedModel):
             model = found
+            _check_converted(config, model)
         else:
             model = bcosification.bcosify(found, b=config.b, bias=config.bias, **config.conversion)
     embedded = config.data in EMBEDDED and not Path(config.data).is_dir()
@@ -553,6 +581,22 @@ def _prepare(config: FinetuneConfig, own, saved: Path | None):
             resize = size if embedded else round(size * 256 / 224)
             model.config.update(input_size=[size, size], resize=resize, crop="center")
     return model, datamodule
+
+
+def _check_converted(config: FinetuneConfig, model) -> None:
+    """A model that is B-cosified already keeps the options of its conversion; other wishes are errors."""
+    options = model.config["options"]
+    for name in ("b", "bias"):
+        if getattr(config, name) != options[name]:
+            raise ValueError(
+                f"finetune: expected {name} as {config.model} was B-cosified with, {options[name]!r}; got "
+                f"{getattr(config, name)!r}"
+            )
+    if config.conversion:
+        raise ValueError(
+            f"finetune: expected no options of conversion, as {config.model} is B-cosified already; got "
+            + ", ".join(config.conversion)
+        )
 
 
 def _accepts(model, size: int) -> bool:

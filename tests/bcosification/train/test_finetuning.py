@@ -1,5 +1,6 @@
 """Fine-tuning runs end to end, on a small network and real digits."""
 
+import copy
 import csv
 import dataclasses
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from PIL import Image
 
 import bcosification
@@ -184,6 +186,30 @@ def test_folder_of_images_with_corrupt_files(tmp_path):
     assert result.model.config["resize"] == round(32 * 256 / 224)
 
 
+def test_b_cosified_model_is_trained_on_as_it_is(tmp_path, monkeypatch):
+    """What convert wrote: fine-tuned further, its options kept, others refused."""
+    model = bcosification.bcosify(small_network(), b=1.5, **STATISTICS)
+    result = finetune(_config(tmp_path / "run", conversion={}, b=1.5, epochs=1), model=copy.deepcopy(model))
+    assert {module.b for module in result.model.modules() if hasattr(module, "set_b")} == {1.5}
+    with pytest.raises(ValueError, match="expected b as .* was B-cosified with, 1.5; got 2.0"):
+        finetune(_config(tmp_path / "other", conversion={}), model=model)
+    with pytest.raises(ValueError, match="expected no options of conversion.*got mean, std"):
+        finetune(_config(tmp_path / "other", b=1.5), model=model)
+    assert not (tmp_path / "other").exists()
+
+
+def test_ctrl_c_is_passed_on(tmp_path, monkeypatch):
+    from bcosification.train.lightning_module import ClassificationModule
+
+    def interrupted(self, batch, batch_idx):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ClassificationModule, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(_config(tmp_path / "run"), model=small_network())
+    assert (tmp_path / "run" / "config.yaml").is_file()
+
+
 def test_head_for_another_number_of_classes(tmp_path):
     for part in ("train", "val"):
         for name in ("a", "b", "c"):
@@ -233,13 +259,15 @@ def test_mixed_precision_trains(tmp_path):
         (dict(data="nowhere"), "expected one of .*got 'nowhere'"),
         (dict(image_size=8), "expected an image_size that .* can take"),
         (dict(conversion={"b": 1.5}), "expected b outside of conversion"),
+        (dict(accelerator="abacus"), "abacus"),
+        (dict(precision="3-bits"), "3-bits"),
     ],
 )
 def test_bad_configuration_writes_nothing(tmp_path, changes, message):
     model = small_network()
     if "image_size" in changes:
         model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 9), *list(small_network())[5:7], torch.nn.Linear(4, 10))
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises((ValueError, FileNotFoundError, MisconfigurationException), match=message):
         finetune(_config(tmp_path / "run", **changes), model=model)
     assert list(tmp_path.iterdir()) == []
 
