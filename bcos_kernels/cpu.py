@@ -298,9 +298,7 @@ def conv2d_backward(
         wanted = (need_dx, need_dw and not wide_dw, False)
         dx, dw, _ = torch.ops.aten.convolution_backward(da, x, w, *window, wanted)
     if wide_dw:
-        _, dw, _ = torch.ops.aten.convolution_backward(
-            da.float(), x.float(), w.float(), *window, (False, True, False)
-        )
+        _, dw, _ = torch.ops.aten.convolution_backward(da.float(), x.float(), w.float(), *window, (False, True, False))
     if need_dx and q is not None:
         dx = _in_layout(dx, channels_last)
         _cpp().conv2d_norm_backward(q, x, dx, dx, channels_last, *_window(weight, stride, padding, dilation))

@@ -241,9 +241,7 @@ def batch_norm_uncentered(
             ops.BatchNormUncentered, x, weight, bias, residual, statistics, training, eps, activation, detach
         )
     else:
-        y, _, var = ops.run(
-            "batch_norm_uncentered", x, weight, bias, residual, statistics, training, eps, activation
-        )
+        y, _, var = ops.run("batch_norm_uncentered", x, weight, bias, residual, statistics, training, eps, activation)
     if training and running_var is not None and x.numel():
         with torch.no_grad():
             running_var.mul_(1 - momentum).add_(var.to(running_var.dtype), alpha=momentum)

@@ -415,9 +415,7 @@ def _sliced(function, info, in_dims, arguments, dimensions: int) -> tuple:
     """vmap by a loop over the batch: for what cannot be folded into an existing dimension."""
     results = []
     for i in range(info.batch_size):
-        results.append(
-            function(*(v if d is None else v.select(d, i) for v, d in zip(arguments, in_dims, strict=True)))
-        )
+        results.append(function(*(v if d is None else v.select(d, i) for v, d in zip(arguments, in_dims, strict=True))))
     return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * dimensions
 
 
@@ -486,11 +484,24 @@ class LinearBackward(torch.autograd.Function):
     """Gradients of `Linear`; differentiable through the definition, from x and weight."""
 
     @staticmethod
-    def forward(
-        dy, x, weight, bias, b_tensor, y, n, a, index, b, normalize_weight, max_out, detach, needs, backend
-    ):
+    def forward(dy, x, weight, bias, b_tensor, y, n, a, index, b, normalize_weight, max_out, detach, needs, backend):
         return run(
-            "linear_backward", dy, x, weight, bias, b_tensor, y, n, a, index, b, normalize_weight, max_out, detach, needs, backend
+            "linear_backward",
+            dy,
+            x,
+            weight,
+            bias,
+            b_tensor,
+            y,
+            n,
+            a,
+            index,
+            b,
+            normalize_weight,
+            max_out,
+            detach,
+            needs,
+            backend,
         )
 
     @staticmethod
@@ -623,9 +634,7 @@ class BatchNormUncentered(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, bias, residual, running_var, training, eps, activation, detach):
-        return run(
-            "batch_norm_uncentered", x, weight, bias, residual, running_var, training, eps, activation
-        )
+        return run("batch_norm_uncentered", x, weight, bias, residual, running_var, training, eps, activation)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -647,7 +656,20 @@ class BatchNormUncentered(torch.autograd.Function):
         passes_on = needs[3] and ctx.activation is None  # the residual's gradient is dy itself
         asked = [*needs[:3], needs[3] and not passes_on]
         gradients = apply(
-            BatchNormUncenteredBackward, dy, x, y, weight, bias, mean, var, ctx.training, ctx.eps, ctx.activation, ctx.detach, asked, ctx.backend
+            BatchNormUncenteredBackward,
+            dy,
+            x,
+            y,
+            weight,
+            bias,
+            mean,
+            var,
+            ctx.training,
+            ctx.eps,
+            ctx.activation,
+            ctx.detach,
+            asked,
+            ctx.backend,
         )
         grads = [g if need else None for g, need in zip(gradients, asked, strict=True)]
         if passes_on:
@@ -665,7 +687,20 @@ class BatchNormUncenteredBackward(torch.autograd.Function):
     @staticmethod
     def forward(dy, x, y, weight, bias, mean, var, training, eps, activation, detach, needs, backend):
         return run(
-            "batch_norm_uncentered_backward", dy, x, y, weight, bias, mean, var, training, eps, activation, detach, needs, backend
+            "batch_norm_uncentered_backward",
+            dy,
+            x,
+            y,
+            weight,
+            bias,
+            mean,
+            var,
+            training,
+            eps,
+            activation,
+            detach,
+            needs,
+            backend,
         )
 
     @staticmethod
