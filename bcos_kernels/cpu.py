@@ -193,8 +193,8 @@ def linear_backward(
         source, _, _ = _scaled(F.linear(x, w, bias), None, layout, shape, 1, 0.0, max_out, False)
     n = n.contiguous() if mode == 1 or n.numel() == x.shape[0] else _linear_norm(x)
     da, q, db = _scaled_backward(
-        dy, source.contiguous(), index.contiguous(), n, layout, (x.shape[0], weight.shape[0]), mode, exponent, max_out, from_a,
-        detach, need_db, True,
+        dy, source.contiguous(), index.contiguous(), n, layout, (x.shape[0], weight.shape[0]), mode, exponent, max_out,
+        from_a, detach, need_db, True,
     )  # fmt: skip
     dx = dw = None
     if need_dx:

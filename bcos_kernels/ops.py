@@ -465,8 +465,8 @@ class Linear(torch.autograd.Function):
         y = _optional(copy) if ctx.compiled else _release(ctx)
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
         dx, dw, dbias, db = apply(
-            LinearBackward, dy, x, weight, bias, b_tensor, y, n, a, index, ctx.b, ctx.normalize_weight, ctx.max_out, ctx.detach, needs,
-            ctx.backend,
+            LinearBackward, dy, x, weight, bias, b_tensor, y, n, a, index, ctx.b, ctx.normalize_weight, ctx.max_out,
+            ctx.detach, needs, ctx.backend,
         )  # fmt: skip
         grads = [g if need else None for g, need in zip((dx, dw, dbias, db), needs, strict=True)]
         return (*grads, None, None, None, None, None)
@@ -569,8 +569,8 @@ class Conv2d(torch.autograd.Function):
         y = _optional(copy) if ctx.compiled else _release(ctx)
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
         dx, dw, dbias, db = apply(
-            Conv2dBackward, dy, x, weight, bias, b_tensor, y, n, a, index, *ctx.window, ctx.b, ctx.normalize_weight, ctx.max_out,
-            ctx.detach, needs, ctx.backend,
+            Conv2dBackward, dy, x, weight, bias, b_tensor, y, n, a, index, *ctx.window, ctx.b, ctx.normalize_weight,
+            ctx.max_out, ctx.detach, needs, ctx.backend,
         )  # fmt: skip
         grads = [g if need else None for g, need in zip((dx, dw, dbias, db), needs, strict=True)]
         return (*grads, *(None,) * 9)
@@ -593,8 +593,8 @@ class Conv2dBackward(torch.autograd.Function):
         detach, needs, backend,
     ):  # fmt: skip
         return run(
-            "conv2d_backward", dy, x, weight, bias, b_tensor, y, n, a, index, stride, padding, dilation, groups, b, normalize_weight,
-            max_out, detach, needs, backend,
+            "conv2d_backward", dy, x, weight, bias, b_tensor, y, n, a, index, stride, padding, dilation, groups, b,
+            normalize_weight, max_out, detach, needs, backend,
         )  # fmt: skip
 
     @staticmethod
