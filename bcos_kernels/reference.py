@@ -439,7 +439,8 @@ def batch_norm_uncentered_backward(
             dx = dx + _channels(factor, x) * (wide - _channels(mean.to(dtype), x))
         dx = dx.to(x.dtype)
     if need_dweight:
-        dweight = (gx * inverse_std).to(weight.dtype)
+        # of an empty batch the variance is NaN, and the sum over it 0
+        dweight = (gx * inverse_std if x.numel() else gx).to(weight.dtype)
     if need_dbias:
         dbias = g.sum(dims).to(bias.dtype)
     # a copy: an op may not return one of its inputs
