@@ -1,9 +1,9 @@
 """Triton kernels of the B-cos ops: implicit-GEMM forward and custom backward, one file an op.
 
-The launchers ``{linear,conv2d,batch_norm_uncentered}_{forward,backward}`` are imported at their first use; importing this
-package imports neither triton nor a kernel, compiles nothing and tunes nothing. Built for float32, bfloat16 and float16
-tensors on a CUDA device, or on the CPU in Triton's interpreter (``TRITON_INTERPRET=1`` set before triton is imported).
-The kernels keep to what Triton 3.6 offers.
+The launchers ``{linear,conv2d,batch_norm_uncentered}_{forward,backward}`` are imported at their first use; importing
+this package imports neither triton nor a kernel, compiles nothing and tunes nothing. Built for float32, bfloat16 and
+float16 tensors on a CUDA device, or on the CPU in Triton's interpreter (``TRITON_INTERPRET=1`` set before triton is
+imported). The kernels keep to what Triton 3.6 offers.
 """
 
 from __future__ import annotations
@@ -42,9 +42,8 @@ def _missing_triton() -> str | None:
 
 def unusable_reason() -> str | None:
     """None if the kernels can run on this machine, else why not."""
-    if not _interpreted() and not torch.cuda.is_available():
-        missing = importlib.util.find_spec("triton") is None
-        return _missing_triton() if missing else "no CUDA device (TRITON_INTERPRET=1 runs the kernels in the interpreter)"
+    if importlib.util.find_spec("triton") is not None and not _interpreted() and not torch.cuda.is_available():
+        return "no CUDA device (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter)"
     return _missing_triton()
 
 

@@ -4,15 +4,15 @@
 
 var is the biased variance of the batch in training, the running one in evaluation; only the output is not centred.
 
-Forward: in training, mean and M2 of blocks of rows (the second moment about the block's own mean), combined block by block
-(Chan, Golub & LeVeque), so that a mean far from zero costs no digits; then one elementwise pass.
+Forward: in training, mean and M2 of blocks of rows (the second moment about the block's own mean), combined block by
+block (Chan, Golub & LeVeque), so that a mean far from zero costs no digits; then one elementwise pass.
 Backward, g = ∂L/∂y where the ReLU let y pass, r = 1/√(var + eps):
 
     dβ = Σ g,   dw = r·Σ g x,   dresidual = g
     dx = g·w·r − (x − mean)·r³·w·(Σ g x)/M      (the second term in training only, and not in explanation mode)
 
-Σ g and Σ g x in blocks that are added in a fixed order, then one elementwise pass. A row is one (sample, pixel): kernels see
-tensors as (N, C, L) of any strides.
+Σ g and Σ g x in blocks that are added in a fixed order, then one elementwise pass. A row is one (sample, pixel):
+kernels see tensors as (N, C, L) of any strides.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def batch_norm_forward_kernel(
     channel_mask = channels < C
     mask = (rows < M)[:, None] & channel_mask[None, :]
     n, l = rows // L, rows % L  # noqa: E741  (l: the pixel)
-    scale = 1 / tl.sqrt_rn(tl.load(var_ptr + channels, mask=channel_mask, other=1.0).to(tl.float32) + eps)
+    scale = 1 / tl.sqrt(tl.load(var_ptr + channels, mask=channel_mask, other=1.0).to(tl.float32) + eps)
     if w_ptr is not None:
         scale *= tl.load(w_ptr + channels, mask=channel_mask, other=0.0).to(tl.float32)
     c = widen(channels, INDEX64)
@@ -187,7 +187,7 @@ def batch_norm_backward_parameters_kernel(
     for split in range(0, splits):
         g_sum += tl.load(g_sum_ptr + split * C + channels, mask=channel_mask, other=0.0)
         gx_sum += tl.load(gx_sum_ptr + split * C + channels, mask=channel_mask, other=0.0)
-    r = 1 / tl.sqrt_rn(tl.load(var_ptr + channels, mask=channel_mask, other=1.0).to(tl.float32) + eps)
+    r = 1 / tl.sqrt(tl.load(var_ptr + channels, mask=channel_mask, other=1.0).to(tl.float32) + eps)
     if dw_ptr is not None:
         tl.store(dw_ptr + channels, gx_sum * r, mask=channel_mask)
     if dbias_ptr is not None:
@@ -208,10 +208,11 @@ def batch_norm_backward_kernel(
     eps,
     INDEX64: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Math: dresidual = g, dx = g·w/√(var + eps) − (x − mean)·slope, g = dy where y is not ≤ 0 (everywhere if y is None).
+    """Math: dresidual = g, dx = g·w/√(var + eps) − (x − mean)·slope, g = dy where y is not ≤ 0 (everywhere if y is
+    None).
 
-    Shapes: dy, x, y (N, C, L) any strides; dx, dresidual (N, C, L) of one stride; var, w, mean, slope (C,). Either output
-    may be None; x, mean and slope are None where var is a constant; y and w may be None.
+    Shapes: dy, x, y (N, C, L) any strides; dx, dresidual (N, C, L) of one stride; var, w, mean, slope (C,). Either
+    output may be None; x, mean and slope are None where var is a constant; y and w may be None.
     Grid: (blocks of BLOCK_M rows, blocks of BLOCK_C channels). Numerics: float32, rounded once.
     Traffic: reads dy, x and y once, writes dx and dresidual.
     """
@@ -229,7 +230,7 @@ def batch_norm_backward_kernel(
     if dresidual_ptr is not None:
         tl.store(dresidual_ptr + offsets, g, mask=mask)
     if dx_ptr is not None:
-        scale = 1 / tl.sqrt_rn(tl.load(var_ptr + channels, mask=channel_mask, other=1.0).to(tl.float32) + eps)
+        scale = 1 / tl.sqrt(tl.load(var_ptr + channels, mask=channel_mask, other=1.0).to(tl.float32) + eps)
         if w_ptr is not None:
             scale *= tl.load(w_ptr + channels, mask=channel_mask, other=0.0).to(tl.float32)
         dx = g * scale[None, :]

@@ -31,7 +31,8 @@ def widen(index, INDEX64: tl.constexpr):
 
 @triton.jit
 def tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Tile (row, column) of a program: GROUP_M rows of tiles are walked column by column, so that operands stay in L2."""
+    """Tile (row, column) of a program: GROUP_M rows of tiles are walked column by column, so that operands stay in
+    L2."""
     in_group = GROUP_M * tiles_n
     first = (pid // in_group) * GROUP_M
     rows = tl.minimum(tiles_m - first, GROUP_M)
@@ -57,7 +58,8 @@ def units_of_tile(tile, outputs, MAX_OUT: tl.constexpr, MEMBERS: tl.constexpr, B
 
 @triton.jit
 def winner(a, valid, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MEMBERS: tl.constexpr):
-    """Maximum over the MEMBERS columns of each output, and its index; the first of equals wins, NaN beats everything."""
+    """Maximum over the MEMBERS columns of each output, and its index; the first of equals wins, NaN beats
+    everything."""
     a = tl.where(valid[None, :], a, float("-inf"))
     a = tl.reshape(a, (BLOCK_M, BLOCK_N // MEMBERS, MEMBERS))
     is_nan = a != a
@@ -76,11 +78,32 @@ def accumulate(left, right, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def exponent(b, b_ptr):
+def exponent_of(b, b_ptr):
     """The exponent B: the number, or the value behind the pointer where B is a tensor."""
     if b_ptr is not None:
-        b = tl.load(b_ptr).to(tl.float32)
-    return b
+        b = tl.load(b_ptr)
+    return tl.cast(b, tl.float32)
+
+
+@triton.jit
+def logarithm(c):
+    """log2 of a positive float as whole + fraction, |fraction| ≤ 1/2: the error is 1e-7 of the fraction."""
+    bits = c.to(tl.int32, bitcast=True)
+    whole = (bits - 0x3F3504F3) >> 23  # the mantissa lies in [sqrt(1/2), sqrt(2))
+    fraction = tl.log2((bits - (whole << 23)).to(tl.float32, bitcast=True))
+    return whole.to(tl.float32), fraction
+
+
+@triton.jit
+def power(c, exponent, whole, fraction):
+    """c^exponent, c's logarithm given. It is multiplied in two parts, for its rounding would be the error of the result
+    (5e-7 at c = 1e-6 and B = 3): the upper 16 bits of the exponent times a whole number below 2⁸ are exact.
+    """
+    upper = (exponent.to(tl.int32, bitcast=True) & -256).to(tl.float32, bitcast=True)
+    rest = (exponent - upper) * whole + exponent * fraction
+    nearest = tl.floor(upper * whole + rest + 0.5)
+    result = tl.exp2((upper * whole - nearest) + rest) * tl.exp2(nearest)
+    return tl.where(c < float("inf"), result, c)  # the bits of NaN and infinity are no logarithm
 
 
 @triton.jit
@@ -91,7 +114,9 @@ def bcos_output(a, n, b, B_MODE: tl.constexpr):
     elif B_MODE == 2:
         y = a * (tl.abs(a) / n)
     else:
-        y = a * tl.exp2((b - 1) * tl.log2(tl.abs(a) / n + 1e-6))
+        c = tl.abs(a) / n + 1e-6
+        whole, fraction = logarithm(c)
+        y = a * power(c, b - 1, whole, fraction)
     return y
 
 
@@ -116,11 +141,12 @@ def bcos_gradient(g, v, n, b, B_MODE: tl.constexpr, FROM_OUTPUT: tl.constexpr, D
             da = 2 * g * cosine
     else:
         cosine = tl.abs(v) / n
-        log_c = tl.log2(cosine + 1e-6)
-        scale = tl.exp2((b - 1) * log_c)
-        slope = (b - 1) * tl.exp2((b - 2) * log_c) * cosine  # a · ∂scale/∂a
+        c = cosine + 1e-6
+        whole, fraction = logarithm(c)
+        scale = power(c, b - 1, whole, fraction)
+        slope = (b - 1) * (scale / c) * cosine  # a · ∂scale/∂a
         through_n = g * v * slope
-        through_b = g * v * scale * log_c * 0.6931471805599453
+        through_b = g * v * scale * ((whole + fraction) * 0.6931471805599453)
         if DETACH:
             da = g * scale
         else:
@@ -130,8 +156,8 @@ def bcos_gradient(g, v, n, b, B_MODE: tl.constexpr, FROM_OUTPUT: tl.constexpr, D
 
 @triton.jit
 def sum_kernel(out_ptr, partial_ptr, count, BLOCK: tl.constexpr):
-    """Math: out = Σ partial. Shapes: partial (count,) float32, out () float32. Grid: one program, so that the order of the
-    sum never changes. Numerics: float32. Traffic: reads count elements.
+    """Math: out = Σ partial. Shapes: partial (count,) float32, out () float32. Grid: one program, so that the order of
+    the sum never changes. Numerics: float32. Traffic: reads count elements.
     """
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, count, BLOCK):

@@ -50,3 +50,23 @@ def config_for(m: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """Tile for an (m, n) result reduced over k, elements of ``dtype``."""
     config = CONFIGS[8 * dtype.itemsize, form_of(m, n)]
     return config._replace(block_k=16) if k <= 16 else config
+
+
+def fitted(block: int, channels: int) -> int:
+    """The largest block of channels, half of ``block`` or more and 16 or more, that divides them; 0 if none does."""
+    return next((size for size in (block, block // 2) if size >= 16 and channels % size == 0), 0)
+
+
+def flattened(config: Config) -> Config:
+    """The tile for a convolution over flattened taps and channels, where each element of x has an address of its own:
+    at most 64 wide and in 8 warps, since with 16 addresses a thread and more the kernels spill (128 × 64 × 32 in 4
+    warps: 296 bytes a thread)."""
+    return config._replace(block_n=min(config.block_n, 64), num_warps=8)
+
+
+def reduced(config: Config, members: int) -> Config:
+    """The tile for outputs that are the maximum over ``members`` columns: the reduction takes a second accumulator (40
+    bytes of spills a thread at 128 × 128)."""
+    if members == 1:
+        return config
+    return config._replace(block_m=min(config.block_m, 64), block_n=max(config.block_n, members))

@@ -1,8 +1,8 @@
 """B-cos convolution in Triton, as an implicit GEMM: x (n, C, H, W), weight (O·max_out, C/G, R, S), y (n, O, P, Q).
 
-Rows of the product are the n·P·Q windows, its columns the units of one group, its reduction runs over (r, s, c), c fastest:
-channels_last is read in its own order, any other strides are read as they are, no patch is ever stored. The window's
-norm comes from the tiles that the product loads anyway.
+Rows of the product are the n·P·Q windows, its columns the units of one group, its reduction runs over (r, s, c), c
+fastest: channels_last is read in its own order, any other strides are read as they are, no patch is ever stored. The
+window's norm comes from the tiles that the product loads anyway.
 
 Forward (one kernel):
 
@@ -38,7 +38,7 @@ from .bcos_math import (
     bcos_output,
     check_dtype,
     convolution_precision,
-    exponent,
+    exponent_of,
     index64,
     keeps_pre_scale,
     members_of,
@@ -51,7 +51,7 @@ from .bcos_math import (
     widen,
     winner,
 )
-from .configs import config_for
+from .configs import config_for, fitted, flattened, reduced
 from .weights import finish_weight_gradient, reciprocal_norms, split_rows
 
 GROUP_M = 8
@@ -80,13 +80,14 @@ def conv2d_forward_kernel(
 ):  # fmt: skip
     """Math: y, n and where asked a and the winning unit, as in the module's docstring.
 
-    Shapes: x (·, G·channels, H, W), w (G·outputs·MAX_OUT, channels, R, S) any strides; y, a, index (·, G·outputs, P, Q) of
-    one stride; n (·, G, P, Q) float32 contiguous; bias and rnorm = 1/‖w‖ (G·outputs·MAX_OUT,); M = windows. y, n, a, index,
-    bias, rnorm, b may be None. Grid: (tiles of BLOCK_M windows × BLOCK_N units, G).
-    Reduction: a tap at a time, BLOCK_K channels of it; if FLAT, BLOCK_K of all (r, s, c), for channels that fill no block.
+    Shapes: x (·, G·channels, H, W), w (G·outputs·MAX_OUT, channels, R, S) any strides; y, a, index (·, G·outputs, P,
+    Q) of one stride; n (·, G, P, Q) float32 contiguous; bias and rnorm = 1/‖w‖ (G·outputs·MAX_OUT,); M = windows. y,
+    n, a, index, bias, rnorm, b may be None. Grid: (tiles of BLOCK_M windows × BLOCK_N units, G).
+    Reduction: a tap at a time, BLOCK_K channels of it; if FLAT, BLOCK_K of all (r, s, c), for channels that fill no
+    block.
     Numerics: products, norm and scale in float32; y and a rounded once. Padding adds zeros to product and norm.
-    Traffic: reads x (each tap, from L1/L2) and w, writes y and n; 2·M·units·channels·R·S FLOPs, and 2·BLOCK_M·channels·R·S
-    a program for the norm.
+    Traffic: reads x (each tap, from L1/L2) and w, writes y and n; 2·M·units·channels·R·S FLOPs, and
+    2·BLOCK_M·channels·R·S a program for the norm.
     """
     wide_outputs: tl.constexpr = BLOCK_N // MEMBERS
     pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(outputs, wide_outputs), GROUP_M)
@@ -150,12 +151,12 @@ def conv2d_forward_kernel(
         a = total
     if a_ptr is not None:
         tl.store(a_ptr + offsets, a, mask=mask)
-    n = tl.sqrt_rn(squares + 1e-6)
+    n = tl.sqrt(squares + 1e-6)
     if n_ptr is not None:
         if pid_n == 0:
             tl.store(n_ptr + ((image * groups + group) * (P * Q) + rows % (P * Q)), n, mask=row_mask)
     if y_ptr is not None:
-        tl.store(y_ptr + offsets, bcos_output(a, n[:, None], exponent(b, b_ptr), B_MODE), mask=mask)
+        tl.store(y_ptr + offsets, bcos_output(a, n[:, None], exponent_of(b, b_ptr), B_MODE), mask=mask)
 
 
 @triton.jit
@@ -172,9 +173,10 @@ def conv2d_backward_da_kernel(
 ):  # fmt: skip
     """Math: da = ∂L/∂a; q = (∂L/∂n)/n; db = this program's share of ∂L/∂B.
 
-    Shapes: dy, v and da (·, G·outputs, P, Q) any strides, v = y if FROM_OUTPUT else a; n, q (·, G, P, Q) float32 contiguous;
-    db (programs,) float32. q and db may be None. Grid: (blocks of BLOCK_M windows, G): a program takes all outputs of its
-    group, so that their sum needs no atomics. Numerics: float32. Traffic: reads dy and v once, writes da once.
+    Shapes: dy, v and da (·, G·outputs, P, Q) any strides, v = y if FROM_OUTPUT else a; n, q (·, G, P, Q) float32
+    contiguous; db (programs,) float32. q and db may be None. Grid: (blocks of BLOCK_M windows, G): a program takes all
+    outputs of its group, so that their sum needs no atomics. Numerics: float32. Traffic: reads dy and v once, writes
+    da once.
     """
     group = tl.program_id(1)
     rows = widen(tl.program_id(0), INDEX64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -182,7 +184,7 @@ def conv2d_backward_da_kernel(
     image, p, q = window_of_row(rows, P, Q)
     n_offsets = (image * tl.num_programs(1) + group) * (P * Q) + rows % (P * Q)
     n = tl.load(n_ptr + n_offsets, mask=row_mask, other=1.0)
-    b = exponent(b, b_ptr)
+    b = exponent_of(b, b_ptr)
     g_rows = image * stride_gn + p * stride_gh + q * stride_gw
     v_rows = image * stride_vn + p * stride_vh + q * stride_vw
     a_rows = image * stride_an + p * stride_ah + q * stride_aw
@@ -233,13 +235,15 @@ def conv2d_backward_dx_kernel(
     R: tl.constexpr, S: tl.constexpr, UNIT_STEP: tl.constexpr, MAX_OUT: tl.constexpr, PRECISION: tl.constexpr,
     INDEX64: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Math: dx[h, w, c] = Σ_{r,s,u} da[p, q, u] ŵ[u, c, r, s] + x[h, w, c] · Σ_{r,s} q[p, q],  p·step_h − pad_h + r·dil_h = h.
+    """Math: dx[h, w, c] = Σ_{r,s,u} da[p, q, u] ŵ[u, c, r, s] + x[h, w, c] · Σ_{r,s} q[p, q],  p·step_h − pad_h +
+    r·dil_h = h.
 
-    Shapes: dx, x (images, G·channels, H, W), da, index (images, G·outputs, P, Q), w (G·outputs·MAX_OUT, channels, R, S) any
-    strides; rnorm (G·outputs·MAX_OUT,) and q (images, G, P, Q) float32 contiguous. index, rnorm and q may be None.
-    Grid: (tiles of BLOCK_M pixels × BLOCK_N channels, G, step_h·step_w). A program's pixels share their residue modulo the
-    stride, so that it walks exactly the taps that reach them (every tap_step-th from the first: tap_step = step/gcd(step,
-    dil)) and no product is with zeros only. Reduction: a tap at a time, BLOCK_K units of it.
+    Shapes: dx, x (images, G·channels, H, W), da, index (images, G·outputs, P, Q), w (G·outputs·MAX_OUT, channels, R,
+    S) any strides; rnorm (G·outputs·MAX_OUT,) and q (images, G, P, Q) float32 contiguous. index, rnorm and q may be
+    None.
+    Grid: (tiles of BLOCK_M pixels × BLOCK_N channels, G, step_h·step_w). A program's pixels share their residue modulo
+    the stride, so that it walks exactly the taps that reach them (every tap_step-th from the first: tap_step =
+    step/gcd(step, dil)) and no product is with zeros only. Reduction: a tap at a time, BLOCK_K units of it.
     Numerics: float32, dx rounded once. Traffic: reads da (each tap, from L1/L2), w and x, writes dx.
     """
     group = tl.program_id(1)
@@ -323,7 +327,8 @@ def conv2d_backward_dw_kernel(
     R: tl.constexpr, S: tl.constexpr, FLAT: tl.constexpr, MAX_OUT: tl.constexpr, PRECISION: tl.constexpr,
     INDEX64: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Math: partial_s[u, (r, s, c)] = Σ da[p, q, u] x[h, w, c] and dbias_s[u] = Σ da[p, q, u] over the windows of split s.
+    """Math: partial_s[u, (r, s, c)] = Σ da[p, q, u] x[h, w, c] and dbias_s[u] = Σ da[p, q, u] over the windows of
+    split s.
 
     Shapes: da, index (·, G·outputs, P, Q) and x (·, G·channels, H, W) any strides; partial (splits, G·outputs·MAX_OUT,
     R·S·channels) and dbias (splits, G·outputs·MAX_OUT) float32 contiguous; index and dbias may be None; M = windows.
@@ -410,7 +415,9 @@ def _forward(
     outputs, rows, out_h, out_w = units // max_out // groups, shape[0] * shape[2] * shape[3], shape[2], shape[3]
     members = members_of(max_out)
     config = config_for(rows, outputs * members, channels * r * s, x.dtype)
-    config = config._replace(block_n=max(config.block_n, members))
+    flat = not fitted(config.block_k, channels)
+    config = flattened(config) if flat else config._replace(block_k=fitted(config.block_k, channels))
+    config = reduced(config, members)
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(outputs, config.block_n // members)
     layout = next(t for t in (y, a, index, x) if t is not None)
     with on_device(x):
@@ -421,7 +428,7 @@ def _forward(
             *x.stride(), *weight.stride(), *layout.stride(),
             *stride, *padding, *dilation,
             float(b),
-            R=r, S=s, FLAT=channels % config.block_k != 0,
+            R=r, S=s, FLAT=flat,
             B_MODE=b_mode(b, b_tensor), MAX_OUT=max_out, MEMBERS=members, PRECISION=convolution_precision(),
             INDEX64=index64(x, weight, y, a, n),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=GROUP_M,
@@ -435,11 +442,12 @@ def _reciprocal_norms(weight: Tensor) -> Tensor:
 
 
 def conv2d_forward(x, weight, bias, stride, padding, dilation, groups, b, b_tensor, normalize_weight, max_out, keep):
-    """B-cos convolution: x (N, C, H, W), weight (O·max_out, C/G, R, S) → (y, n, a, index), what is not kept being empty.
+    """B-cos convolution: x (N, C, H, W), weight (O·max_out, C/G, R, S) → (y, n, a, index), what is not kept being
+    empty.
 
     stride, padding and dilation are pairs; padding is with zeros. y (N, O, P, Q) of x's dtype, channels_last if x or
-    weight is; n (N, G, P, Q) float32, the norms (empty for B = 1); a as y, the pre-scale output, if keep and the backward
-    needs it; index as y, uint8, the winning unit, if keep and max_out > 1.
+    weight is; n (N, G, P, Q) float32, the norms (empty for B = 1); a as y, the pre-scale output, if keep and the
+    backward needs it; index as y, uint8, the winning unit, if keep and max_out > 1.
     Raises NotImplementedError for a dtype other than float32, bfloat16, float16.
     """
     check_dtype("conv2d", x)
@@ -542,7 +550,8 @@ def conv2d_backward(
             )  # fmt: skip
         if need_dw or need_dbias:
             config = config_for(outputs * max_out, channels * r * s, rows, x.dtype)
-            flat = channels % config.block_n != 0
+            flat = not fitted(config.block_n, channels)
+            config = flattened(config) if flat else config._replace(block_n=fitted(config.block_n, channels))
             columns = triton.cdiv(channels * r * s, config.block_n)  # tiles: without FLAT, blocks fill each tap exactly
             tiles = triton.cdiv(outputs * max_out, config.block_m) * max(columns, 1)
             chunk, splits = split_rows(rows, tiles * groups, config.block_k)

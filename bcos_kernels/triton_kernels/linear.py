@@ -30,7 +30,7 @@ from .bcos_math import (
     bcos_gradient,
     bcos_output,
     check_dtype,
-    exponent,
+    exponent_of,
     index64,
     keeps_pre_scale,
     matmul_precision,
@@ -43,7 +43,7 @@ from .bcos_math import (
     widen,
     winner,
 )
-from .configs import Config, config_for
+from .configs import config_for, reduced
 from .weights import finish_weight_gradient, reciprocal_norms, split_rows
 
 GROUP_M = 8
@@ -61,8 +61,9 @@ def linear_forward_kernel(
 ):  # fmt: skip
     """Math: y, n and where asked a and the winning unit, as in the module's docstring.
 
-    Shapes: x (M, K), w (N·MAX_OUT, K) any strides; y, a, index (M, N) contiguous; n (M,) float32; bias and rnorm = 1/‖w‖
-    (N·MAX_OUT,). y, n, a, index, bias, rnorm, b may be None. Grid: one program a tile of BLOCK_M rows × BLOCK_N units.
+    Shapes: x (M, K), w (N·MAX_OUT, K) any strides; y, a, index (M, N) contiguous; n (M,) float32; bias and rnorm =
+    1/‖w‖ (N·MAX_OUT,). y, n, a, index, bias, rnorm, b may be None. Grid: one program a tile of BLOCK_M rows × BLOCK_N
+    units.
     Numerics: products, norm and scale in float32; y and a rounded once.
     Traffic: reads x and w, writes y and n; 2·M·N·MAX_OUT·K FLOPs, and 2·BLOCK_M·K a program for the norm.
     """
@@ -102,12 +103,12 @@ def linear_forward_kernel(
         a = total
     if a_ptr is not None:
         tl.store(a_ptr + offsets, a, mask=mask)
-    n = tl.sqrt_rn(squares) + 1e-12
+    n = tl.sqrt(squares) + 1e-12
     if n_ptr is not None:
         if pid_n == 0:
             tl.store(n_ptr + rows, n, mask=row_mask)
     if y_ptr is not None:
-        tl.store(y_ptr + offsets, bcos_output(a, n[:, None], exponent(b, b_ptr), B_MODE), mask=mask)
+        tl.store(y_ptr + offsets, bcos_output(a, n[:, None], exponent_of(b, b_ptr), B_MODE), mask=mask)
 
 
 @triton.jit
@@ -122,14 +123,15 @@ def linear_backward_da_kernel(
 ):  # fmt: skip
     """Math: da = ∂L/∂a; q = (∂L/∂n)/‖x‖ with ‖x‖ = n − 1e-12, 0 where it is 0; db = this program's share of ∂L/∂B.
 
-    Shapes: dy, v (M, N) any strides, v = y if FROM_OUTPUT else a; n, q (M,) float32; da (M, N) contiguous; db (programs,)
-    float32. q and db may be None. Grid: one program BLOCK_M whole rows, so that the sum over outputs needs no atomics.
+    Shapes: dy, v (M, N) any strides, v = y if FROM_OUTPUT else a; n, q (M,) float32; da (M, N) contiguous; db
+    (programs,) float32. q and db may be None. Grid: one program BLOCK_M whole rows, so that the sum over outputs needs
+    no atomics.
     Numerics: float32. Traffic: reads dy and v once, writes da once.
     """
     rows = widen(tl.program_id(0), INDEX64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < M
     n = tl.load(n_ptr + rows, mask=row_mask, other=1.0)
-    b = exponent(b, b_ptr)
+    b = exponent_of(b, b_ptr)
     through_n_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
     through_b_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for start in range(0, N, BLOCK_N):
@@ -164,9 +166,9 @@ def linear_backward_dx_kernel(
 ):  # fmt: skip
     """Math: dx = da · ŵ + x ⊙ q.
 
-    Shapes: da (M, N) and x (M, K), w (N·MAX_OUT, K) any strides; index (M, N) uint8 contiguous; rnorm (N·MAX_OUT,) and q
-    (M,) float32; dx (M, K) contiguous. index, rnorm and q may be None. Grid: one program a tile of BLOCK_M rows × BLOCK_N
-    input features, reduced over the units, BLOCK_K at a time. Numerics: float32, dx rounded once.
+    Shapes: da (M, N) and x (M, K), w (N·MAX_OUT, K) any strides; index (M, N) uint8 contiguous; rnorm (N·MAX_OUT,) and
+    q (M,) float32; dx (M, K) contiguous. index, rnorm and q may be None. Grid: one program a tile of BLOCK_M rows ×
+    BLOCK_N input features, reduced over the units, BLOCK_K at a time. Numerics: float32, dx rounded once.
     Traffic: reads da, w and x, writes dx; 2·M·N·MAX_OUT·K FLOPs.
     """
     pid_m, pid_k = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP_M)
@@ -208,9 +210,9 @@ def linear_backward_dw_kernel(
 ):  # fmt: skip
     """Math: partial_s = daᵀ · x and dbias_s = Σ da over the rows of split s.
 
-    Shapes: da (M, N) and x (M, K) any strides; index (M, N) uint8 contiguous or None; partial (splits, N·MAX_OUT, K) and
-    dbias (splits, N·MAX_OUT) or None, float32. Grid: (tiles of BLOCK_M units × BLOCK_N features, splits of chunk rows),
-    BLOCK_K rows at a time. Numerics: float32. Traffic: reads da and x, writes partial; 2·M·N·MAX_OUT·K FLOPs.
+    Shapes: da (M, N) and x (M, K) any strides; index (M, N) uint8 contiguous or None; partial (splits, N·MAX_OUT, K)
+    and dbias (splits, N·MAX_OUT) or None, float32. Grid: (tiles of BLOCK_M units × BLOCK_N features, splits of chunk
+    rows), BLOCK_K rows at a time. Numerics: float32. Traffic: reads da and x, writes partial; 2·M·N·MAX_OUT·K FLOPs.
     """
     all_units = N * MAX_OUT
     tiles_k = tl.maximum(tl.cdiv(K, BLOCK_N), 1)  # a layer without inputs still has a bias
@@ -253,17 +255,12 @@ def _as_convolution(matrix: Tensor) -> Tensor:
     return matrix[:, :, None, None]
 
 
-def _tile(x: Tensor, rows: int, units: int, max_out: int) -> Config:
-    config = config_for(rows, units, x.shape[1], x.dtype)
-    return config._replace(block_n=max(config.block_n, members_of(max_out)))
-
-
 def _forward(x, weight, bias, rnorm, b, b_tensor, max_out, y, n, a, index) -> None:
     """Launch the forward kernel for the outputs that are not None."""
     rows, outputs = x.shape[0], weight.shape[0] // max_out
     members = members_of(max_out)
-    config = _tile(x, rows, outputs * members, max_out)
-    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(outputs * members, config.block_n)
+    config = reduced(config_for(rows, outputs * members, x.shape[1], x.dtype), members)
+    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(outputs, config.block_n // members)
     with on_device(x):
         linear_forward_kernel[(tiles,)](
             y, n, a, index,

@@ -48,7 +48,7 @@ def weight_reciprocal_norm_kernel(
         offsets = (rows * stride_wu)[:, None] + element[None, :]
         w = tl.load(w_ptr + offsets, mask=row_mask[:, None] & (k < size)[None, :], other=0.0).to(tl.float32)
         total += w * w
-    norm = tl.sqrt_rn(tl.sum(total, axis=1))
+    norm = tl.sqrt(tl.sum(total, axis=1))
     tl.store(out_ptr + rows, tl.where(norm == 0, 0.0, 1 / tl.where(norm == 0, 1.0, norm)), mask=row_mask)
 
 
@@ -63,8 +63,8 @@ def weight_gradient_kernel(
 ):  # fmt: skip
     """Math: dŵ = Σ over splits of partial; dw = (dŵ − ŵ(ŵ·dŵ))/‖w‖, or dŵ if rnorm is None; dbias likewise.
 
-    Shapes: partial (splits, units, R·S·channels) float32, dbias_partial (splits, units) float32 or None, w and dw (units,
-    channels, R, S) any strides, rnorm (units,) float32 or None. Grid: BLOCK_U rows a program.
+    Shapes: partial (splits, units, R·S·channels) float32, dbias_partial (splits, units) float32 or None, w and dw
+    (units, channels, R, S) any strides, rnorm (units,) float32 or None. Grid: BLOCK_U rows a program.
     Numerics: float32, fixed order. Traffic: reads partial once (twice with rnorm), writes dw once.
     """
     rows = widen(tl.program_id(0), INDEX64) * BLOCK_U + tl.arange(0, BLOCK_U)
