@@ -55,7 +55,7 @@ test-install:  ## pip install . as a new user does it: fresh environment, build 
 	rm -rf build/fresh
 
 bench: $(VENV)/.built  ## the benchmark suites (benchmarks/), nothing else running
-	$(BIN)/python -m pytest -q benchmarks $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -s benchmarks $(PYTEST_ARGS)
 
 demo: $(VENV)/.built  ## the paper in miniature: tables and pictures into demo_output/
 	$(BIN)/python -m bcosification.train.miniature
