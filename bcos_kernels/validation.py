@@ -150,6 +150,9 @@ def check_batch_norm(x, running_var, weight, bias, training, momentum, eps, acti
         check_same(op, "residual", residual, x)
         if residual.shape != x.shape:
             raise ValueError(f"{op}: expected residual of x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+    for name, number in (("eps", eps), ("momentum", momentum)):
+        if isinstance(number, bool) or not isinstance(number, (Real, torch.SymFloat, torch.SymInt)):
+            raise TypeError(f"{op}: expected {name} to be a number, got {type(number).__name__} {number!r}")
     if not eps >= 0:
         raise ValueError(f"{op}: expected eps >= 0, got {eps}")
     if not 0 <= momentum <= 1:
