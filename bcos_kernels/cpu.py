@@ -105,7 +105,7 @@ def _workspace(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.
     for size in shape:
         count *= size
     size = count * dtype.itemsize
-    if size > _WORKSPACE:
+    if not 1 << 20 < size <= _WORKSPACE:  # small ones come from the allocator's own store
         return torch.empty(shape, dtype=dtype, memory_format=memory_format)
     buffer = getattr(_thread, "workspace", None)
     if buffer is None or buffer.numel() < size:

@@ -137,8 +137,22 @@ def _accepts_device(name: str, device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for tensors of ``device`` (it raises for devices that it does not know)."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def run(op: str, direction: str, tensor: Tensor, arguments: tuple, recorded: str = "") -> tuple:
     """Run launcher ``{op}_{direction}`` of the backend chosen for ``tensor``; ``recorded`` is the forward's backend."""
+    if autocast_enabled(tensor.device):
+        # the public function has cast what is to be cast; the products inside a launcher keep its tensors' types, also
+        # where a backward runs inside an autocast region and its forward did not
+        with torch.autocast(tensor.device.type, enabled=False):
+            return _run(op, direction, tensor, arguments, recorded)
+    return _run(op, direction, tensor, arguments, recorded)
+
+
+def _run(op: str, direction: str, tensor: Tensor, arguments: tuple, recorded: str) -> tuple:
     name = recorded or _selected.get()
     launcher = f"{op}_{direction}"
     key = op if direction == "forward" else launcher

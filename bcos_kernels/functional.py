@@ -6,15 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops, reference, validation
+from . import dispatch, ops, reference, validation
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type that autocast would cast x to, or None where autocast leaves x alone (float64 stays as it is)."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not x.is_floating_point() or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or not x.is_floating_point() or not dispatch.autocast_enabled(x.device):
         return None
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def _cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

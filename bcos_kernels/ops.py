@@ -13,6 +13,7 @@ with its version, uses it while it is unchanged and recomputes from x and w othe
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
 
 import torch
@@ -62,6 +63,8 @@ def _strides(shape: torch.Size, memory_format: torch.memory_format) -> tuple[int
 def _with_layout(t: Tensor, memory_format: torch.memory_format) -> Tensor:
     """t in exactly the strides that the fake announces (dimensions of size 1 leave strides open)."""
     t = t.contiguous(memory_format=memory_format)
+    if 1 not in t.shape and t.numel():
+        return t
     if not t.numel():
         return torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=memory_format)
     strides = torch.empty_strided((0,), (1,)).stride() if t.dim() == 0 else _strides(t.shape, memory_format)
@@ -341,6 +344,13 @@ def apply(function: type[torch.autograd.Function], *arguments):
     return _without_setup_context(function).apply(*arguments)
 
 
+def backward_of(function: type[torch.autograd.Function], name: str, *arguments):
+    """A backward: through its own Function only where somebody may differentiate it again."""
+    if torch.compiler.is_compiling() or functorch_active() or torch.is_grad_enabled():
+        return apply(function, *arguments)
+    return run(name, *arguments)
+
+
 def functorch_active() -> bool:
     """Whether a torch.func transform (grad, vmap, jvp, …) is being applied."""
     return torch._C._are_functorch_transforms_active()
@@ -368,13 +378,19 @@ def _release(ctx) -> Tensor | None:
     return held
 
 
+def _no_autocast(device: torch.device):
+    """A derivative is computed in its forward's types, also inside an autocast region."""
+    enabled = dispatch.autocast_enabled(device)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
+
+
 def _second_order(definition, inputs: tuple, needs, dy: Tensor, cotangents: tuple) -> tuple:
     """Gradient of a backward: autograd through ``definition(*inputs)``. Returns gradients of (dy, *inputs).
 
     Inputs that are part of a graph stay connected to it, so that gradients of any further order follow.
     """
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), _no_autocast(dy.device):
         aliases = [
             None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
             for t in (dy, *inputs)
@@ -464,9 +480,9 @@ class Linear(torch.autograd.Function):
         x, weight, bias, b_tensor, n, a, index, copy = ctx.saved_tensors
         y = _optional(copy) if ctx.compiled else _release(ctx)
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
-        dx, dw, dbias, db = apply(
-            LinearBackward, dy, x, weight, bias, b_tensor, y, n, a, index, ctx.b, ctx.normalize_weight, ctx.max_out,
-            ctx.detach, needs, ctx.backend,
+        dx, dw, dbias, db = backward_of(
+            LinearBackward, "linear_backward", dy, x, weight, bias, b_tensor, y, n, a, index, ctx.b,
+            ctx.normalize_weight, ctx.max_out, ctx.detach, needs, ctx.backend,
         )  # fmt: skip
         grads = [g if need else None for g, need in zip((dx, dw, dbias, db), needs, strict=True)]
         return (*grads, None, None, None, None, None)
@@ -568,8 +584,9 @@ class Conv2d(torch.autograd.Function):
         x, weight, bias, b_tensor, n, a, index, copy = ctx.saved_tensors
         y = _optional(copy) if ctx.compiled else _release(ctx)
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
-        dx, dw, dbias, db = apply(
-            Conv2dBackward, dy, x, weight, bias, b_tensor, y, n, a, index, *ctx.window, ctx.b, ctx.normalize_weight,
+        dx, dw, dbias, db = backward_of(
+            Conv2dBackward, "conv2d_backward", dy, x, weight, bias, b_tensor, y, n, a, index, *ctx.window, ctx.b,
+            ctx.normalize_weight,
             ctx.max_out, ctx.detach, needs, ctx.backend,
         )  # fmt: skip
         grads = [g if need else None for g, need in zip((dx, dw, dbias, db), needs, strict=True)]
@@ -655,22 +672,10 @@ class BatchNormUncentered(torch.autograd.Function):
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
         passes_on = needs[3] and ctx.activation is None  # the residual's gradient is dy itself
         asked = [*needs[:3], needs[3] and not passes_on]
-        gradients = apply(
-            BatchNormUncenteredBackward,
-            dy,
-            x,
-            y,
-            weight,
-            bias,
-            mean,
-            var,
-            ctx.training,
-            ctx.eps,
-            ctx.activation,
-            ctx.detach,
-            asked,
-            ctx.backend,
-        )
+        gradients = backward_of(
+            BatchNormUncenteredBackward, "batch_norm_uncentered_backward", dy, x, y, weight, bias, mean, var,
+            ctx.training, ctx.eps, ctx.activation, ctx.detach, asked, ctx.backend,
+        )  # fmt: skip
         grads = [g if need else None for g, need in zip(gradients, asked, strict=True)]
         if passes_on:
             grads[3] = dy
