@@ -422,7 +422,7 @@ def train(
                 max_epochs=epochs, precision=precision, accelerator=accelerator, devices=devices,
                 callbacks=[*callbacks, history, *([keep] if keep else [])], logger=False,
                 enable_checkpointing=keep is not None, enable_model_summary=False, num_sanity_val_steps=0,
-                enable_progress_bar=progress and sys.stderr.isatty(), use_distributed_sampler=False,
+                enable_progress_bar=progress and sys.stdout.isatty(), use_distributed_sampler=False,
                 gradient_clip_val=clip_norm, limit_train_batches=limit_batches, limit_val_batches=limit_batches,
             )  # fmt: skip
             if ready is not None:

@@ -518,7 +518,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--out", default="demo_output", help="output folder; files in it are overwritten")
     result.add_argument("--epochs", type=int, default=6, help="of fine-tuning, and of training from scratch")
-    result.add_argument("--pretrain-epochs", type=int, default=6, help="of the standard network")
+    result.add_argument("--pretrain-epochs", type=int, default=5, help="of the standard network")
     result.add_argument("--seeds", type=int, default=2, help="repetitions")
     result.add_argument("--train-images", type=int, default=2000, help="scenes to train on")
     result.add_argument("--val-images", type=int, default=600, help="scenes to measure accuracy on")
