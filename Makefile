@@ -43,7 +43,7 @@ lint: $(VENV)/.built  ## ruff
 	$(BIN)/python -m ruff check .
 
 test: lint  ## lint and all tests, ahead-of-time compilation and installation cases included
-	$(PYTEST) -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+	$(PYTEST) -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 test-aot: $(VENV)/.built  ## only: every Triton kernel compiled ahead of time for GPUs that need not be there
 	$(PYTEST) tests/bcos_kernels/triton -k ahead_of_time $(PYTEST_ARGS)

@@ -10,20 +10,19 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import textwrap
 import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from packaging.metadata import parse_email
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"bcos_kernels": ROOT / "bcos_kernels", "bcosification": ROOT / "python_api" / "bcosification"}
 X86 = platform.machine() in ("x86_64", "AMD64")
-
-# One process builds the wheels for all of this file's tests.
-pytestmark = pytest.mark.xdist_group("install")
 
 # Every package that only an extra installs.
 EXTRAS = (
@@ -104,9 +103,14 @@ def run(command, *, check=True, **environment):
 
 
 def python(code, *arguments, site, check=True, **environment):
-    """Runs code with the packages installed in the folder `site`."""
-    command = [sys.executable, "-P", "-W", "error::ImportWarning", "-c", textwrap.dedent(code), *arguments]
-    return run(command, check=check, PYTHONPATH=site, **environment)
+    """Runs code with the packages installed in the folder `site`, and those of this interpreter.
+
+    Without site's .pth files: with them, setuptools' finder of an editable installation would find in the checkout what
+    is missing in `site`.
+    """
+    command = [sys.executable, "-S", "-P", "-c", textwrap.dedent(code), *arguments]
+    path = os.pathsep.join([str(site), sysconfig.get_path("platlib"), sysconfig.get_path("purelib")])
+    return run(command, check=check, PYTHONPATH=path, **environment)
 
 
 def copy_sources(target):
@@ -126,17 +130,32 @@ def build_wheel(sources, folder, *, check=True, **environment):
     return next(folder.glob("*.whl")) if check else result
 
 
-def install(wheel, site):
-    run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel])
-    return site
-
-
 def links(folder, programs):
     """A folder for PATH that holds these programs (name → file) and nothing else."""
     folder.mkdir()
     for name, program in programs.items():
         (folder / name).symlink_to(program)
     return folder
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """once(name, make) → a folder that make(folder) has filled, in one of the processes that run these tests."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # each worker has a folder of its own in it
+
+    def made(name, make):
+        folder = root / f"install-{name}"
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "complete").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                (folder / "complete").touch()
+        return folder
+
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -148,15 +167,26 @@ def compiler_path(tmp_path_factory):
     return links(tmp_path_factory.mktemp("path") / "bin", {"c++": compiler, **tools})
 
 
-@pytest.fixture(scope="session")
-def compiled_wheel(tmp_path_factory, compiler_path):
-    folder = tmp_path_factory.mktemp("compiled")
-    return build_wheel(copy_sources(folder / "sources"), folder, PATH=compiler_path, CXX=None)
+def install_and_ask(folder, path):
+    """Wheel, installation and what it tells about itself, in `folder`; PATH as on the machine that it is built on."""
+    wheel = build_wheel(copy_sources(folder / "sources"), folder, PATH=path, CXX=None)
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder / "site", wheel]
+    run(command)
+    ran, told = python(FACTS, folder / "site", site=folder / "site").stdout.strip().split("\n")
+    (folder / "facts.json").write_text(json.dumps({"ran": ran, **json.loads(told)}))
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory, compiled_wheel):
-    return install(compiled_wheel, tmp_path_factory.mktemp("compiled-site"))
+def compiled(once, compiler_path):
+    """Folder of an installation from a machine with a C++ compiler and without nvcc."""
+    return once("compiled", lambda folder: install_and_ask(folder, compiler_path))
+
+
+@pytest.fixture(scope="session")
+def plain(once, tmp_path_factory):
+    """Folder of an installation from a machine without any compiler."""
+    nothing = links(tmp_path_factory.mktemp("nothing") / "bin", {})
+    return once("plain", lambda folder: install_and_ask(folder, nothing))
 
 
 @pytest.fixture(scope="session")
@@ -164,53 +194,35 @@ def plain_sources(tmp_path_factory):
     return copy_sources(tmp_path_factory.mktemp("plain") / "sources")
 
 
-@pytest.fixture(scope="session")
-def plain_wheel(tmp_path_factory, plain_sources):
-    nothing = links(tmp_path_factory.mktemp("nothing") / "bin", {})
-    return build_wheel(plain_sources, plain_sources.parent, PATH=nothing, CXX=None)
+def wheel_of(installation):
+    return next(installation.glob("*.whl"))
 
 
-@pytest.fixture(scope="session")
-def plain(tmp_path_factory, plain_wheel):
-    """Installed on a machine without a C++ compiler."""
-    return install(plain_wheel, tmp_path_factory.mktemp("plain-site"))
+def facts_of(installation):
+    """The backends that ran (of which the numbers were right: "ran"), and what `python -m bcos_kernels` reports."""
+    return json.loads((installation / "facts.json").read_text())
 
 
-def facts(site):
-    """The backends that ran (of which the numbers were right), and what the installation tells about itself."""
-    ran, told = python(FACTS, site, site=site).stdout.strip().split("\n")
-    return {"ran": ran, **json.loads(told)}
-
-
-@pytest.fixture(scope="session")
-def compiled_facts(compiled):
-    return facts(compiled)
-
-
-@pytest.fixture(scope="session")
-def plain_facts(plain):
-    return facts(plain)
-
-
-def test_compiled_runs_the_cpu_kernels(compiled_facts):
+def test_compiled_runs_the_cpu_kernels(compiled):
     """With a compiler and without nvcc: right numbers from the CPU kernels, and what is missing says so."""
-    assert compiled_facts["ran"] == "cpu"
-    backends = compiled_facts["backends"]
+    facts = facts_of(compiled)
+    assert facts["ran"] == "cpu"
+    backends = facts["backends"]
     assert backends["cpu"] is None and backends["reference"] is None
     assert "nvcc at build time: not on PATH" in backends["cuda"]
-    assert compiled_facts["refusal"] is None
+    assert facts["refusal"] is None
 
 
 @pytest.mark.skipif(not X86, reason="one instruction set on this architecture")
 @pytest.mark.parametrize("capability", ["baseline", "avx2"])
 def test_compiled_runs_on_older_processors(compiled, capability):
     code = "from bcos_kernels import _C\nprint(_C.cpu_capability())\n" + RIGHT_NUMBERS
-    lines = python(code, compiled, site=compiled, BCOS_CPU_CAPABILITY=capability).stdout.split("\n")
+    lines = python(code, compiled, site=compiled / "site", BCOS_CPU_CAPABILITY=capability).stdout.split("\n")
     assert lines[:2] == [capability, "cpu"]
 
 
-def test_build_info(compiled_facts):
-    report = compiled_facts["json"]
+def test_build_info(compiled):
+    report = facts_of(compiled)["json"]
     info = report["build"]
     assert info["instruction_sets"] == (["baseline", "avx2", "avx512"] if X86 else ["baseline"])
     assert report["cpu_capability"] in info["instruction_sets"]
@@ -219,17 +231,17 @@ def test_build_info(compiled_facts):
     assert info["cuda_archs"] == []
 
 
-def test_library_is_free_of_python(compiled_wheel):
-    with zipfile.ZipFile(compiled_wheel) as wheel:
+def test_library_is_free_of_python(compiled):
+    with zipfile.ZipFile(wheel_of(compiled)) as wheel:
         library = wheel.read("bcos_kernels/_lib/libbcos_kernels_cpu.so")
     assert b"libtorch_cpu" in library
     assert b"libtorch_python" not in library
     assert b"PyObject_" not in library
 
 
-def test_wheel_is_complete(compiled_wheel):
+def test_wheel_is_complete(compiled):
     """Every module and every table and recipe of both packages, and nothing else but what was built."""
-    with zipfile.ZipFile(compiled_wheel) as wheel:
+    with zipfile.ZipFile(wheel_of(compiled)) as wheel:
         names = {n for n in wheel.namelist() if ".dist-info/" not in n}
     expected = {
         f"{package}/{file.relative_to(folder)}"
@@ -246,16 +258,17 @@ def test_wheel_is_complete(compiled_wheel):
     }
 
 
-def test_without_compiler(plain_facts):
+def test_without_compiler(plain):
     """Right numbers from the reference, and what is missing says so."""
-    assert plain_facts["ran"] == "reference"
-    assert plain_facts["backends"]["reference"] is None
-    assert "no C++ compiler" in plain_facts["backends"]["cpu"]
-    assert "no C++ compiler" in plain_facts["refusal"]
+    facts = facts_of(plain)
+    assert facts["ran"] == "reference"
+    assert facts["backends"]["reference"] is None
+    assert "no C++ compiler" in facts["backends"]["cpu"]
+    assert "no C++ compiler" in facts["refusal"]
 
 
-def test_without_compiler_holds_no_library(plain_wheel):
-    with zipfile.ZipFile(plain_wheel) as wheel:
+def test_without_compiler_holds_no_library(plain):
+    with zipfile.ZipFile(wheel_of(plain)) as wheel:
         assert [n for n in wheel.namelist() if n.endswith(".so")] == []
 
 
@@ -354,17 +367,17 @@ def test_undefined_symbol_fails_the_installation(plain_sources, tmp_path, compil
     assert "bcos_baseline_answer" in result.stdout + result.stderr
 
 
-def test_installed_torch_is_kept(compiled_wheel, tmp_path):
+def test_installed_torch_is_kept(compiled, tmp_path):
     """pip, asked to install the wheel beside the torch that is here, finds nothing to fetch but the wheel."""
     report = tmp_path / "report.json"
-    run([sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--report", report, compiled_wheel])
+    run([sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--report", report, wheel_of(compiled)])
     names = [entry["metadata"]["name"] for entry in json.loads(report.read_text())["install"]]
     assert set(names) <= {"bcos-kernels"}
 
 
-def test_metadata(compiled_wheel):
+def test_metadata(compiled):
     """The oldest supported torch satisfies the requirements; the extras and the command are there."""
-    with zipfile.ZipFile(compiled_wheel) as wheel:
+    with zipfile.ZipFile(wheel_of(compiled)) as wheel:
         folder = next(n for n in wheel.namelist() if n.endswith(".dist-info/METADATA")).partition("/")[0]
         metadata, unparsed = parse_email(wheel.read(f"{folder}/METADATA"))
         entry_points = wheel.read(f"{folder}/entry_points.txt").decode()
@@ -387,13 +400,13 @@ WITHOUT_EXTRAS = f"import sys\nsys.modules.update(dict.fromkeys({EXTRAS!r}))\n"
 def test_import_needs_no_extra(plain):
     code = WITHOUT_EXTRAS + "import bcos_kernels, bcosification, bcosification.nn\n"
     code += "from bcosification.cli import main\nmain(['--version'])"
-    assert "bcos-kernels   0.1.0" in python(code, site=plain).stdout
+    assert "bcos-kernels   0.1.0" in python(code, site=plain / "site").stdout
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["finetune", "--help"], ["explain", "--help"]])
 def test_help_needs_no_extra(plain, arguments):
     code = WITHOUT_EXTRAS + "from bcosification.cli import main\nsys.exit(main(sys.argv[1:]))"
-    assert "usage: bcosify" in python(code, *arguments, site=plain).stdout
+    assert "usage: bcosify" in python(code, *arguments, site=plain / "site").stdout
 
 
 @pytest.mark.parametrize(
@@ -407,7 +420,7 @@ def test_help_needs_no_extra(plain, arguments):
 def test_command_without_its_extra_names_the_pip_line(plain, tmp_path, arguments, extra):
     out = ["--out", tmp_path / "out"] if arguments[0] != "evaluate" else []
     code = WITHOUT_EXTRAS + "from bcosification.cli import main\nsys.exit(main(sys.argv[1:]))"
-    result = python(code, *map(str, [*arguments, *out]), site=plain, check=False)
+    result = python(code, *map(str, [*arguments, *out]), site=plain / "site", check=False)
     assert result.returncode == 1
     assert f"pip install 'bcos-kernels[{extra}]'" in result.stderr
     assert "Traceback" not in result.stderr
@@ -415,7 +428,7 @@ def test_command_without_its_extra_names_the_pip_line(plain, tmp_path, arguments
 
 @pytest.mark.parametrize("which", ["compiled", "plain"])
 def test_environment_report(which, request):
-    told = request.getfixturevalue(f"{which}_facts")
+    told = facts_of(request.getfixturevalue(which))
     report, text = told["json"], told["text"]
     assert report["backends"] == told["backends"]
     assert report["versions"]["python"] == platform.python_version()
