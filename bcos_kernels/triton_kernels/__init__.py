@@ -30,8 +30,14 @@ def _interpreted() -> bool:
 
 
 @cache
-def _missing_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _broken_triton() -> str | None:
+    """Why triton cannot be used at all; imports it."""
+    if not _installed():
         return "triton is not installed (pip install triton; Linux only)"
     try:
         importlib.import_module("triton")
@@ -40,11 +46,23 @@ def _missing_triton() -> str | None:
     return None
 
 
+@cache
+def _broken_interpreter() -> str | None:
+    """Why the interpreter of this triton does not run, triton itself being sound."""
+    numpy, triton = (importlib.import_module(name).__version__ for name in ("numpy", "triton"))
+    triton_version, numpy_version = (tuple(map(int, version.split(".")[:2])) for version in (triton, numpy))
+    if triton_version <= (3, 6) and numpy_version >= (2, 4):
+        return f"the interpreter of triton {triton} needs numpy < 2.4, got {numpy}"
+    return None
+
+
 def unusable_reason() -> str | None:
     """None if the kernels can run on this machine, else why not."""
-    if importlib.util.find_spec("triton") is not None and not _interpreted() and not torch.cuda.is_available():
+    if _interpreted():
+        return _broken_triton() or _broken_interpreter()
+    if _installed() and not torch.cuda.is_available():
         return "no CUDA device (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter)"
-    return _missing_triton()
+    return _broken_triton()
 
 
 def runs_on(device: torch.device) -> bool:
@@ -55,7 +73,7 @@ def runs_on(device: torch.device) -> bool:
 def __getattr__(name: str) -> object:
     if name not in _FILES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    reason = _missing_triton()
+    reason = _broken_triton()
     if reason is not None:
         raise ImportError(f"{name}: {reason}")
     return getattr(importlib.import_module(f"{__name__}.{_FILES[name]}"), name)

@@ -69,4 +69,5 @@ def reduced(config: Config, members: int) -> Config:
     bytes of spills a thread at 128 × 128)."""
     if members == 1:
         return config
-    return config._replace(block_m=min(config.block_m, 64), block_n=max(config.block_n, members))
+    block_n = max(config.block_n, members)
+    return config._replace(block_m=min(config.block_m, 64, 8192 // block_n), block_n=block_n)
