@@ -79,11 +79,11 @@ def linear(
 
 def _apply(function, op: str, x, weight, bias, b_tensor, options: tuple, detach: bool) -> Tensor:
     """The op alone where nothing is differentiated or transformed, else its autograd Function."""
-    keep = _differentiates(x, weight, bias, None if detach else b_tensor)
-    if not keep and not ops.functorch_active():
-        return ops.run(op, x, weight, bias, b_tensor, *options, False)[0]
     if detach and b_tensor is not None:
         b_tensor = b_tensor.detach()
+    keep = _differentiates(x, weight, bias, b_tensor)
+    if not keep and not ops.functorch_active():
+        return ops.run(op, x, weight, bias, b_tensor, *options, False)[0]
     return ops.apply(function, x, weight, bias, b_tensor, *options, detach, keep)[0]
 
 

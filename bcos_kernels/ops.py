@@ -389,17 +389,26 @@ def _second_order(definition, inputs: tuple, needs, dy: Tensor, cotangents: tupl
 
     Inputs that are part of a graph stay connected to it, so that gradients of any further order follow.
     """
+    wanted = [i for i, need in enumerate(needs) if need and cotangents[i] is not None]
+    if not wanted:
+        return (None,) * (1 + len(inputs))
+    with _no_autocast(dy.device):
+        if functorch_active():
+            return _second_order_transformed(definition, inputs, wanted, dy, cotangents)
+        return _second_order_by_graph(definition, inputs, wanted, dy, cotangents)
+
+
+def _second_order_by_graph(definition, inputs, wanted, dy, cotangents) -> tuple:
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), _no_autocast(dy.device):
+    with torch.enable_grad():
         aliases = [
             None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
             for t in (dy, *inputs)
         ]
         y = definition(*aliases[1:])
-        wanted = [i for i, need in enumerate(needs) if need and cotangents[i] is not None]
         first = torch.autograd.grad(
             y, [aliases[1 + i] for i in wanted], aliases[0], create_graph=True, allow_unused=True
-        ) if wanted else ()  # fmt: skip
+        )  # fmt: skip
         pairs = [(g, cotangents[i]) for g, i in zip(first, wanted, strict=True) if g is not None and g.requires_grad]
         if not pairs:
             return (None,) * len(aliases)
@@ -409,6 +418,25 @@ def _second_order(definition, inputs: tuple, needs, dy: Tensor, cotangents: tupl
         )
     found = iter(gradients)
     return tuple(None if t is None else next(found) for t in aliases)
+
+
+def _second_order_transformed(definition, inputs, wanted, dy, cotangents) -> tuple:
+    """The same inside torch.func transforms, which know no requires_grad_()."""
+    places = [i for i, t in enumerate(inputs) if t is not None]
+
+    def of_present(*present):
+        arguments = dict(zip(places, present, strict=True))
+        return definition(*(arguments.get(i) for i in range(len(inputs))))
+
+    def first_order(dy, *present):
+        _, pull_back = torch.func.vjp(of_present, *present)
+        gradients = dict(zip(places, pull_back(dy), strict=True))
+        return tuple(gradients[i] for i in wanted)
+
+    _, pull_back = torch.func.vjp(first_order, dy, *(inputs[i] for i in places))
+    of_dy, *others = pull_back(tuple(cotangents[i] for i in wanted))
+    found = dict(zip(places, others, strict=True))
+    return (of_dy, *(found.get(i) for i in range(len(inputs))))
 
 
 def _exponent(b: float, b_tensor: Tensor | None) -> float | Tensor:
@@ -431,7 +459,9 @@ def _sliced(function, info, in_dims, arguments, dimensions: int) -> tuple:
     """vmap by a loop over the batch: for what cannot be folded into an existing dimension."""
     results = []
     for i in range(info.batch_size):
-        results.append(function(*(v if d is None else v.select(d, i) for v, d in zip(arguments, in_dims, strict=True))))
+        # options that are lists have a list of dimensions, all None
+        slices = (v.select(d, i) if isinstance(d, int) else v for v, d in zip(arguments, in_dims, strict=True))
+        results.append(function(*slices))
     return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * dimensions
 
 

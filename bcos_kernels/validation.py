@@ -61,7 +61,7 @@ def check_b(op: str, b: object, x: Tensor) -> tuple[float, Tensor | None]:
         return 0.0, b if b.device == x.device else b.to(x.device)
     if isinstance(b, bool) or not isinstance(b, (Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{op}: expected b to be a number or a 0-dim tensor, got {type(b).__name__} {b!r}")
-    if not b >= 1 or math.isinf(b):
+    if not 1 <= b < math.inf:  # of a symbolic number too
         raise ValueError(f"{op}: expected b >= 1 and finite, got {b}")
     return float(b), None
 
