@@ -467,8 +467,8 @@ def draw_curves(studies: Sequence[_Study], path: Path) -> None:
         t = statistics.fmean(reached)
         axis.annotate("", (t, final), (epochs[-1], final), arrowprops={"arrowstyle": "->", "color": COLORS["bcos_v2"]})
         axis.annotate(
-            f"as accurate after {t:g} instead of {epochs[-1]} epochs", ((t + epochs[-1]) / 2, final), (0, -12),
-            textcoords="offset points", ha="center", fontsize=8, color=COLORS["bcos_v2"],
+            f"as accurate after {t:g} instead of {epochs[-1]} epochs", (t, final), (4, -12),
+            textcoords="offset points", ha="left", fontsize=8, color=COLORS["bcos_v2"],
         )  # fmt: skip
     start = statistics.fmean(100 * study.histories["standard"][-1]["val_top1"] for study in studies)
     axis.axhline(
