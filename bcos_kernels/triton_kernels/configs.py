@@ -71,3 +71,9 @@ def reduced(config: Config, members: int) -> Config:
         return config
     block_n = max(config.block_n, members)
     return config._replace(block_m=min(config.block_m, 64, 8192 // block_n), block_n=block_n)
+
+
+def widened(config: Config, int64: bool) -> Config:
+    """The tile where offsets take 64 bits: at most 64 rows (the input gradient of a convolution spills 408 bytes a
+    thread at 128 × 128)."""
+    return config._replace(block_m=min(config.block_m, 64)) if int64 else config

@@ -51,7 +51,7 @@ from .bcos_math import (
     widen,
     winner,
 )
-from .configs import config_for, fitted, flattened, reduced
+from .configs import config_for, fitted, flattened, reduced, widened
 from .weights import finish_weight_gradient, reciprocal_norms, split_rows
 
 GROUP_M = 8
@@ -414,7 +414,8 @@ def _forward(
     units, channels, r, s = weight.shape
     outputs, rows, out_h, out_w = units // max_out // groups, shape[0] * shape[2] * shape[3], shape[2], shape[3]
     members = members_of(max_out)
-    config = config_for(rows, outputs * members, channels * r * s, x.dtype)
+    int64 = index64(x, weight, y, a, n)
+    config = widened(config_for(rows, outputs * members, channels * r * s, x.dtype), int64)
     flat = not fitted(config.block_k, channels)
     config = flattened(config) if flat else config._replace(block_k=fitted(config.block_k, channels))
     config = reduced(config, members)
@@ -430,7 +431,7 @@ def _forward(
             float(b),
             R=r, S=s, FLAT=flat,
             B_MODE=b_mode(b, b_tensor), MAX_OUT=max_out, MEMBERS=members, PRECISION=convolution_precision(),
-            INDEX64=index64(x, weight, y, a, n),
+            INDEX64=int64,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=GROUP_M,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
@@ -535,7 +536,8 @@ def conv2d_backward(
         index_strides = (0, 0, 0, 0) if index is None else index.stride()
         if need_dx and dx.numel():
             pixels = images * triton.cdiv(height, stride[0]) * triton.cdiv(width, stride[1])
-            config = config_for(pixels, channels, outputs * max_out, x.dtype)
+            int64 = index64(dx, da, index, x, weight)
+            config = widened(config_for(pixels, channels, outputs * max_out, x.dtype), int64)
             tiles_m, tiles_n = triton.cdiv(pixels, config.block_m), triton.cdiv(channels, config.block_n)
             conv2d_backward_dx_kernel[(tiles_m * tiles_n, groups, stride[0] * stride[1])](
                 dx,
@@ -544,7 +546,7 @@ def conv2d_backward(
                 *dx.stride(), *da.stride(), *index_strides, *x.stride(), *weight.stride(),
                 *stride, *padding, *dilation, *(stride[i] // math.gcd(stride[i], dilation[i]) for i in (0, 1)),
                 R=r, S=s, UNIT_STEP=stride[0] == stride[1] == 1, MAX_OUT=max_out, PRECISION=precision,
-                INDEX64=index64(dx, da, index, x, weight),
+                INDEX64=int64,
                 BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=GROUP_M,
                 num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip

@@ -7,12 +7,15 @@ and alignments, same tiles. Registers, spills and shared memory are read from th
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
@@ -23,6 +26,7 @@ from triton.runtime.jit import JITFunction
 from bcos_kernels import triton_kernels
 from bcos_kernels.triton_kernels.configs import CONFIGS
 
+USERS_OF_OFFSETS = ("linear", "conv2d", "batch_norm_uncentered", "weights")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -45,7 +49,7 @@ class StandInDriver:
 def collect_instead_of_launching() -> list[tuple[str, dict, object]]:
     """From now on a launch compiles and appends (kernel, launch keywords, compiled kernel) to the list returned.
 
-    Launches that differ in sizes and strides alone are compiled once: 16 divides all of the first one's.
+    Launches that differ in sizes and strides alone are compiled once, as the first one.
     """
     collected: list[tuple[str, dict, object]] = []
     seen: set[tuple] = set()
@@ -117,6 +121,16 @@ def batch_norm_uncentered(shape, dtype, channels_last=False, residual=False, act
     )
 
 
+@contextlib.contextmanager
+def offsets_of_64_bits():
+    """Launches as with tensors of more than 2³¹ elements."""
+    modules = [importlib.import_module(f"bcos_kernels.triton_kernels.{name}") for name in USERS_OF_OFFSETS]
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(mock.patch.object(module, "index64", lambda *tensors: True))
+        yield
+
+
 # Sizes whose three products (forward, dx, dw) take every form of tile between them: (rows, outputs, inputs).
 SIZES = (
     (256, 128, 128), (256, 64, 64), (256, 64, 16), (256, 16, 32), (256, 16, 16), (32, 128, 128), (16, 16, 32),
@@ -128,6 +142,15 @@ def launch_everything(thorough: bool) -> None:
     """Every kernel with every tile for bfloat16, and what else the launchers choose between; for float32 every tile if
     ``thorough``, else the largest."""
     torch.backends.cudnn.allow_tf32 = False
+    if thorough:
+        # sizes of 1 are constants to the compiler, so they come first, before anything alike
+        linear(1, 1, 1, torch.bfloat16, b_tensor=True, normalize=True, max_out=3, bias=True)
+        conv2d((1, 1, 1, 1), 1, 1, torch.bfloat16, b_tensor=True, normalize=True, max_out=3, bias=True)
+        batch_norm_uncentered((1, 1, 1, 1), torch.bfloat16)
+        with offsets_of_64_bits():
+            linear(256, 128, 128, torch.bfloat16, normalize=True, max_out=2)
+            conv2d((16, 128, 8, 8), 128, 3, torch.bfloat16, stride=2, normalize=True, max_out=2)
+            batch_norm_uncentered((4, 64, 8, 8), torch.bfloat16, residual=True, activation="relu")
     for dtype in (torch.bfloat16, torch.float32):
         for rows, outputs, inputs in SIZES if thorough or dtype == torch.bfloat16 else SIZES[:1]:
             linear(rows, outputs, inputs, dtype)
@@ -141,9 +164,8 @@ def launch_everything(thorough: bool) -> None:
     for dtype in (torch.bfloat16, torch.float32) if thorough else (torch.bfloat16,):
         batch_norm_uncentered((4, 64, 8, 8), dtype, channels_last=True, residual=True, activation="relu")
         batch_norm_uncentered((4, 64, 32, 32), dtype)
-    if thorough:  # float16 keeps a; tf32
+    if thorough:  # float16, tf32
         linear(256, 128, 128, torch.float16)
-        conv2d((16, 128, 4, 4), 128, 3, torch.float16, dw=False)
         torch.backends.cudnn.allow_tf32 = True
         conv2d((16, 128, 4, 4), 128, 3, torch.float32)
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from bcos_kernels.triton_kernels.configs import CONFIGS, config_for, fitted, flattened, form_of, reduced
+from bcos_kernels.triton_kernels.configs import CONFIGS, config_for, fitted, flattened, form_of, reduced, widened
 
 SIZES = (1, 3, 16, 17, 32, 33, 64, 65, 128, 1000, 100_000)
 
@@ -17,7 +17,7 @@ def shared_bytes(config, bits):
 @pytest.mark.parametrize("key", CONFIGS, ids=str)
 def test_tiles_fit(key):
     config, bits = CONFIGS[key], key[0]
-    for variant in (config, flattened(config), reduced(config, 2), config._replace(block_k=16)):
+    for variant in (config, flattened(config), reduced(config, 2), widened(config, True), config._replace(block_k=16)):
         blocks = variant[:3]
         assert all(block >= 16 and block & (block - 1) == 0 for block in blocks)  # what tl.dot takes
         assert shared_bytes(variant, bits) <= 100 * 1024
