@@ -13,7 +13,7 @@ with its version, uses it while it is unchanged and recomputes from x and w othe
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cache
 
 import torch
@@ -23,8 +23,8 @@ from . import dispatch, reference
 
 _library = torch.library.Library("bcos_kernels", "DEF")
 
-# Backend of a forward that ran inside a compiled graph, by the address of the norms it made: the graph's backward op
-# finds it again there, as long as the norms are alive no other tensor has that address.
+# Backend of a forward that ran inside a compiled graph, by the address of the norms or variances it made: the graph's
+# backward op finds it again there, as long as they are alive no other tensor has that address.
 _ran_on: dict[int, str] = {}
 
 
@@ -86,11 +86,21 @@ def _or_empty(x: Tensor, gradients: tuple) -> tuple[Tensor, ...]:
     return tuple(x.new_empty((0,)) if g is None else g for g in gradients)
 
 
-def _remember_backend(n: Tensor) -> None:
-    if n.numel():
-        _ran_on[n.data_ptr()] = dispatch.last_backend()
-        if len(_ran_on) > 8192:
-            _ran_on.pop(next(iter(_ran_on)))
+def _remember_backend(statistics: Tensor) -> Tensor:
+    """``statistics`` (norms or variances), noted as made by the backend that has just run."""
+    if not statistics.numel():
+        statistics = statistics.new_empty((1,))[:0]  # nothing is kept: an address all the same
+    address = statistics.untyped_storage().data_ptr()
+    _ran_on.pop(address, None)  # to the end of the order in which addresses are forgotten
+    _ran_on[address] = dispatch.last_backend()
+    if len(_ran_on) > 8192:
+        with suppress(RuntimeError):  # another thread is forgetting one
+            _ran_on.pop(next(iter(_ran_on)), None)
+    return statistics
+
+
+def _remembered_backend(statistics: Tensor) -> str:
+    return _ran_on.get(statistics.untyped_storage().data_ptr(), "")
 
 
 # linear ---------------------------------------------------------------------------------------------------------------
@@ -100,8 +110,7 @@ def _linear(x, weight, bias, b_tensor, b, normalize_weight, max_out, keep):
     y, n, a, index = dispatch.run(
         "linear", "forward", x, (x, weight, bias, b, b_tensor, normalize_weight, max_out, keep)
     )
-    _remember_backend(n)
-    return tuple(t.contiguous() for t in (y, n, a, index))
+    return tuple(t.contiguous() for t in (y, _remember_backend(n), a, index))
 
 
 def _linear_fake(x, weight, bias, b_tensor, b, normalize_weight, max_out, keep):
@@ -131,7 +140,7 @@ def _linear_backward(
         "backward",
         x,
         (dy, x, weight, bias, b, b_tensor, y, n, a, index, normalize_weight, max_out, detach, *needs),
-        backend or (_ran_on.get(n.data_ptr(), "") if n.numel() else ""),
+        backend or _remembered_backend(n),
     )
     gradients = _or_empty(x, (dx, dw, dbias, None if db is None else db.to(b_tensor.dtype)))
     return tuple(g.contiguous() for g in gradients)
@@ -167,12 +176,12 @@ def _conv2d(x, weight, bias, b_tensor, stride, padding, dilation, groups, b, nor
         (x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups, b, b_tensor, normalize_weight,
          max_out, keep),
     )  # fmt: skip
-    _remember_backend(n)
+    n = _remember_backend(n.contiguous())
     memory_format = _memory_format(x, weight)
     y = _with_layout(y, memory_format)
     a = _with_layout(a, memory_format) if a.dim() == 4 else a
     index = _with_layout(index, memory_format) if index.dim() == 4 else index
-    return y, n.contiguous(), a, index
+    return y, n, a, index
 
 
 def _conv2d_fake(x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep):
@@ -211,7 +220,7 @@ def _conv2d_backward(
         x,
         (dy, x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups, b, b_tensor, y, n, a, index,
          normalize_weight, max_out, detach, *needs),
-        backend or (_ran_on.get(n.data_ptr(), "") if n.numel() else ""),
+        backend or _remembered_backend(n),
     )  # fmt: skip
     memory_format = _memory_format(x, weight)
     dx = None if dx is None else _with_layout(dx, memory_format)
@@ -254,7 +263,7 @@ def _batch_norm(x, weight, bias, residual, running_var, training, eps, activatio
         x,
         (x, weight, bias, residual, running_var, training, eps, activation),
     )
-    return _with_layout(y, _own_format(x)), mean, var
+    return _with_layout(y, _own_format(x)), mean, _remember_backend(var)
 
 
 def _batch_norm_fake(x, weight, bias, residual, running_var, training, eps, activation):
@@ -281,7 +290,7 @@ def _batch_norm_backward(dy, x, y, weight, bias, mean, var, training, eps, activ
         "backward",
         x,
         (dy, x, y, weight, bias, mean, var, training, eps, activation, detach, *needs),
-        backend,
+        backend or _remembered_backend(var),
     )
     memory_format = _own_format(x)
     dx = None if dx is None else _with_layout(dx, memory_format)
