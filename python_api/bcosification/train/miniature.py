@@ -217,7 +217,7 @@ class _Study:
         return result
 
 
-def seconds_per_epoch(study: _Study, steps: int = 12) -> dict[str, float | None]:
+def seconds_per_epoch(study: _Study, steps: int = 10) -> dict[str, float | None]:
     """Training time of an epoch, from the median step; contenders take turns, each on its own copy.
 
     A step is zero_grad, forward, loss, backward and Adam, on one batch of the data set.
@@ -520,14 +520,14 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--epochs", type=int, default=6, help="of fine-tuning, and of training from scratch")
     result.add_argument("--pretrain-epochs", type=int, default=5, help="of the standard network")
     result.add_argument("--seeds", type=int, default=2, help="repetitions")
-    result.add_argument("--train-images", type=int, default=2000, help="scenes to train on")
-    result.add_argument("--val-images", type=int, default=600, help="scenes to measure accuracy on")
+    result.add_argument("--train-images", type=int, default=1600, help="scenes to train on")
+    result.add_argument("--val-images", type=int, default=500, help="scenes to measure accuracy on")
     result.add_argument("--width", type=int, default=16, help="channels of the first stage")
     result.add_argument("--batch-size", type=int, default=32, help="images per step")
-    result.add_argument("--localisation-images", type=int, default=200, help="images of the energy pointing game")
-    result.add_argument("--grids", type=int, default=20, help="grids of the grid pointing game")
-    result.add_argument("--integration-steps", type=int, default=20, help="of Integrated Gradients when measuring")
-    result.add_argument("--timing-steps", type=int, default=12, help="training steps timed for seconds per epoch")
+    result.add_argument("--localisation-images", type=int, default=120, help="images of the energy pointing game")
+    result.add_argument("--grids", type=int, default=16, help="grids of the grid pointing game")
+    result.add_argument("--integration-steps", type=int, default=16, help="of Integrated Gradients when measuring")
+    result.add_argument("--timing-steps", type=int, default=10, help="training steps timed for seconds per epoch")
     return result
 
 
