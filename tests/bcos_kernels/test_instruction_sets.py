@@ -64,9 +64,9 @@ def test_the_environment_lowers_and_never_raises():
 
     # the module alone, which needs no torch
     code = (
-        "import importlib.util as u; s = u.spec_from_file_location('_C', {!r}); m = u.module_from_spec(s); "
+        f"import importlib.util as u; s = u.spec_from_file_location('_C', {_C.__file__!r}); m = u.module_from_spec(s); "
         "s.loader.exec_module(m); print(m.cpu_capability())"
-    ).format(_C.__file__)
+    )
 
     def capability(value: str) -> str:
         environment = os.environ | {"BCOS_CPU_CAPABILITY": value}
