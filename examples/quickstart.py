@@ -30,10 +30,16 @@ def b_cosify():
     """You have a pretrained network: B-cosify and fine-tune it (or: bcosify finetune --model resnet18 --data DIR)."""
     from torchvision.models import resnet18
 
+    import bcosification
     from bcosification.train.finetuning import FinetuneConfig, finetune
 
+    plain = resnet18(weights=None)
+    model = bcosification.bcosify(plain)  # a new model; takes images in [0, 1]
+    report = bcosification.verify(plain, model, torch.rand(1, 3, 32, 32))
+    print(f"converted: {len(report.layers)} layers, the same as before at B = 1: {report.ok}")
+
     config = FinetuneConfig(data="digits", output=f"{OUT}/run", epochs=1, lr=1e-3, limit_batches=4)
-    result = finetune(config, model=resnet18(weights=None))
+    result = finetune(config, model=plain)  # converts it and trains
     print(f"fine-tuned: {100 * result.best:.1f} % after {result.history[-1]['step']} steps; saved in {result.output}")
     return result
 
@@ -77,9 +83,11 @@ def build_on_it():
     x = torch.rand(8, 16, 32, 32, requires_grad=True)
     weight = torch.randn(24, 16, 3, 3, requires_grad=True)
     y = bcos_kernels.conv2d(x, weight, padding=1, b=2)  # (8, 24, 32, 32)
-    y.square().mean().backward()
+    z = bcos_kernels.batch_norm_uncentered(y, torch.ones(24), training=True, activation="relu")
+    logits = bcos_kernels.linear(z.mean((2, 3)), torch.randn(10, 24), b=1.5, normalize_weight=True)
+    logits.square().mean().backward()
     print(f"conv2d: {tuple(y.shape)}, ran on\n{bcos_kernels.dispatched()}")
-    return y, weight.grad
+    return logits.detach(), weight.grad
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ def test_swapping_in_changes_no_number(quickstart):
     assert before.std() > 0
 
 
-def test_b_cosify_explain_and_measure(quickstart):
+def test_b_cosify_explain_and_measure(quickstart, capsys):
     result = quickstart.b_cosify()
+    assert "the same as before at B = 1: True" in capsys.readouterr().out
     assert len(result.history) == 1 and (result.output / "best" / "model.safetensors").is_file()
     explanation = quickstart.explain(result)
     total = explanation.contributions.sum((1, 2)) + explanation.constant
@@ -41,7 +42,8 @@ def test_b_cosify_explain_and_measure(quickstart):
 def test_build_on_it(quickstart):
     with bcos_kernels.backend("reference"):
         torch.manual_seed(0)
-        y, grad = quickstart.build_on_it()
+        logits, grad = quickstart.build_on_it()
     torch.manual_seed(0)
     other, other_grad = quickstart.build_on_it()
-    assert torch.allclose(y, other, rtol=1e-4, atol=1e-5) and torch.allclose(grad, other_grad, rtol=1e-4, atol=1e-7)
+    assert torch.allclose(logits, other, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(grad, other_grad, rtol=1e-4, atol=1e-7)
