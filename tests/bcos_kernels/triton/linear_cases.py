@@ -106,9 +106,7 @@ def _inputs(case: Case, device: str) -> dict[str, torch.Tensor | None]:
 
 def _oracle(case: Case, inputs: dict, dtype: torch.dtype, detach: bool) -> dict[str, torch.Tensor | None]:
     """y and the gradients by autograd through the definition, computed in ``dtype``."""
-    leaves = {
-        k: None if t is None else t.detach().to(dtype).requires_grad_() for k, t in inputs.items() if k != "dy"
-    }
+    leaves = {k: None if t is None else t.detach().to(dtype).requires_grad_() for k, t in inputs.items() if k != "dy"}
     b = case.b if leaves["b"] is None else leaves["b"]
     y = reference.linear(
         leaves["x"], leaves["weight"], leaves["bias"], b=b, normalize_weight=case.normalize, max_out=case.max_out,
