@@ -60,6 +60,21 @@ def _strides(shape: torch.Size, memory_format: torch.memory_format) -> tuple[int
     return tuple(reversed(strides))
 
 
+def _canonical(t: Tensor) -> Tensor:
+    """t with the usual strides in its dimensions of size 1, which leave them open.
+
+    Others make the library's convolutions err: of a channels_last weight (O, C, 1, S) with strides (C S, 1, C, C),
+    grouped ones in float32 return wrong values, some in float16 raise.
+    """
+    if 1 not in t.shape or not t.numel():
+        return t
+    memory_format = torch.contiguous_format if t.is_contiguous() else torch.channels_last
+    if not t.is_contiguous(memory_format=memory_format):
+        return t
+    strides = _strides(t.shape, memory_format)
+    return t if t.stride() == strides else t.as_strided(t.shape, strides)
+
+
 def _with_layout(t: Tensor, memory_format: torch.memory_format) -> Tensor:
     """t in exactly the strides that the fake announces (dimensions of size 1 leave strides open)."""
     t = t.contiguous(memory_format=memory_format)
@@ -89,7 +104,7 @@ def _or_empty(x: Tensor, gradients: tuple) -> tuple[Tensor, ...]:
 def _remember_backend(statistics: Tensor) -> Tensor:
     """``statistics`` (norms or variances), noted as made by the backend that has just run."""
     if not statistics.numel():
-        statistics = statistics.new_empty((1,))[:0]  # nothing is kept: an address all the same
+        statistics = statistics.new_empty((1,))[:0].view(statistics.shape)  # nothing is kept: an address all the same
     address = statistics.untyped_storage().data_ptr()
     _ran_on.pop(address, None)  # to the end of the order in which addresses are forgotten
     _ran_on[address] = dispatch.last_backend()
@@ -169,6 +184,7 @@ _define(
 
 
 def _conv2d(x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep):
+    x, weight = _canonical(x), _canonical(weight)
     y, n, a, index = dispatch.run(
         "conv2d",
         "forward",
@@ -214,6 +230,7 @@ def _conv2d_backward(
     dy, x, weight, bias, b_tensor, y, n, a, index, stride, padding, dilation, groups, b, normalize_weight, max_out,
     detach, needs, backend,
 ):  # fmt: skip
+    dy, x, weight = _canonical(dy), _canonical(x), _canonical(weight)
     dx, dw, dbias, db = dispatch.run(
         "conv2d",
         "backward",
@@ -667,8 +684,8 @@ class Conv2dBackward(torch.autograd.Function):
 
         def definition(x, weight, bias, b_tensor):
             return reference.conv2d(
-                x, weight, bias, *ctx.window, b=_exponent(ctx.b, b_tensor), normalize_weight=ctx.normalize_weight,
-                max_out=ctx.max_out, detach=ctx.detach,
+                _canonical(x), _canonical(weight), bias, *ctx.window, b=_exponent(ctx.b, b_tensor),
+                normalize_weight=ctx.normalize_weight, max_out=ctx.max_out, detach=ctx.detach,
             )  # fmt: skip
 
         gradients = _second_order(definition, (x, weight, bias, b_tensor), ctx.needs, dy, cotangents)

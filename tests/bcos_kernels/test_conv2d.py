@@ -301,6 +301,38 @@ def test_in_place_addition_to_outputs_of_size_one(shape, outputs, kernel, backen
         assert_close_to_reference(name, value, None, expected, torch.float32)
 
 
+@pytest.mark.parametrize("order, dtype", [*((1, dtype) for dtype in harness.DTYPES), (2, "fp32"), (2, "fp64")])
+@pytest.mark.parametrize("odd", ["x", "weight", "dy"])
+@pytest.mark.parametrize("backend", harness.BACKENDS)
+def test_open_strides_of_dimensions_of_size_one(backend, odd, order, dtype):
+    """Which stride such a dimension has means nothing; torch's own convolution returns wrong values for some."""
+    dtype = harness.DTYPES[dtype]
+    x = harness.lay_out(harness.randn((1, 21, 1, 13), 1, dtype), "channels_last")
+    weight = harness.lay_out(harness.randn((21, 7, 1, 5), 2, dtype, 0.2), "channels_last")
+    dy = harness.lay_out(harness.randn((1, 21, 1, 9), 3, dtype), "channels_last")
+    tensors = {"x": x, "weight": weight, "dy": dy}
+    t = tensors[odd]
+    # as a permutation leaves them behind: dimensions of size 1 with the stride of their neighbour
+    tensors[odd] = t.as_strided(
+        t.shape, [t.shape[1] if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)]
+    )
+    assert tensors[odd].is_contiguous(memory_format=torch.channels_last) and torch.equal(tensors[odd], t)
+
+    def derivatives(module, tensors):
+        leaves = harness.leaves_of(tensors)
+        y = module.conv2d(leaves["x"], leaves["weight"], groups=3, normalize_weight=True)
+        first = torch.autograd.grad(y, (leaves["x"], leaves["weight"]), leaves["dy"], create_graph=order == 2)
+        if order == 1:
+            return y, *first
+        return torch.autograd.grad(first[0].square().sum(), list(leaves.values()))
+
+    with bcos_kernels.backend(backend):
+        got = derivatives(bcos_kernels, tensors)
+    exact = derivatives(reference, {name: t.double().contiguous() for name, t in tensors.items()})
+    for mine, theirs in zip(got, exact, strict=True):
+        assert_close_to_reference(f"{odd}, order {order}", mine, None, theirs, dtype)
+
+
 @pytest.mark.parametrize("backend", harness.BACKENDS)
 @pytest.mark.parametrize("wanted", ["x", "weight", "bias", "b"])
 @pytest.mark.parametrize("b", [1.0, 2.0, 1.5])
