@@ -74,7 +74,7 @@ def test_mean_and_spread():
 
 def test_the_whole_at_the_smallest_size(tmp_path, capsys):
     small = (
-        "--seeds 2 --epochs 1 --pretrain-epochs 1 --train-images 32 --val-images 40 --width 4 --batch-size 16 "
+        "--seeds 2 --epochs 1 --pretrain-epochs 1 --train-images 32 --val-images 40 --width 16 --batch-size 16 "
         "--localisation-images 4 --grids 1 --integration-steps 2 --timing-steps 1"
     )
     assert miniature.main(["--out", str(tmp_path / "demo"), *small.split()]) == 0
