@@ -523,7 +523,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--train-images", type=int, default=1600, help="scenes to train on")
     result.add_argument("--val-images", type=int, default=500, help="scenes to measure accuracy on")
     result.add_argument("--width", type=int, default=16, help="channels of the first stage")
-    result.add_argument("--batch-size", type=int, default=32, help="images per step")
+    result.add_argument("--batch-size", type=int, default=24, help="images per step")
     result.add_argument("--localisation-images", type=int, default=120, help="images of the energy pointing game")
     result.add_argument("--grids", type=int, default=16, help="grids of the grid pointing game")
     result.add_argument("--integration-steps", type=int, default=16, help="of Integrated Gradients when measuring")
