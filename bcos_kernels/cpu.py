@@ -123,10 +123,11 @@ def _scaled_backward(
     """(da, q or None, ∂L/∂B or None); da is valid until the next call."""
     if mode == 1 and max_out == 1:
         return dy, None, None
-    memory_format = torch.channels_last if _is_channels_last(dy) else torch.contiguous_format
+    images, pixels, _, groups, rows = layout
+    # by the layout and not by dy, which has one channel where one output is the maximum of several units
+    memory_format = torch.channels_last if rows and len(shape) == 4 else torch.contiguous_format
     da = _workspace(shape, dy.dtype, memory_format)
     q = torch.empty_like(n) if mode != 1 and not detach else None
-    images, pixels, _, groups, rows = layout
     db = None
     if need_db and mode == 0:
         parts = images * pixels if rows else images * groups * -(-pixels // _BLOCK)
