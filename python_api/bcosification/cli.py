@@ -117,6 +117,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     classes = config.get("num_classes")
     if classes is not None and data.num_classes > classes:
         raise ValueError(f"evaluate: expected data with at most the model's {classes} classes, got {data.num_classes}")
+    if classes is not None and data.num_classes < classes:
+        print(f"warning: the model has {classes} classes and the data {data.num_classes}: class k of the data is taken "
+              "for the model's class k", file=sys.stderr)  # fmt: skip
     result = evaluate(model, data.val_dataloader(), device=_device(arguments.device))
     print(f"images {result['images']}, top-1 {100 * result['top1']:.2f} %, top-5 {100 * result['top5']:.2f} %")
     if data.unreadable:
@@ -134,9 +137,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     converted.save_pretrained(out)
     changed = sum(entry["was"] != entry["becomes"] for entry in converted.conversion)
     print(f"{type(original).__name__}: {changed} of {len(converted.conversion)} layers became B-cos layers")
-    print(
-        f"written to {out}; it starts from the pretrained weights and wants fine-tuning: bcosify finetune --model {out}"
-    )
+    print(f"written to {out}; it wants fine-tuning: bcosify finetune --model {out} --data DIR --out RUN")
     return 0
 
 

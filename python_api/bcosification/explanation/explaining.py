@@ -33,7 +33,7 @@ Targets = int | Sequence[int] | Tensor | None
 _PIXELS_AT_ONCE = 16 * 224 * 224
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Explanation:
     """What `explain` returns: N explained images.
 
@@ -43,7 +43,9 @@ class Explanation:
         targets: Explained classes (N,), int64.
         weights: W(x) of the target logits (N, 6, H, W).
         contributions: sum over channels of x6 * W(x), (N, H, W).
-        constant: (N,), everything else that adds to the logit: contributions.sum + constant = logit.
+        constant: (N,), everything else that adds to the logit: contributions.sum + constant = logit. Besides the
+            logit bias that is what the input's normalisation subtracts (weighted by W(x), so it differs from image to
+            image), positional embeddings, class tokens and kept biases.
     """
 
     images: Tensor
@@ -55,6 +57,10 @@ class Explanation:
 
     def __len__(self) -> int:
         return self.targets.numel()
+
+    def __repr__(self) -> str:
+        shape = tuple(self.weights.shape)
+        return f"Explanation({len(self)} images, targets {self.targets.tolist()[:16]}, weights {shape})"
 
     def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> Explanation:
         """The explanations of some images; an int gives one, still with its first dimension."""
