@@ -82,7 +82,7 @@ def _with_layout(t: Tensor, memory_format: torch.memory_format) -> Tensor:
         return t
     if not t.numel():
         return torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=memory_format)
-    strides = torch.empty_strided((0,), (1,)).stride() if t.dim() == 0 else _strides(t.shape, memory_format)
+    strides = _strides(t.shape, memory_format)
     if t.stride() == strides:
         return t
     # Same storage, but no view of t: autograd forbids in-place changes (`out += identity`) of a Function's view.
@@ -125,7 +125,8 @@ def _linear(x, weight, bias, b_tensor, b, normalize_weight, max_out, keep):
     y, n, a, index = dispatch.run(
         "linear", "forward", x, (x, weight, bias, b, b_tensor, normalize_weight, max_out, keep)
     )
-    return tuple(t.contiguous() for t in (y, _remember_backend(n), a, index))
+    y, a, index = (_with_layout(t, torch.contiguous_format) for t in (y, a, index))
+    return y, _remember_backend(n.contiguous()), a, index
 
 
 def _linear_fake(x, weight, bias, b_tensor, b, normalize_weight, max_out, keep):
@@ -158,7 +159,7 @@ def _linear_backward(
         backend or _remembered_backend(n),
     )
     gradients = _or_empty(x, (dx, dw, dbias, None if db is None else db.to(b_tensor.dtype)))
-    return tuple(g.contiguous() for g in gradients)
+    return tuple(_with_layout(g, torch.contiguous_format) for g in gradients)
 
 
 def _linear_backward_fake(

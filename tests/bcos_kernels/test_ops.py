@@ -170,6 +170,90 @@ def test_opcheck_batch_norm_uncentered_backward(options, detach):
     )  # fmt: skip
 
 
+def open_strides(t: Tensor) -> Tensor:
+    """t with other strides where the size is 1, as permutations leave them."""
+    if not t.numel():
+        return t
+    return t.as_strided(t.shape, [7 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)])
+
+
+LAYOUTS = {
+    "contiguous": torch.Tensor.contiguous,
+    "channels_last": lambda t: (
+        t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t.t().contiguous().t()
+    ),
+    "open": open_strides,
+}
+
+
+def assert_announced(op, arguments) -> tuple[Tensor, ...]:
+    """The fake's shapes, strides and dtypes are those of the results; compiled code relies on them."""
+    results = op(*arguments)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = op(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments))
+    for i, (real, fake) in enumerate(zip(results, fakes, strict=True)):
+        assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype), i
+    return results
+
+
+@pytest.mark.parametrize("backend", harness.BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows, columns, units", [(0, 6, 4), (1, 6, 1), (5, 1, 4), (5, 6, 1), (1, 1, 1), (5, 6, 4)])
+def test_strides_that_fakes_of_linear_announce(rows, columns, units, layout, backend):
+    with bcos_kernels.backend(backend):
+        for b, max_out in ((1.0, 1), (2.0, 2), (1.5, 1), (1.5, 2)):
+            x, weight = (LAYOUTS[layout](randn(*shape)) for shape in ((rows, columns), (units * max_out, columns)))
+            _, n, a, index = assert_announced(OPS.linear, (x, weight, None, None, b, True, max_out, True))
+            dy = LAYOUTS[layout](randn(rows, units))
+            held = (None, n, a, index, b, True, max_out, False, [True, True, False, False], "")
+            assert_announced(OPS.linear_backward, (dy, x, weight, None, None, *held))
+
+
+@pytest.mark.parametrize("backend", harness.BACKENDS)
+@pytest.mark.parametrize(
+    "layout, weight_layout", [*((k, k) for k in LAYOUTS), ("contiguous", "channels_last"), ("open", "contiguous")]
+)
+@pytest.mark.parametrize(
+    "shape, units, kernel",
+    [
+        ((2, 1, 4, 5), 1, (3, 2)),
+        ((1, 3, 1, 1), 4, (1, 1)),
+        ((2, 3, 1, 4), 1, (1, 3)),
+        ((0, 3, 4, 4), 2, (3, 3)),
+        ((2, 3, 4, 4), 2, (3, 1)),
+    ],
+)
+def test_strides_that_fakes_of_conv2d_announce(shape, units, kernel, layout, weight_layout, backend):
+    window = ((1, 1), (0, 0), (1, 1), 1)
+    with bcos_kernels.backend(backend):
+        for b, max_out in ((1.0, 1), (2.0, 2), (1.5, 2)):
+            x, weight = (
+                LAYOUTS[layout](randn(*shape)),
+                LAYOUTS[weight_layout](randn(units * max_out, shape[1], *kernel)),
+            )
+            y, n, a, index = assert_announced(OPS.conv2d, (x, weight, None, None, *window, b, True, max_out, True))
+            dy = LAYOUTS[weight_layout](randn(*y.shape))
+            held = (None, n, a, index, *window, b, True, max_out, False, [True, True, False, False], "")
+            assert_announced(OPS.conv2d_backward, (dy, x, weight, None, None, *held))
+
+
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
+@pytest.mark.parametrize("backend", harness.BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "shape", [(3, 1, 4, 4), (1, 4, 1, 1), (3, 4, 1, 2), (0, 4, 2, 2), (3, 4, 2, 2), (3, 1), (1, 4)]
+)
+def test_strides_that_fakes_of_batch_norm_announce(shape, layout, backend):
+    x, residual = LAYOUTS[layout](randn(*shape)), randn(*shape, seed=1)
+    with bcos_kernels.backend(backend):
+        for running_var in (None, torch.ones(shape[1])):
+            training = running_var is None
+            norm = (x, None, None, residual, running_var, training, 1e-5, "relu")
+            y, mean, var = assert_announced(OPS.batch_norm_uncentered, norm)
+            held = (y, None, None, mean, var, training, 1e-5, "relu", False, [True, False, False, True], "")
+            assert_announced(OPS.batch_norm_uncentered_backward, (residual, x, *held))
+
+
 def test_meta_and_fake_tensors():
     """Shapes and types without values, as deferred initialisation and tracing ask for."""
     x, weight = randn(2, 4, 7, 7, seed=1), randn(6, 4, 3, 3, seed=2)
