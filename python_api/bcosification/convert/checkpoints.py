@@ -266,7 +266,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     except pickle.UnpicklingError:  # whose text goes on to tell how to switch the check off
         raise ValueError(
             f"{path}: expected a file of tensors (safetensors, or torch.save(model.state_dict())), got another format "
-            "or a pickle with other objects (a whole model, say), which could run code when it is read, so it is refused"
+            "or a pickle with other objects (a whole model), which could run code when it is read, so it is refused"
         ) from None
     except (RuntimeError, EOFError, OSError, KeyError, zipfile.BadZipFile, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected a file of tensors, got one that cannot be read: {error}") from None
