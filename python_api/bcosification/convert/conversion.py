@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any
@@ -127,8 +128,11 @@ def bcosify(
         found = Preprocessing.from_dict(source["preprocessing"])
     else:
         found = detect(model, family.preprocessing, size)
-    preprocessing = with_statistics(found, mean, std, size)
-    return convert(model, options, preprocessing, source=source)
+    problems: list[str] = []
+    preprocessing = None
+    with _noted(problems):
+        preprocessing = with_statistics(found, mean, std, size)
+    return convert(model, options, preprocessing, source=source, problems=problems)
 
 
 def check_options(**given: Any) -> Options:
@@ -240,18 +244,31 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
+@contextmanager
+def _noted(problems: list[str]) -> Iterator[None]:
+    """A ValueError inside becomes one more of ``problems``: everything that hinders a conversion is told at once."""
+    try:
+        yield
+    except ValueError as error:
+        problems.append(str(error).removeprefix("bcosify: "))
+
+
 def convert(
     model: nn.Module,
     options: Options,
-    preprocessing: Preprocessing,
+    preprocessing: Preprocessing | None,
     *,
     source: dict[str, Any] | None = None,
     blocks: bool = True,
+    problems: Sequence[str] = (),
 ) -> BcosifiedModel:
     """The conversion itself, on a copy of ``model``, with checked options.
 
-    ``source`` tells how the resolver made the model ("spec", "num_classes"); ``blocks=False`` leaves blocks unfused.
+    ``source`` tells how the resolver made the model ("spec", "num_classes", "weights"); ``blocks=False`` leaves blocks
+    unfused. ``problems`` is what is known to stand in the way (``preprocessing`` is None then): it is told together
+    with what is found here.
     """
+    problems = list(problems)
     family = family_of(model)
     config = {
         "format": FORMAT,
@@ -260,36 +277,43 @@ def convert(
         "architecture": describe(family, model),
         "source": source.get("spec") if source else None,
         "source_num_classes": source.get("num_classes") if source else None,
+        "source_weights": source.get("weights") if source else None,
         "dtype": str(next((p.dtype for p in model.parameters()), torch.get_default_dtype())).removeprefix("torch."),
         "options": asdict(options),
     }
     input_name, head_name = family.input_layer(model), family.head(model)
-    moves = options.head == "before_pool" and head_name is not None and family.moves_head(model)
-    preprocessing = _check_channels(model, input_name, options, preprocessing)
-    _check_single(model, input_name if options.inverse else None, "layer that reads the image")
-    _check_single(model, head_name if moves else None, "classifier")
+    moves, classes = False, None
+    if options.head == "before_pool" and head_name is not None:
+        with _noted(problems):
+            moves = family.moves_head(model)
+    if preprocessing is not None:
+        with _noted(problems):
+            preprocessing = _check_channels(model, input_name, options, preprocessing)
+    with _noted(problems):
+        _check_single(model, input_name if options.inverse else None, "layer that reads the image")
+        _check_single(model, head_name if moves else None, "classifier")
+    if head_name is not None:
+        with _noted(problems):
+            classes = _check_head(model, head_name, moves)
 
     network = copy.deepcopy(model)
     network.__dict__.pop("bcosification_source", None)
-    classes = None
-    if head_name is not None:
-        classes = _check_head(network, head_name, moves)
-    network = family.prepare(network, options, moves)
-    if options.inverse:
-        try:
-            double_input_channels(network.get_submodule(input_name))
-        except NoRule as reason:
-            raise ValueError(f"bcosify: layer {input_name!r}: {reason}") from None
-    if moves:
-        network.set_submodule(head_name, _as_convolution(network.get_submodule(head_name)))
-
     additive = family.additive_parameters(model)
     walk = _Walk(options, set(additive))
-    network = walk.replace(network, "")
+    if not problems:
+        network = family.prepare(network, options, moves)
+        if options.inverse:
+            try:
+                double_input_channels(network.get_submodule(input_name))
+            except NoRule as reason:
+                problems.append(f"layer {input_name!r}: {reason}")
+        if moves:
+            network.set_submodule(head_name, _as_convolution(network.get_submodule(head_name)))
+    network = walk.replace(network, "")  # with problems, only to find the layers without a rule
     for entry in walk.applied:
         if moves and entry["name"] == head_name:
             entry["was"] = type_name(nn.Linear)
-    _report_unknown(walk.unknown, options)
+    _report(model, problems, walk.unknown, options)
     if options.bias == "remove":
         remove_biases(network)
     if blocks:
@@ -385,16 +409,33 @@ def _as_convolution(head: nn.Linear) -> nn.Conv2d:
     return convolution.train(head.training)
 
 
-def _report_unknown(unknown: list[tuple[str, str, str]], options: Options) -> None:
-    if not unknown:
-        return
-    listed = "\n".join(f"  {name or '(the model)'}: {kind}: {reason}" for name, kind, reason in unknown)
-    if options.on_unknown == "error":
-        raise ValueError(
-            f"bcosify: expected a rule for every layer, got {len(unknown)} without one:\n{listed}\n"
-            "on_unknown='keep' leaves them as they are; convert.rules.rule and convert.families.register add rules"
+def _report(model: nn.Module, problems: list[str], unknown: list[tuple[str, str, str]], options: Options) -> None:
+    """ValueError with all that stands in the way; a warning for layers without a rule that are to be kept."""
+    listed = _by_reason(unknown)
+    if unknown and options.on_unknown == "error":
+        problems.append(
+            f"expected a rule for every layer, got {len(unknown)} without one:\n{listed}\n"
+            "on_unknown='keep' leaves them as they are; bcosification.convert.rules.rule and "
+            "bcosification.convert.families.register add rules"
         )
-    warnings.warn(
-        f"bcosify: {len(unknown)} layers without a rule are kept as they are; explanations may not be exact:\n{listed}",
-        stacklevel=4,
-    )
+    if len(problems) == 1:
+        raise ValueError(f"bcosify: {problems[0]}")
+    if problems:
+        listed = "\n".join(f"- {problem}" for problem in problems)
+        raise ValueError(f"bcosify: {type_name(type(model))} cannot be converted like this:\n{listed}")
+    if unknown:
+        layers = "1 layer without a rule is kept as it is" if len(unknown) == 1 else (
+            f"{len(unknown)} layers without a rule are kept as they are"
+        )  # fmt: skip
+        warnings.warn(
+            f"bcosify: {layers}; explanations may not be exact:\n{listed}",
+            stacklevel=4,
+        )
+
+
+def _by_reason(unknown: list[tuple[str, str, str]]) -> str:
+    """One line per type and reason, naming every layer."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for name, kind, reason in unknown:
+        names.setdefault((kind, reason), []).append(name or "(the model)")
+    return "\n".join(f"  {', '.join(layers)}: {kind}: {reason}" for (kind, reason), layers in names.items())

@@ -129,7 +129,8 @@ def imagenet(size: tuple[int, int] | None) -> Preprocessing:
 
 
 def detect(model: nn.Module, known: str | None, size: tuple[int, int] | None) -> Preprocessing | None:
-    """What the model itself tells: timm's pretrained_cfg, open_clip's preprocess_cfg, or what its family knows."""
+    """What the model itself tells: timm's pretrained_cfg, open_clip's preprocess_cfg, what its family knows (known),
+    or that it is one of torchvision's classifiers."""
     config = getattr(model, "pretrained_cfg", None)
     if config and (config if isinstance(config, dict) else config.to_dict()).get("mean"):
         return from_timm(config)
@@ -140,7 +141,10 @@ def detect(model: nn.Module, known: str | None, size: tuple[int, int] | None) ->
         mean, std = getattr(tower, "image_mean", None), getattr(tower, "image_std", None)
         if mean is not None and std is not None:
             return Preprocessing(tuple(mean), tuple(std), size, None, origin="open_clip image_mean, image_std")
-    return imagenet(size) if known == "imagenet" else None
+    # torchvision's classifiers are modules of torchvision.models itself; those of its sub-packages (detection,
+    # segmentation, video, optical flow) have normalisations of their own.
+    package, _, _ = type(model).__module__.rpartition(".")
+    return imagenet(size) if known == "imagenet" or package == "torchvision.models" else None
 
 
 def with_statistics(

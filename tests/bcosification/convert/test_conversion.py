@@ -16,6 +16,7 @@ from bcosification import bcosify
 from bcosification import nn as bnn
 from bcosification.convert.families import Family, family_of, register
 from bcosification.convert.families.base import FAMILIES
+from bcosification.convert.preprocessing import detect
 from bcosification.nn import explanation_mode
 from tests.bcosification.convert import peer_conversion as peer
 from tests.bcosification.convert.standard_networks import (
@@ -363,6 +364,33 @@ def test_layers_without_a_rule_are_all_named():
     for part in ("  0: ", "it holds the parameters scale", "0.act: torch.nn.modules.activation.Tanh",
                  "3: torch.nn.modules.activation.Softplus", "on_unknown='keep'"):  # fmt: skip
         assert part in text
+
+
+def test_everything_in_the_way_is_told_at_once():
+    from torchvision.models import mobilenet_v2
+
+    with pytest.raises(ValueError) as caught:
+        bcosify(mobilenet_v2())  # torchvision's: mean and std are known
+    text = str(caught.value)
+    assert "MobileNetV2 cannot be converted like this:\n- no family knows the forward" in text
+    assert "expected head='keep'" in text and "mean=" not in text
+    (line,) = [line for line in text.splitlines() if "ReLU6" in line]
+    names = [name for name, module in mobilenet_v2().named_modules() if type(module) is nn.ReLU6]
+    assert line == f"  {', '.join(names)}: torch.nn.modules.activation.ReLU6: no rule for this type"
+    with pytest.raises(ValueError) as caught:
+        bcosify(nn.Sequential(Odd(), nn.Flatten(), nn.Linear(64, 2)), std=0.5)
+    text = str(caught.value)
+    assert "- expected mean= and std=" in text and "got mean=None and std=0.5" in text
+    assert "0.act: torch.nn.modules.activation.Tanh" in text and "on_unknown='keep'" in text
+
+
+def test_torchvisions_classifiers_know_their_statistics():
+    from torchvision.models import segmentation, squeezenet1_1
+
+    network = squeezenet1_1(num_classes=3)
+    config = bcosify(network, head="keep").config
+    assert (config["mean"], config["std"], config["resize"]) == (list(MEAN), list(STD), 256)
+    assert detect(segmentation.lraspp_mobilenet_v3_large(weights_backbone=None), None, None) is None
 
 
 def test_layers_without_a_rule_can_be_kept():

@@ -208,7 +208,7 @@ def test_a_layer_that_forgets_explanation_mode_is_found(name, kind):
 def test_kept_layers_are_listed():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softplus(), nn.Flatten(), nn.Linear(64, 3)).double()
     images = torch.rand(1, 3, 6, 6, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="1 layers without a rule"):
+    with pytest.warns(UserWarning, match="1 layer without a rule is kept"):
         converted = bcosify(network, mean=MEAN, std=STD, on_unknown="keep")
     report = verify(network, converted, images)
     assert report.equivalence.ok
