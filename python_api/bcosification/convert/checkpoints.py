@@ -177,9 +177,13 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     """config.json of a folder that ``save_pretrained`` wrote, checked."""
     path = Path(folder) / CONFIG_NAME
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"load: expected a folder written by save_pretrained, got {str(folder)!r}")
+        got = "which is a file" if Path(folder).exists() else "where nothing is"
+        raise FileNotFoundError(f"load: expected a folder written by save_pretrained, got {str(folder)!r}, {got}")
     if not path.is_file():
-        raise FileNotFoundError(f"load: expected {CONFIG_NAME} in {folder}, found none")
+        raise FileNotFoundError(
+            f"load: expected {CONFIG_NAME} in {folder} (save_pretrained, bcosify convert and bcosify finetune write "
+            f"it), found {_listing(Path(folder))}"
+        )
     try:
         config = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -190,8 +194,21 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     return config
 
 
+def _listing(folder: Path) -> str:
+    """What lies in a folder, in words; folders in it that can be loaded are pointed out."""
+    loadable = sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG_NAME}"))
+    if loadable:
+        return f"none there, but in {', '.join(loadable)}"
+    names = sorted(path.name for path in folder.iterdir())
+    return f"only {_shortened(names)}" if names else "an empty folder"
+
+
 def _source(config: dict[str, Any]) -> dict[str, Any]:
-    return {"spec": config.get("source"), "num_classes": config.get("source_num_classes")}
+    return {
+        "spec": config.get("source"),
+        "num_classes": config.get("source_num_classes"),
+        "weights": config.get("source_weights"),
+    }
 
 
 def _build(config: dict[str, Any], folder: Path) -> nn.Module:
@@ -209,8 +226,8 @@ def _build(config: dict[str, Any], folder: Path) -> nn.Module:
     )
 
 
-def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    """Copy ``state`` into ``model``, all of it.
+def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str, asked: str | None = None) -> None:
+    """Copy ``state`` into ``model``, all of it; ``origin`` and ``asked`` name the file and the architecture in errors.
 
     Raises:
         ValueError: naming what is missing, left over or of another shape; ``model`` may then be filled in part.
@@ -232,8 +249,10 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
             ),
         ]
         listed = [f"{label} ({len(names)}): {_shortened(names)}" for label, names in problems if names]
+        kind = type(model.model if isinstance(model, BcosifiedModel) else model).__name__
+        expected = kind if asked is None else f"{asked} ({kind})"
         raise ValueError(
-            f"{origin}: expected weights of {type(model).__name__}, got another architecture's:\n  "
+            f"{origin}: expected weights of {expected}, got another architecture's:\n  "
             + "\n  ".join(listed or [str(error)])
         ) from None
 

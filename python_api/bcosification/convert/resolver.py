@@ -1,10 +1,10 @@
 """One resolver of model names, for the commands and for ``load``.
 
-    torchvision:NAME, NAME      torchvision's classification models
-    timm:NAME                   timm
-    open_clip:NAME/TAG          open_clip, weights TAG
-    FOLDER                      written by save_pretrained: a B-cosified model
-    FILE (with arch=SPEC)       weights of a standard model
+torchvision:NAME, NAME      torchvision's classification models
+timm:NAME                   timm
+open_clip:NAME/TAG          open_clip, weights TAG
+FOLDER                      written by save_pretrained: a B-cosified model
+FILE (with arch=SPEC)       weights of a standard model
 """
 
 from __future__ import annotations
@@ -64,13 +64,15 @@ def resolve(
     if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
         raise ValueError(f"resolve: expected num_classes to be an int >= 1, got {num_classes!r}")
     path = Path(spec).expanduser()
-    library, _, name = spec.partition(":")
-    if library in LIBRARIES and name:
+    library, separator, name = spec.partition(":")
+    if separator and library in LIBRARIES:
         kind = "name"
     elif path.is_dir() and ((path / CONFIG_NAME).is_file() or _looks_like_path(spec)):
         kind = "folder"
     elif path.is_file() or _looks_like_path(spec):
         kind = "file"
+    elif separator:
+        raise _unknown_prefix(library, spec)
     else:
         kind, library, name = "name", "torchvision", spec
     if kind == "folder":
@@ -79,6 +81,8 @@ def resolve(
         if not path.exists():
             raise FileNotFoundError(f"resolve: expected a folder or file, found none at {spec!r}")
         return _from_file(path, arch, num_classes, model)
+    if not separator and path.is_dir() and not _is_torchvision(spec):
+        return _from_folder(path, num_classes, model, {})  # which says what it lacks
     if arch is not None:
         raise ValueError(f"resolve: expected arch= with a weights file only, got {spec!r} and arch={arch!r}")
     if model is not None:
@@ -90,7 +94,17 @@ def resolve(
 
 
 def _looks_like_path(text: str) -> bool:
-    return text.endswith(SUFFIXES) or text.startswith(("/", "./", "../", "~")) or text.endswith("/")
+    if text.partition(":")[0] in LIBRARIES:
+        return False
+    return text.endswith(SUFFIXES) or text.startswith("~") or "/" in text
+
+
+def _is_torchvision(name: str) -> bool:
+    try:
+        from torchvision import models
+    except ImportError:
+        return False
+    return name in models.list_models(module=models)
 
 
 def _described(
@@ -110,6 +124,7 @@ def _described(
     network.bcosification_source = {
         "spec": spec if spec.partition(":")[0] in LIBRARIES else None,
         "num_classes": num_classes,
+        "weights": info["weights"],
         "preprocessing": info["preprocessing"],
     }
     return network.eval(), info
@@ -131,10 +146,22 @@ def _new_head(network: nn.Module, num_classes: int, what: str) -> None:
         network.set_submodule(name, fresh.to(head.weight))
 
 
-def _unknown(library: str, name: str, known: Iterable[str]) -> ValueError:
+def _near(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=5)
-    hint = f"; near: {', '.join(near)}" if near else ""
-    return ValueError(f"resolve: expected the name of a {library} model, got {name!r}{hint}")
+    return f"; near: {', '.join(near)}" if near else ""
+
+
+def _unknown(library: str, name: str, known: Iterable[str]) -> ValueError:
+    article = "an" if library[0] in "aeiou" else "a"
+    return ValueError(f"resolve: expected the name of {article} {library} model, got {name!r}{_near(name, known)}")
+
+
+def _unknown_prefix(prefix: str, spec: str) -> ValueError:
+    known = ", ".join(f"{library}:" for library in LIBRARIES)
+    return ValueError(
+        f"resolve: expected a name with a prefix among {known} (or none, which is torchvision:), got {spec!r} with "
+        f"{prefix + ':'!r}{_near(prefix, LIBRARIES)}"
+    )
 
 
 def _needs(library: str, package: str, error: ImportError) -> RuntimeError:
@@ -165,7 +192,9 @@ def _torchvision(
             entry = entries[weights.rpartition(".")[2]]
         except KeyError:
             choices = ", ".join(entries.__members__)
-            raise ValueError(f"resolve: torchvision:{name}: expected weights {choices}, got {weights!r}") from None
+            raise ValueError(
+                f"resolve: torchvision:{name}: expected weights to be a file or one of {choices}, got {weights!r}"
+            ) from None
     elif pretrained:
         entry = entries.DEFAULT if "DEFAULT" in entries.__members__ else next(iter(entries))
     if entry is None:
@@ -272,7 +301,9 @@ def _from_file(
 ) -> tuple[nn.Module, dict[str, Any]]:
     if (arch is None) == (model is None):
         got = "neither" if arch is None else "both"
-        raise ValueError(f"resolve: {path}: expected arch=NAME or model= with a weights file, got {got}")
+        raise ValueError(
+            f"resolve: {path}: expected arch=NAME with a weights file (or model=, a network), got {got} of them"
+        )
     state = _common_layout(read_weights(path))
     if any(name.startswith("model.") for name in state) and (path.parent / CONFIG_NAME).is_file():
         raise ValueError(
@@ -290,10 +321,11 @@ def _from_file(
         if _head(network) is not None and rows is not None and rows.shape[0] != _head(network).out_features:
             _new_head(network, rows.shape[0], str(path))
         info = {"library": info["library"], "name": info["name"]}
-    load_state(network, state, str(path))
+    load_state(network, state, str(path), None if model is not None else spec)
     if num_classes is not None:
         _new_head(network, num_classes, str(path))
-    return _described(network, spec, {**info, "weights": str(path)}, num_classes)
+    network, info = _described(network, spec, {**info, "weights": str(path.absolute())}, num_classes)
+    return network, {**info, "weights": str(path)}
 
 
 def _common_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:

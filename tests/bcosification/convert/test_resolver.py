@@ -66,7 +66,7 @@ def test_timm():
 def test_open_clip_names_are_checked():
     with pytest.raises(ValueError, match="ViT-B-32/TAG with TAG one of .*openai.*, got 'nothing'"):
         resolve("open_clip:ViT-B-32/nothing")
-    with pytest.raises(ValueError, match="expected the name of a open_clip model, got 'ViT-B-33'; near: .*ViT-B-32"):
+    with pytest.raises(ValueError, match="expected the name of an open_clip model, got 'ViT-B-33'; near: .*ViT-B-32"):
         resolve("open_clip:ViT-B-33/openai")
     with pytest.raises(ValueError, match="neither num_classes"):
         resolve("open_clip:ViT-B-32/openai", num_classes=3)
@@ -83,7 +83,7 @@ def test_bad_arguments_are_named(tmp_path):
         resolve(None)
     with pytest.raises(ValueError, match="expected num_classes to be an int >= 1, got 0"):
         resolve("resnet18", num_classes=0)
-    with pytest.raises(ValueError, match="expected weights IMAGENET1K_V1, DEFAULT, got 'V9'"):
+    with pytest.raises(ValueError, match="expected weights to be a file or one of IMAGENET1K_V1, DEFAULT, got 'V9'"):
         resolve("resnet18", weights="V9")
     with pytest.raises(ValueError, match="expected arch= with a weights file only"):
         resolve("resnet18", arch="resnet18")
@@ -93,6 +93,48 @@ def test_bad_arguments_are_named(tmp_path):
         resolve("./missing")
     with pytest.raises(FileNotFoundError, match="expected config.json"):
         resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "spec, error, message",
+    [
+        ("foo:bar", ValueError, "prefix among torchvision:, timm:, open_clip: .*, got 'foo:bar' with 'foo:'$"),
+        ("torchvison:resnet18", ValueError, "got 'torchvison:resnet18' with 'torchvison:'; near: torchvision"),
+        ("torchvision:", ValueError, "expected the name of a torchvision model, got ''"),
+        ("runs/r18/best", FileNotFoundError, "expected a folder or file, found none at 'runs/r18/best'"),
+        ("nothing", ValueError, "expected the name of a torchvision model, got 'nothing'"),
+        ("bare", FileNotFoundError, r"expected config.json in bare \(save_pretrained, .*\), found an empty folder"),
+        ("full", FileNotFoundError, "expected config.json in full .*, found only a.txt"),
+        ("run", FileNotFoundError, "expected config.json in run .*, found none there, but in run/best, run/last"),
+        ("file", ValueError, "expected tensors|expected a file of tensors"),
+    ],
+)
+def test_what_stands_for_nothing_is_told(tmp_path, monkeypatch, spec, error, message):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("bare", "full", "run/best", "run/last"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("full/a.txt", "run/best/config.json", "run/last/config.json", "file"):
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(error, match=message):
+        resolve(spec, arch="resnet18" if spec == "file" else None, pretrained=False)
+
+
+def test_a_folder_does_not_hide_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "resnet18").mkdir()
+    assert resolve("resnet18", pretrained=False)[1]["spec"] == "torchvision:resnet18"
+
+
+def test_conversions_remember_their_weights(tmp_path, published):
+    path = tmp_path / "weights.pth"
+    torch.save(resnet18(num_classes=4).state_dict(), path)
+    for arguments, expected in (
+        (dict(spec="resnet18"), "ResNet18_Weights.IMAGENET1K_V1"),
+        (dict(spec="resnet18", pretrained=False), None),
+        (dict(spec=str(path), arch="resnet18"), str(path)),
+    ):
+        config = bcosify(resolve(**arguments)[0]).config
+        assert (config["source"], config["source_weights"]) == ("torchvision:resnet18", expected)
 
 
 def test_folders(tmp_path):
@@ -141,12 +183,15 @@ def test_weights_files(tmp_path, suffix):
         resolve(path, model=own)
     assert torch.equal(resolve(path, model=own[0])[0].fc.weight, state["fc.weight"])
     assert not torch.equal(own[0].fc.weight, state["fc.weight"])
-    with pytest.raises(ValueError, match="expected arch=NAME or model= with a weights file, got neither"):
+    with pytest.raises(ValueError, match=r"expected arch=NAME with a weights file \(or model=.*, got neither"):
         resolve(path)
     with pytest.raises(ValueError, match="got both"):
         resolve(path, arch="resnet18", model=network)
-    with pytest.raises(ValueError, match="another architecture's"):
+    message = r"expected weights of torchvision:resnet34 \(ResNet\), got another architecture's"
+    with pytest.raises(ValueError, match=message):
         resolve(path, arch="resnet34")
+    with pytest.raises(ValueError, match=message):
+        resolve("resnet34", weights=path)
 
 
 def test_published_densenet_files_have_older_names(tmp_path):
