@@ -97,6 +97,7 @@ class Explanation:
         class_names: Sequence[str] | None = None,
         smooth: int | None = 15,
         percentile: float = 99.5,
+        size: int | None = 224,
     ) -> list[Path]:
         """Write three PNGs per image and one `explanations.json`.
 
@@ -105,6 +106,8 @@ class Explanation:
             names: Stems of the files, one per image and different; default 0000, 0001, …
             class_names: Names of the classes for the JSON file.
             smooth, percentile: As in `image`.
+            size: Pictures are enlarged by a whole factor, every pixel a square, until their shorter side has at least
+                so many pixels, default 224; None: as large as the network's input.
 
         Returns:
             The files: NAME_image.png, NAME_explanation.png (transparent), NAME_contributions.png, explanations.json.
@@ -118,6 +121,7 @@ class Explanation:
             raise ValueError(f"Explanation.save: expected {len(self)} different names, got {names}")
         if any(Path(name).name != name for name in names):
             raise ValueError(f"Explanation.save: expected file names without folders, got {names}")
+        pictures.enlargement(1, 1, size)  # refuses what is no size before anything is written
         pictures_of = [
             {
                 "image": pictures.image_picture(self.images[i]),
@@ -131,7 +135,7 @@ class Explanation:
         summary = folder / "explanations.json"
         summary.write_text(json.dumps(self._summary(names, class_names), indent=2) + "\n", encoding="utf-8")
         files = [
-            pictures.save_picture(picture, folder / f"{name}_{kind}.png")
+            pictures.save_picture(pictures.enlarged(picture, size), folder / f"{name}_{kind}.png")
             for name, by_kind in zip(names, pictures_of, strict=True)
             for kind, picture in by_kind.items()
         ]

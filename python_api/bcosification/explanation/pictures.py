@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = [
     "color_picture",
     "contribution_picture",
+    "enlarged",
+    "enlargement",
     "explanation_figure",
     "image_picture",
     "on_background",
@@ -44,9 +46,12 @@ def _matplotlib() -> Any:
     return matplotlib
 
 
-def _check_percentile(percentile: float) -> None:
+def check_options(smooth: int | None, percentile: float) -> None:
+    """Raise ValueError unless pictures can be drawn with these options."""
+    if smooth and (smooth < 0 or smooth % 2 == 0):
+        raise ValueError(f"explanation picture: expected smooth to be odd and >= 1, or 0 for none, got {smooth}")
     if not 0 < percentile <= 100:
-        raise ValueError(f"explanation picture: expected percentile in (0, 100], got {percentile}")
+        raise ValueError(f"explanation picture: expected percentile > 0 and <= 100, got {percentile}")
 
 
 def _quantile(values: Tensor, q: float) -> Tensor:
@@ -89,9 +94,7 @@ def color_picture(image: Tensor, weights: Tensor, *, smooth: int | None = 15, pe
             "color_picture: expected an encoded image [x, 1 - x] and weights, both of shape (6, H, W), got "
             f"{tuple(image.shape)} and {tuple(weights.shape)}"
         )
-    if smooth and smooth % 2 == 0:
-        raise ValueError(f"color_picture: expected an odd smooth, or None, got {smooth}")
-    _check_percentile(percentile)
+    check_options(smooth, percentile)
     image, weights = (t.detach().to(torch.float32) for t in (image, weights))
     colors = (weights / (weights.abs().amax(0, keepdim=True) + 1e-12)).clamp(min=0)
     colors = colors[:3] / (colors[:3] + colors[3:] + 1e-12)
@@ -118,7 +121,7 @@ def contribution_picture(contributions: Tensor | np.ndarray, *, percentile: floa
         ValueError: not two-dimensional, or a percentile outside (0, 100].
         ModuleNotFoundError: matplotlib is missing.
     """
-    _check_percentile(percentile)
+    check_options(None, percentile)
     if isinstance(contributions, Tensor):
         contributions = contributions.detach().float().cpu().numpy()
     values = np.asarray(contributions)
@@ -145,6 +148,23 @@ def on_background(picture: np.ndarray, color: Sequence[float] = (1.0, 1.0, 1.0))
     alpha = picture[..., 3:]
     colors = picture[..., :3] * alpha + np.asarray(color, dtype=np.float32) * (1 - alpha)
     return np.concatenate([colors, np.ones_like(alpha)], axis=2).astype(np.float32)
+
+
+def enlargement(height: int, width: int, size: int | None) -> int:
+    """The smallest whole factor that makes the shorter side at least `size` pixels; 1 for None or 0."""
+    if size is not None and size < 0:
+        raise ValueError(f"explanation picture: expected size >= 0, got {size}")
+    return max(1, -(-(size or 0) // min(height, width)))
+
+
+def enlarged(picture: np.ndarray, size: int | None) -> np.ndarray:
+    """A picture (H, W, 4) with every pixel drawn as a square, so that its shorter side has at least `size` pixels.
+
+    A whole factor and no interpolation: what one pixel of the network's input says is not mixed with its neighbours',
+    and [::factor, ::factor] gives the picture back. None or 0, and pictures that are large enough: unchanged.
+    """
+    factor = enlargement(picture.shape[0], picture.shape[1], size)
+    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def save_picture(picture: np.ndarray, path: str | Path) -> Path:

@@ -210,8 +210,11 @@ def test_save(tmp_path):
     files = explanation.save(tmp_path / "new", names=["cat", "dog"], class_names=list("abcde"), smooth=3)
     assert sorted(path.name for path in files) == sorted(path.name for path in (tmp_path / "new").iterdir())
     picture = np.asarray(Image.open(tmp_path / "new" / "dog_explanation.png"), dtype=np.float32) / 255
+    assert picture.shape == (224, 224, 4)  # 16 x 16, each pixel 14 x 14
+    picture = picture[7::14, 7::14]
     np.testing.assert_allclose(picture, explanation.image(1, smooth=3), atol=0.5 / 255 + 1e-6)
-    image = np.asarray(Image.open(tmp_path / "new" / "cat_image.png"), dtype=np.float32) / 255
+    explanation.save(tmp_path / "small", names=["cat", "dog"], size=None)
+    image = np.asarray(Image.open(tmp_path / "small" / "cat_image.png"), dtype=np.float32) / 255
     np.testing.assert_allclose(image[..., :3], x6[0, :3].permute(1, 2, 0).numpy(), atol=0.5 / 255 + 1e-6)
     summary = json.loads((tmp_path / "new" / "explanations.json").read_text())
     assert [(entry["name"], entry["target_name"]) for entry in summary] == [("cat", "b"), ("dog", "d")]
@@ -227,6 +230,8 @@ def test_save_refuses_names(tmp_path, names, message):
     explanation = explain(build("peer_convnet"), tiny_networks.images(2), 0)
     with pytest.raises(ValueError, match=message):
         explanation.save(tmp_path / "out", names=names)
+    with pytest.raises(ValueError, match="expected size >= 0, got -5"):
+        explanation.save(tmp_path / "out", size=-5)
     assert not (tmp_path / "out").exists()
 
 

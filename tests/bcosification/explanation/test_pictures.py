@@ -118,6 +118,21 @@ def test_a_grid_shows_every_picture_in_its_place(tmp_path):
         np.testing.assert_allclose(drawn[drawn.shape[0] - 1 - int(y), int(x)], colors[i, j], atol=0.02)
 
 
+@pytest.mark.parametrize(
+    ("shape", "size", "factor"),
+    [((32, 48), 224, 7), ((48, 32), 224, 7), ((33, 40), 224, 7), ((64, 64), 224, 4), ((224, 224), 224, 1)]
+    + [((300, 400), 224, 1), ((5, 5), None, 1), ((5, 5), 0, 1), ((5, 9), 6, 2)],
+)  # fmt: skip
+def test_enlarged_pictures_hold_every_pixel_as_a_square(shape, size, factor):
+    picture = np.random.default_rng(0).random((*shape, 4), dtype=np.float32)
+    large = pictures.enlarged(picture, size)
+    assert large.shape == (shape[0] * factor, shape[1] * factor, 4)
+    assert min(large.shape[:2]) >= (size or 0)
+    for i in range(factor):
+        for j in range(factor):
+            assert np.array_equal(large[i::factor, j::factor], picture)
+
+
 def test_pyplot_and_its_backend_stay_out(tmp_path):
     # pyplot would choose a backend, and with it a window system.
     code = (
@@ -145,15 +160,23 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path, module):
     [
         (lambda: pictures.color_picture(torch.rand(3, 4, 4), torch.rand(3, 4, 4)), r"\(6, H, W\), got \(3, 4, 4\)"),
         (lambda: pictures.color_picture(torch.rand(6, 4, 4), torch.rand(6, 4, 5)), r"\(6, 4, 4\) and \(6, 4, 5\)"),
-        (lambda: pictures.color_picture(torch.rand(6, 4, 4), torch.rand(6, 4, 4), smooth=4), "odd smooth, .* got 4"),
+        (
+            lambda: pictures.color_picture(torch.rand(6, 4, 4), torch.rand(6, 4, 4), smooth=4),
+            "smooth to be odd.* got 4",
+        ),
+        (
+            lambda: pictures.color_picture(torch.rand(6, 4, 4), torch.rand(6, 4, 4), smooth=-1),
+            "odd and >= 1, .* got -1",
+        ),
         (lambda: pictures.color_picture(torch.rand(6, 4, 4), torch.rand(6, 4, 4), percentile=0), "percentile"),
         (lambda: pictures.contribution_picture(torch.rand(1, 4, 4)), r"\(H, W\), got \(1, 4, 4\)"),
-        (lambda: pictures.contribution_picture(torch.rand(4, 4), percentile=101), "percentile in .* got 101"),
+        (lambda: pictures.contribution_picture(torch.rand(4, 4), percentile=101), "percentile > 0 and <= 100, got 101"),
         (lambda: pictures.image_picture(torch.rand(2, 4, 4)), r"got \(2, 4, 4\)"),
         (lambda: pictures.on_background(np.zeros((4, 4, 3))), r"\(H, W, 4\), got \(4, 4, 3\)"),
         (lambda: pictures.picture_grid([]), "equal length, got lengths"),
         (lambda: pictures.picture_grid([[None], [None, None]]), r"equal length, got lengths \[1, 2\]"),
         (lambda: pictures.picture_grid([[None]], row_labels=["a", "b"]), "expected 1 row_labels, got 2"),
+        (lambda: pictures.enlarged(np.zeros((2, 2, 4)), -1), "expected size >= 0, got -1"),
         (lambda: pictures.save_picture(np.zeros((2, 2, 4)), "a.jpg"), r"ends in \.png, got 'a\.jpg'"),
     ],
 )
