@@ -79,7 +79,8 @@ struct BatchNormBackwardArguments {
 
 struct Kernels {
   // norms; items are rows, (image, pixel) pairs or (image, group) planes
-  void (*norm_rows)(const void* x, void* n, int64_t columns, int64_t begin, int64_t end);
+  // linear: |x| + 1e-12, else (a window of one pixel) sqrt(|x|^2 + 1e-6)
+  void (*norm_rows)(const void* x, void* n, int64_t columns, bool linear, int64_t begin, int64_t end);
   void (*sum_squares_rows)(const void* x, void* map, Layout layout, int64_t begin, int64_t end);
   void (*sum_squares_planes)(const void* x, void* map, Layout layout, int64_t begin, int64_t end);
   void (*window_norm)(const void* map, void* n, void* scratch, const Window& window, int64_t begin, int64_t end);

@@ -25,11 +25,12 @@ inline Wide<S> sum_squares(const S* __restrict x, int64_t n) {
 }
 
 template <class S>
-void norm_rows(const void* x_, void* n_, int64_t columns, int64_t begin, int64_t end) {
+void norm_rows(const void* x_, void* n_, int64_t columns, bool linear, int64_t begin, int64_t end) {
   using W = Wide<S>;
   const S* x = static_cast<const S*>(x_);
   W* n = static_cast<W*>(n_);
-  for (int64_t r = begin; r < end; r++) n[r] = std::sqrt(sum_squares(x + r * columns, columns)) + W(kLinearNormEps);
+  const W inside = linear ? W(0) : W(kConvNormEps), outside = linear ? W(kLinearNormEps) : W(0);
+  for (int64_t r = begin; r < end; r++) n[r] = std::sqrt(sum_squares(x + r * columns, columns) + inside) + outside;
 }
 
 template <class S>
