@@ -17,6 +17,7 @@ import dataclasses
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -48,8 +49,10 @@ class FinetuneConfig:
     Optimisation: `epochs`, `batch_size` (per device), `lr`, `optimizer` (adam, adamw), `weight_decay`, `warmup_epochs`,
     `loss` (bce_uniform, bce, cross_entropy), `agc` (clip factor or None), `clip_norm` (norm or None), `seed`.
 
-    Machine: `precision` (Lightning's: 32-true, bf16-mixed, 16-mixed, …), `compile`, `channels_last`, `accelerator`,
-    `devices`, `limit_batches` (per epoch and part, for trials; None: all), `progress`.
+    Machine: `precision` (one of PRECISIONS, Lightning's names), `compile`, `channels_last`, `accelerator` (auto, cpu,
+    gpu, …), `devices` (a number, auto, or indices such as "0,2"), `limit_batches` (per epoch and part, for trials;
+    None: all), `progress` (True: a bar on a terminal, elsewhere a line per epoch; False: a line per epoch; None:
+    nothing is printed).
     """
 
     model: str = ""
@@ -82,9 +85,11 @@ class FinetuneConfig:
     accelerator: str = "auto"
     devices: str = "auto"
     limit_batches: int | None = None
-    progress: bool = True
+    progress: bool | None = True
 
-    # A resumed run may differ in these; all others decide what comes out.
+    PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
+
+    # A resumed run may differ in these, and in the number of epochs; all others decide what comes out.
     MACHINE = frozenset(
         {"output", "num_workers", "accelerator", "devices", "progress", "compile", "channels_last", "precision"}
     )
@@ -103,20 +108,24 @@ class FinetuneConfig:
             expect(getattr(self, name) >= 1, name, ">= 1")
         expect(self.lr > 0, "lr", "> 0")
         expect(self.b >= 1, "b", ">= 1")
-        expect(0 <= self.b_epochs <= self.epochs, "b_epochs", f"between 0 and epochs ({self.epochs})")
+        expect(0 <= self.b_epochs <= self.epochs, "b_epochs", f"between 0 and the number of epochs, {self.epochs}")
         expect(self.bias in ("remove", "keep", "decay"), "bias", "in ('remove', 'keep', 'decay')")
-        expect(0 <= self.bias_epochs <= self.epochs, "bias_epochs", f"between 0 and epochs ({self.epochs})")
-        expect(self.bias != "decay" or self.bias_epochs > 0, "bias_epochs", "> 0 with bias decay")
-        expect(self.bias == "decay" or self.bias_epochs == 0, "bias_epochs", "0 without bias decay")
-        expect(0 <= self.warmup_epochs < self.epochs, "warmup_epochs", f"between 0 and epochs ({self.epochs})")
+        most = f"between 0 and the number of epochs, {self.epochs}"
+        expect(0 <= self.bias_epochs <= self.epochs, "bias_epochs", most)
+        expect(self.bias != "decay" or self.bias_epochs > 0, "bias_epochs", "> 0 with bias='decay'")
+        expect(self.bias == "decay" or self.bias_epochs == 0, "bias_epochs", "to be 0 without bias='decay'")
+        expect(0 <= self.warmup_epochs < self.epochs, "warmup_epochs", f">= 0 and < {self.epochs} (epochs in all)")
         expect(self.optimizer in ("adam", "adamw"), "optimizer", "in ('adam', 'adamw')")
         expect(self.loss in LOSSES, "loss", f"in {tuple(LOSSES)}")
         expect(self.weight_decay >= 0, "weight_decay", ">= 0")
-        expect(self.agc is None or self.agc > 0, "agc", "> 0 or None")
-        expect(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "> 0 or None")
-        expect(self.agc is None or self.clip_norm is None, "clip_norm", "None when agc is given")
-        expect(self.image_size is None or self.image_size >= 8, "image_size", ">= 8 or None")
-        expect(self.num_workers is None or self.num_workers >= 0, "num_workers", ">= 0 or None")
+        expect(self.agc is None or self.agc > 0, "agc", "> 0")
+        expect(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "> 0")
+        if self.agc is not None and self.clip_norm is not None:
+            raise ValueError(f"finetune: expected agc= or clip_norm=, got both: {self.agc!r} and {self.clip_norm!r}")
+        expect(self.image_size is None or self.image_size >= 8, "image_size", ">= 8")
+        expect(self.num_workers is None or self.num_workers >= 0, "num_workers", ">= 0")
+        expect(self.limit_batches is None or self.limit_batches >= 1, "limit_batches", ">= 1")
+        expect(self.precision in self.PRECISIONS, "precision", f"to be one of {', '.join(self.PRECISIONS)}")
         expect(isinstance(self.conversion, dict), "conversion", "to be a mapping of bcosify's options")
         for name in ("b", "bias"):
             if name in self.conversion:
@@ -167,13 +176,15 @@ def _typed(values: dict, source: str) -> dict:
 @dataclass
 class FinetuneResult:
     """output: the folder; history: one dict per epoch, as in metrics.csv; model: the trained model, in eval mode;
-    best: highest val_top1 (share of 1); unreadable: list of (path, reason)."""
+    best: highest val_top1 (share of 1); unreadable: list of (path, reason); earlier: how many of the history's epochs
+    are those of the run that was resumed (all of them: it was complete)."""
 
     output: Path
     history: list[dict]
     model: object
     best: float
     unreadable: list
+    earlier: int = 0
 
 
 def recipes() -> dict[str, str]:
@@ -231,10 +242,11 @@ def check_output(folder, *, resume: bool = False) -> None:
 def check_writable(folder: Path) -> None:
     """Raises NotADirectoryError or PermissionError unless `folder` can be written or made; leaves nothing behind."""
     parent = folder.absolute()
-    while not parent.exists():
+    while not os.path.lexists(parent):  # a link to nowhere exists: nothing can be made in its place
         parent = parent.parent
-    if not parent.is_dir():
-        raise NotADirectoryError(f"output: expected a folder, got {folder}, where {parent} is a file")
+    if not os.path.isdir(parent):
+        kind = "a link to nothing" if parent.is_symlink() else "a file"
+        raise NotADirectoryError(f"output: expected a folder, got {folder}, where {parent} is {kind}")
     try:
         with tempfile.TemporaryFile(dir=parent):
             pass
@@ -302,8 +314,11 @@ def _callbacks(output: Path | None, show: bool):
                 if name in trainer.callback_metrics:
                     row[name] = float(trainer.callback_metrics[name])
             self.rows.append(row)
-            if output is not None and trainer.is_global_zero:
-                _write_history(self.rows, output)
+            if trainer.is_global_zero:
+                if output is not None:
+                    _write_history(self.rows, output)
+                if show and not trainer.progress_bar_callback:
+                    print(_row_text(row, trainer.max_epochs), flush=True)
 
         def state_dict(self):
             return {"rows": self.rows}
@@ -333,20 +348,24 @@ def _callbacks(output: Path | None, show: bool):
                         shutil.rmtree(output / "best", ignore_errors=True)
                         os.replace(output / "best.tmp", output / "best")
                 os.replace(temporary, output / "last.ckpt")
-            if show and trainer.is_global_zero and not trainer.progress_bar_callback:
-                print(_row_text(trainer), flush=True)
-
         def state_dict(self):
             return {"best": self.best}
 
         def load_state_dict(self, state):
             self.best = state["best"]
 
-    def _row_text(trainer) -> str:
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        return f"epoch {trainer.current_epoch + 1}: " + ", ".join(f"{k} {v:.4f}" for k, v in sorted(metrics.items()))
-
     return History(), Keep() if output is not None else None
+
+
+def _row_text(row: dict, epochs: int) -> str:
+    """One epoch in one line."""
+    parts = []
+    for part, label in (("train", "training"), ("val", "validation")):
+        metrics = [f"loss {row[f'{part}_loss']:.4f}"] if f"{part}_loss" in row else []
+        metrics += [f"top-{k} {100 * row[f'{part}_top{k}']:.2f} %" for k in (1, 5) if f"{part}_top{k}" in row]
+        if metrics:
+            parts.append(f"{label}: {', '.join(metrics)}")
+    return f"epoch {row['epoch']} of {epochs}: {'; '.join(parts)}; {row['seconds']:.0f} s"
 
 
 def _write_history(rows: list[dict], output: Path) -> None:
@@ -384,7 +403,7 @@ def _draw_history(rows: list[dict], path: Path) -> None:
 def train(
     module, datamodule, *, epochs: int, seed: int = 0, output: Path | None = None, callbacks=(), resume: bool = False,
     precision: str = "32-true", accelerator: str = "auto", devices="auto", clip_norm: float | None = None,
-    limit_batches: int | None = None, progress: bool = True, ready=None,
+    limit_batches: int | None = None, progress: bool | None = True, ready=None,
 ) -> list[dict]:  # fmt: skip
     """Runs Lightning's Trainer on a ClassificationModule; the core of `finetune`, usable with any model.
 
@@ -395,17 +414,24 @@ def train(
         callbacks: further Lightning callbacks (schedules).
         resume: continue from output/last.ckpt.
         precision, accelerator, devices: Lightning's. clip_norm: gradient norm limit.
-        limit_batches: per epoch and part; None: all. progress: a bar on a terminal, else a line per epoch.
+        limit_batches: per epoch and part; None: all.
+        progress: True: a bar on a terminal, elsewhere a line per epoch; False: a line per epoch; None: nothing.
         ready: called without arguments when everything has been accepted, before anything runs.
 
     Returns:
         One dict per epoch: epoch, step, seconds (training part), lr, train_loss, train_top1, val_loss, val_top1, …
+
+    Raises:
+        ValueError: a precision, an accelerator or devices that are not usable here, each named with what is.
     """
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Trainer
+
+    check_machine(accelerator, devices)
 
     module.seed = seed
     module.train()  # Lightning keeps the mode that it finds, and models come in eval mode
-    history, keep = _callbacks(output, progress)
+    history, keep = _callbacks(output, progress is not None)
     # Lightning names itself, its GPUs and its tips at level INFO.
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
@@ -418,13 +444,19 @@ def train(
             warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
             warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
             warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*optimizer.step.*")
-            trainer = Trainer(
-                max_epochs=epochs, precision=precision, accelerator=accelerator, devices=devices,
-                callbacks=[*callbacks, history, *([keep] if keep else [])], logger=False,
-                enable_checkpointing=keep is not None, enable_model_summary=False, num_sanity_val_steps=0,
-                enable_progress_bar=progress and sys.stdout.isatty(), use_distributed_sampler=False,
-                gradient_clip_val=clip_norm, limit_train_batches=limit_batches, limit_val_batches=limit_batches,
-            )  # fmt: skip
+            try:
+                trainer = Trainer(
+                    max_epochs=epochs, precision=precision, accelerator=accelerator, devices=devices,
+                    callbacks=[*callbacks, history, *([keep] if keep else [])], logger=False,
+                    enable_checkpointing=keep is not None, enable_model_summary=False, num_sanity_val_steps=0,
+                    enable_progress_bar=bool(progress) and sys.stdout.isatty(), use_distributed_sampler=False,
+                    gradient_clip_val=clip_norm, limit_train_batches=limit_batches, limit_val_batches=limit_batches,
+                )  # fmt: skip
+            except (MisconfigurationException, TypeError, ValueError) as error:
+                raise ValueError(
+                    "finetune: expected precision=, accelerator= and devices= that this machine has, got "
+                    f"{precision!r}, {accelerator!r} and {devices!r}: {error}"
+                ) from None
             if ready is not None:
                 ready()
             path = output / "last.ckpt" if resume and output is not None else None
@@ -443,6 +475,25 @@ def train(
     return history.rows
 
 
+def check_machine(accelerator: str, devices) -> None:
+    """Raises ValueError unless `accelerator` is usable here and `devices` a number, "auto" or a list of indices."""
+    from lightning.pytorch.accelerators import AcceleratorRegistry
+
+    known = sorted(AcceleratorRegistry.available_accelerators())
+    here = [name for name in known if AcceleratorRegistry[name]["accelerator"].is_available()]
+    usable = ["auto", *(["gpu"] if {"cuda", "mps"} & set(here) else []), *here]
+    if accelerator not in usable:
+        reason = ", of which torch finds none here" if accelerator in (*known, "gpu") else ""
+        raise ValueError(
+            f"finetune: expected accelerator to be one of {', '.join(usable)}, got {accelerator!r}{reason}"
+        )
+    text = str(devices).strip()
+    if not (text in ("auto", "-1") or re.fullmatch(r"[1-9]\d*|\d+(,\d+)+,?|\d+,", text)):
+        raise ValueError(
+            f"finetune: expected devices to be a number >= 1, auto, or indices such as 0,2; got {devices!r}"
+        )
+
+
 def finetune(config: FinetuneConfig, *, model=None, resume: bool = False) -> FinetuneResult:
     """Takes a pretrained network, B-cosifies it and fine-tunes it.
 
@@ -451,7 +502,9 @@ def finetune(config: FinetuneConfig, *, model=None, resume: bool = False) -> Fin
         model: a standard network of one's own, with its weights, instead of what config.model names (which then only
             labels the run); it is not changed. Resuming needs it again where its class cannot be built from its name.
         resume: continue the run in config.output from its last complete epoch; everything except FinetuneConfig.MACHINE
-            has to be as it was. On the same machine the result is that of an uninterrupted run, bit for bit.
+            and `epochs` has to be as it was. On the same machine the result is that of an uninterrupted run, bit for
+            bit. With another number of epochs, at least those that are done, the learning rate goes on along the
+            schedule of the new number (so that of a complete run rises again).
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError, PermissionError: the configuration, the data, the model or the
@@ -463,14 +516,13 @@ def finetune(config: FinetuneConfig, *, model=None, resume: bool = False) -> Fin
     _require("train", "lightning", "torchmetrics", "torchvision", "yaml", *(["timm"] if config.agc is not None else []))
     output = Path(config.output)
     check_output(output, resume=resume)
-    if resume:
-        _check_same(config, output)
+    check_machine(config.accelerator, config.devices)
+    earlier = _check_same(config, output) if resume else 0
 
     import torch
 
     torch.manual_seed(config.seed)
-    started = resume and (output / "last.ckpt").is_file()
-    model, datamodule = _prepare(config, model, output / "last" if started else None)
+    model, datamodule = _prepare(config, model, output / "last" if earlier else None)
     from .lightning_module import ClassificationModule
     from .schedules import BiasDecay, LinearB
 
@@ -490,8 +542,8 @@ def finetune(config: FinetuneConfig, *, model=None, resume: bool = False) -> Fin
     def ready() -> None:
         output.mkdir(parents=True, exist_ok=True)
         _write(output / "config.yaml", config.to_yaml())
-        if config.progress:
-            print(_summary(config, model, datamodule), flush=True)
+        if config.progress is not None and earlier < config.epochs:
+            print(_summary(config, model, datamodule, earlier), flush=True)
         if datamodule.unreadable:
             listed = output / "unreadable_images.txt"
             _write(listed, "".join(f"{path}\t{reason}\n" for path, reason in datamodule.unreadable))
@@ -506,12 +558,13 @@ def finetune(config: FinetuneConfig, *, model=None, resume: bool = False) -> Fin
         clip_norm=config.clip_norm, limit_batches=config.limit_batches, progress=config.progress, ready=ready,
     )  # fmt: skip
     best = max((row["val_top1"] for row in history if "val_top1" in row), default=float("nan"))
-    return FinetuneResult(output, history, model.eval(), best, datamodule.unreadable)
+    return FinetuneResult(output, history, model.eval(), best, datamodule.unreadable, earlier)
 
 
-def _summary(config: FinetuneConfig, model, datamodule) -> str:
+def _summary(config: FinetuneConfig, model, datamodule, earlier: int) -> str:
     height, width = model.config["input_size"] or ("?", "?")
-    return (
+    resumed = f"going on after epoch {earlier} of {config.epochs}\n" if earlier else ""
+    return resumed + (
         f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, B {config.b:g}, biases: "
         f"{config.bias}; {config.data}: {len(datamodule.train):,} images to train on and {len(datamodule.val):,} to "
         f"validate on, {datamodule.num_classes} classes, {height} x {width} pixels"
@@ -527,12 +580,40 @@ def saved_config(output: Path) -> FinetuneConfig:
     return FinetuneConfig.from_mapping(yaml.safe_load(path.read_text()), str(path))
 
 
-def _check_same(config: FinetuneConfig, output: Path) -> None:
-    path, earlier = output / "config.yaml", saved_config(output)
-    for entry in dataclasses.fields(FinetuneConfig):
-        before, now = getattr(earlier, entry.name), getattr(config, entry.name)
-        if entry.name not in FinetuneConfig.MACHINE and before != now:
-            raise ValueError(f"--resume: expected {entry.name} as in {path}, {before!r}; got {now!r}")
+def _check_same(config: FinetuneConfig, output: Path) -> int:
+    """The number of complete epochs of the run in `output`; ValueError if `config` asks for another run."""
+    path = output / "config.yaml"
+    before, now = (_decisive(c) for c in (saved_config(output), config))
+    other = [name for name in before | now if before.get(name) != now.get(name)]
+    if other:
+        values = [", ".join(f"{name}={options.get(name)!r}" for name in other) for options in (before, now)]
+        raise ValueError(
+            f"finetune: expected the options of the run that is resumed ({path}), {values[0]}; got {values[1]}: "
+            "another run needs a folder of its own"
+        )
+    done = _complete_epochs(output)
+    if config.epochs < done:
+        raise ValueError(
+            f"finetune: expected epochs >= {done}, which the run in {output} has done, got {config.epochs}"
+        )
+    return done
+
+
+def _decisive(config: FinetuneConfig) -> dict:
+    """The options that decide what comes out, those of the conversion among them, without the number of epochs."""
+    options = dataclasses.asdict(config)
+    options |= options.pop("conversion")
+    return {name: value for name, value in options.items() if name != "epochs" and name not in config.MACHINE}
+
+
+def _complete_epochs(output: Path) -> int:
+    """Epochs that last.ckpt holds; 0 for a run that was killed in its first."""
+    import torch
+
+    path = output / "last.ckpt"
+    if not path.is_file():
+        return 0
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"] + 1
 
 
 def _prepare(config: FinetuneConfig, own, saved: Path | None):
@@ -595,7 +676,7 @@ def _check_converted(config: FinetuneConfig, model) -> None:
     if config.conversion:
         raise ValueError(
             f"finetune: expected no options of conversion, as {config.model} is B-cosified already; got "
-            + ", ".join(config.conversion)
+            + ", ".join(f"{name}=" for name in config.conversion)
         )
 
 

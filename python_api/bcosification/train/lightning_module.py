@@ -7,7 +7,7 @@ import math
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
 from .losses import BinaryCrossEntropy, build_loss
@@ -20,15 +20,19 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 def cosine_with_warmup(optimizer, steps: int, warmup_steps: int = 0, start_factor: float = 0.01):
     """Learning rate: linear from start_factor·lr to lr in `warmup_steps`, then a cosine to 0 at `steps`.
 
-    Both parts are torch's own schedulers, called once per optimiser step.
+    A function of the number of the step, to be called once per optimiser step: a run that is resumed with more epochs
+    follows the new curve from there on (the state of torch's CosineAnnealingLR would bring its old length along).
     """
     if not 0 <= warmup_steps < max(steps, 1):
         raise ValueError(f"schedule: expected 0 <= warm-up steps < steps ({steps}), got {warmup_steps}")
-    cosine = CosineAnnealingLR(optimizer, T_max=max(steps - warmup_steps, 1))
-    if warmup_steps == 0:
-        return cosine
-    warmup = LinearLR(optimizer, start_factor=start_factor, total_iters=warmup_steps)
-    return SequentialLR(optimizer, [warmup, cosine], milestones=[warmup_steps])
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return start_factor + (1 - start_factor) * step / warmup_steps
+        share = min(1.0, (step - warmup_steps) / max(steps - warmup_steps, 1))
+        return (1 + math.cos(math.pi * share)) / 2
+
+    return LambdaLR(optimizer, factor)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

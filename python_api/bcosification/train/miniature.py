@@ -161,7 +161,7 @@ class _Study:
         module = ClassificationModule(model, CLASSES, loss=loss, lr=RATES[arm], warmup_epochs=min(0.5, epochs / 4))
         rows = train(
             module, self.datamodule(), epochs=epochs, seed=self.seed, callbacks=callbacks, accelerator="cpu", devices=1,
-            progress=False,
+            progress=None,
         )  # fmt: skip
         self.histories[arm], self.models[arm] = rows, model.eval()
         curve = " ".join(f"{100 * row['val_top1']:.1f}" for row in rows)

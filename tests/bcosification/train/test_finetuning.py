@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from PIL import Image
 
 import bcosification
@@ -162,10 +162,50 @@ def test_resume_before_the_first_checkpoint_starts_again(tmp_path):
 def test_resume_refuses_another_configuration(tmp_path):
     config = _config(tmp_path / "run", epochs=1)
     finetune(config, model=small_network())
-    with pytest.raises(ValueError, match=r"--resume: expected lr as in .*config.yaml, 0.01; got 0.5"):
-        finetune(dataclasses.replace(config, lr=0.5), model=small_network(), resume=True)
+    other = dataclasses.replace(config, lr=0.5, conversion=STATISTICS | {"pool": "keep"})
+    message = (
+        r"the run that is resumed \(.*config.yaml\), lr=0.01, pool=None; got lr=0.5, pool='keep': another run needs"
+    )
+    with pytest.raises(ValueError, match=message):
+        finetune(other, model=small_network(), resume=True)
     again = finetune(dataclasses.replace(config, num_workers=0), model=small_network(), resume=True)
-    assert len(again.history) == 1  # complete already: nothing is trained
+    assert len(again.history) == again.earlier == 1  # complete already: nothing is trained
+
+
+def test_complete_run_goes_on_with_more_epochs(tmp_path, capsys):
+    """The rates of the new epochs are those of a run that was meant to be as long from the start."""
+    config = _config(tmp_path / "run", epochs=2, warmup_epochs=0.5, progress=False)
+    first = finetune(config, model=small_network())
+    capsys.readouterr()
+    longer = finetune(dataclasses.replace(config, epochs=4), model=small_network(), resume=True)
+    assert "going on after epoch 2 of 4" in capsys.readouterr().out
+    assert longer.earlier == 2 and first.earlier == 0
+    assert longer.history[:2] == first.history and [row["step"] for row in longer.history] == [3, 6, 9, 12]
+    whole = finetune(_config(tmp_path / "whole", epochs=4, warmup_epochs=0.5), model=small_network())
+    assert [row["lr"] for row in longer.history[2:]] == pytest.approx([row["lr"] for row in whole.history[2:]])
+    assert longer.history[2]["lr"] > 1e-3 and first.history[1]["lr"] == pytest.approx(0, abs=1e-12)
+    assert longer.history[2]["train_loss"] < first.history[0]["train_loss"]
+    assert saved_config(tmp_path / "run").epochs == 4
+    with pytest.raises(ValueError, match="expected epochs >= 4, which the run in .*run has done, got 3"):
+        finetune(dataclasses.replace(config, epochs=3), model=small_network(), resume=True)
+
+
+def test_what_is_printed(tmp_path, capsys):
+    for progress in (True, False, None):
+        result = finetune(_config(tmp_path / str(progress), epochs=2, progress=progress), model=small_network())
+        out = capsys.readouterr().out
+        lines = re.findall(
+            r"^epoch (\d) of 2: training: loss (\S+), top-1 (\S+) %; validation: loss (\S+), ", out, re.M
+        )
+        if progress is None:
+            assert out == ""
+            continue
+        assert "1,438 images to train on" in out
+        expected = [
+            (str(row["epoch"]), f"{row['train_loss']:.4f}", f"{100 * row['train_top1']:.2f}", f"{row['val_loss']:.4f}")
+            for row in result.history
+        ]
+        assert lines == expected
 
 
 def test_folder_of_images_with_corrupt_files(tmp_path):
@@ -193,7 +233,7 @@ def test_b_cosified_model_is_trained_on_as_it_is(tmp_path, monkeypatch):
     assert {module.b for module in result.model.modules() if hasattr(module, "set_b")} == {1.5}
     with pytest.raises(ValueError, match="expected b as .* was B-cosified with, 1.5; got 2.0"):
         finetune(_config(tmp_path / "other", conversion={}), model=model)
-    with pytest.raises(ValueError, match="expected no options of conversion.*got mean, std"):
+    with pytest.raises(ValueError, match="expected no options of conversion.*got mean=, std="):
         finetune(_config(tmp_path / "other", b=1.5), model=model)
     assert not (tmp_path / "other").exists()
 
@@ -251,23 +291,32 @@ def test_mixed_precision_trains(tmp_path):
         (dict(lr=-1.0), "expected lr > 0, got -1.0"),
         (dict(b=0.5), "expected b >= 1, got 0.5"),
         (dict(bias="drop"), r"expected bias in \('remove', 'keep', 'decay'\), got 'drop'"),
-        (dict(bias="decay"), "expected bias_epochs > 0 with bias decay, got 0"),
-        (dict(bias_epochs=1.0), "expected bias_epochs 0 without bias decay, got 1.0"),
-        (dict(b_epochs=7.0), r"expected b_epochs between 0 and epochs \(3\), got 7.0"),
+        (dict(bias="decay"), "expected bias_epochs > 0 with bias='decay', got 0"),
+        (dict(bias_epochs=1.0), "expected bias_epochs to be 0 without bias='decay', got 1.0"),
+        (dict(b_epochs=7.0), r"expected b_epochs between 0 and the number of epochs, 3, got 7.0"),
+        (dict(warmup_epochs=3.0), r"expected warmup_epochs >= 0 and < 3 .*, got 3.0"),
         (dict(loss="mse"), "expected loss in .*got 'mse'"),
-        (dict(agc=0.01, clip_norm=1.0), "expected clip_norm None when agc is given, got 1.0"),
+        (dict(agc=0.01, clip_norm=1.0), "expected agc= or clip_norm=, got both: 0.01 and 1.0"),
         (dict(data="nowhere"), "expected one of .*got 'nowhere'"),
         (dict(image_size=8), "expected an image_size that .* can take"),
         (dict(conversion={"b": 1.5}), "expected b outside of conversion"),
-        (dict(accelerator="abacus"), "abacus"),
-        (dict(precision="3-bits"), "3-bits"),
+        (dict(limit_batches=0), "expected limit_batches >= 1, got 0"),
+        (dict(accelerator="abacus"), "expected accelerator to be one of auto, .*cpu.*, got 'abacus'$"),
+        (
+            dict(accelerator="tpu"),
+            "expected accelerator to be one of auto, .*, got 'tpu', of which torch finds none here",
+        ),
+        (dict(devices="two"), "expected devices to be a number >= 1, auto, .* got 'two'"),
+        (dict(devices="0"), "expected devices to be a number >= 1, auto, .* got '0'"),
+        (dict(devices="0,1"), "expected precision=, accelerator= and devices= that this machine has.*'cpu' and '0,1'"),
+        (dict(precision="3-bits"), "expected precision to be one of 32-true, bf16-mixed, .*, got '3-bits'"),
     ],
 )
 def test_bad_configuration_writes_nothing(tmp_path, changes, message):
     model = small_network()
     if "image_size" in changes:
         model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 9), *list(small_network())[5:7], torch.nn.Linear(4, 10))
-    with pytest.raises((ValueError, FileNotFoundError, MisconfigurationException), match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         finetune(_config(tmp_path / "run", **changes), model=model)
     assert list(tmp_path.iterdir()) == []
 
@@ -282,6 +331,11 @@ def test_output_folder_is_checked_first(tmp_path, monkeypatch):
         finetune(_config(tmp_path / "full" / "notes.txt", model="x"))
     with pytest.raises(NotADirectoryError):
         finetune(_config(tmp_path / "full" / "notes.txt" / "run", model="x"))
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for name in ("link", "link/run", "circle/run"):
+        with pytest.raises(NotADirectoryError, match="expected a folder, got .*, where .* is a link to nothing"):
+            finetune(_config(tmp_path / name, model="x"))
     with pytest.raises(FileNotFoundError, match="expected the folder of an earlier run"):
         finetune(_config(tmp_path / "none", model="x"), resume=True)
     (tmp_path / "full" / "config.yaml").write_text("")
