@@ -243,7 +243,14 @@ def _compare_parameters(twin: BcosifiedModel, converted: BcosifiedModel) -> list
     """Names of tensors with other values than a fresh conversion gives; ValueError for other shapes or names."""
     fresh, head = twin.state_dict(), f"model.{converted.config['head']}."
     changed = []
-    for name, value in converted.state_dict().items():
+    state = converted.state_dict()
+    for name, value in fresh.items():  # fresh has the biases, too, which converted may have lost
+        if name.startswith("model.") and name not in state and not name.endswith("bias"):
+            raise ValueError(
+                f"verify: expected converted to be a conversion of original, but {name} {tuple(value.shape)} of "
+                "a fresh one is not in it"
+            )
+    for name, value in state.items():
         if name.endswith(".b"):
             continue
         if name not in fresh or (fresh[name].shape != value.shape and not name.startswith(head)):

@@ -1,5 +1,6 @@
 """verify: says yes to exact conversions, and no to each kind of mistake, by the name of the layer."""
 
+import copy
 import json
 import math
 
@@ -242,6 +243,10 @@ def test_models_that_do_not_belong_together_are_named():
         small = vit()
         small.image_size, small.encoder.pos_embedding = 8, nn.Parameter(torch.zeros(1, 5, 12))
         verify(small.double(), converted, images)
+    deeper = vit()
+    deeper.encoder.layers.append(copy.deepcopy(deeper.encoder.layers[-1]))
+    with pytest.raises(ValueError, match=r"but model.encoder.layers.\d.* of a fresh one is not in it"):
+        verify(deeper.double(), converted, images)
     with pytest.raises(TypeError, match="expected the standard model first, got BcosifiedModel"):
         verify(converted, network, images)
     with pytest.raises(TypeError, match="expected a model made by bcosify second, got VisionTransformer"):
