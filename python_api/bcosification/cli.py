@@ -1,10 +1,11 @@
 """The command `bcosify`: fine-tune, explain, evaluate, convert and verify models.
 
     bcosify finetune --model resnet18 --data digits --out runs/digits
-    bcosify explain --model runs/digits IMAGE… --out pictures
+    bcosify explain runs/digits IMAGE… --out pictures
     bcosify evaluate runs/digits --data digits
 
-Exit codes: 0 done, 1 failed (a check did not hold, something is missing here), 2 wrong usage or input, 130 interrupted.
+Exit codes: 0 done; 1 not all of it (a check did not hold, an image named on the command line could not be read,
+something is missing here); 2 wrong usage or input, nothing was done; 130 interrupted.
 Nothing but the standard library is needed for the help; what an extra provides is imported by the command that uses it.
 """
 
@@ -14,15 +15,13 @@ import argparse
 import dataclasses
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["main"]
+from bcosification.cli_options import CONVERSION, FOLDER_HELP, STANDARD_HELP, in_options, parser
 
-MODEL_HELP = (
-    "torchvision:NAME or just NAME (resnet18), timm:NAME, open_clip:NAME/TAG, a folder written by finetune or convert, "
-    "or a weights file together with --arch"
-)
+__all__ = ["main"]
 
 # Which extra of the distribution brings a module.
 EXTRAS = {
@@ -30,15 +29,14 @@ EXTRAS = {
 }
 EXTRAS |= {"yaml": "train", "safetensors": "train", "matplotlib": "explain", "captum": "explain", "PIL": "explain"}
 
+# --- the commands -----------------------------------------------------------------------------------------------------
+
 
 def _finetune(arguments: argparse.Namespace) -> int:
+    from bcosification.convert.checkpoints import read_config
     from bcosification.train.finetuning import FinetuneConfig, finetune, load_recipe, saved_config
 
-    given = {
-        field.name: getattr(arguments, field.name)
-        for field in dataclasses.fields(FinetuneConfig)
-        if hasattr(arguments, field.name)
-    }
+    given = _given(arguments, [field.name for field in dataclasses.fields(FinetuneConfig)])
     values = {}
     if arguments.resume:
         if "output" not in given:
@@ -49,11 +47,21 @@ def _finetune(arguments: argparse.Namespace) -> int:
     for option, name in (("--model", "model"), ("--data", "data"), ("--out", "output")):
         if not (given.get(name) or values.get(name)):
             raise ValueError(f"expected {option}" + (" (or a recipe that names it)" if name != "output" else ""))
+    conversion = _given(arguments, CONVERSION)
+    if conversion:
+        given["conversion"] = {**values.get("conversion", {}), **conversion}
+    if "model" in given and not arguments.resume:
+        given["model"] = _run_folder(given["model"])
+        if _is_converted(given["model"]):  # it keeps the options that it was converted with
+            values = {name: read_config(given["model"])["options"][name] for name in ("b", "bias")} | values
     config = FinetuneConfig.from_mapping(values | given, "command line")
     result = finetune(config, resume=arguments.resume)
+    done = len(result.history)
+    if result.earlier == done:
+        print(f"the run in {result.output} is complete; --resume --epochs N with N > {done} goes on with it")
     last = result.history[-1]
     print(
-        f"{len(result.history)} epochs; val top-1 {100 * last['val_top1']:.2f} % (best {100 * result.best:.2f} %)\n"
+        f"{_count(done, 'epoch')}; validation top-1 {100 * last['val_top1']:.2f} % (best {100 * result.best:.2f} %)\n"
         f"model: {result.output / 'last'} (best: {result.output / 'best'}); curves and metrics in {result.output}"
     )
     return 0
@@ -64,41 +72,49 @@ def _explain(arguments: argparse.Namespace) -> int:
 
     import bcosification
     from bcosification.explanation import save_figure
+    from bcosification.explanation.pictures import check_options, enlargement
 
     images, spec = list(arguments.images), arguments.model
     if spec is None:
         spec, images = images[0], images[1:]
     if not images:
-        raise ValueError("explain: expected --model MODEL and at least one image")
+        raise ValueError(f"expected MODEL and at least one IMAGE, got {spec!r} alone")
+    check_options(arguments.smooth, arguments.percentile)
+    enlargement(1, 1, arguments.size)
     out = _output_folder(arguments.out)
-    model = _bcos_model(arguments, spec, "explain")
-    paths = _image_files(images)
-    tensors, read, unreadable = _read_images(paths, model)
+    folder = _bcos_folder(spec)
+    files = _image_files(images)
+    model = bcosification.load(folder)
+    tensors, read, unreadable = _read_images([path for path, _ in files], model)
     names = model.config.get("class_names")
     targets = None if arguments.target is None else _class_number(arguments.target, names, model.num_classes)
-    device = _device(arguments.device)
-    model.to(device).eval()
+    model.to(_device(arguments.device))
     explanation = bcosification.explain(model, torch.stack(tensors), targets, batch_size=arguments.batch_size)
+    height, width = tensors[0].shape[-2:]
     smooth = arguments.smooth
     if smooth is None:
         # 15 pixels at 224, as in the papers; the same share of other sizes, and odd.
-        smooth = max(1, 15 * min(tensors[0].shape[-2:]) // 224)
+        smooth = max(1, 15 * min(height, width) // 224)
         smooth -= smooth % 2 == 0
-    stems = _distinct([path.stem for path in read])
-    files = explanation.save(out, names=stems, class_names=names, smooth=smooth, percentile=arguments.percentile)
-    figure = explanation.figure(indices=range(min(len(read), 64)), class_names=names, smooth=smooth)
-    files.append(save_figure(figure, out / "overview.png"))
+    drawn = dict(class_names=names, smooth=smooth, percentile=arguments.percentile)
+    explanation.save(out, names=_distinct([path.stem for path in read]), size=arguments.size, **drawn)
+    save_figure(explanation.figure(indices=range(min(len(read), 64)), **drawn), out / "overview.png")
     for i, path in enumerate(read):
         target, predicted = int(explanation.targets[i]), int(explanation.logits[i].argmax())
         label = names[target] if names else target
         note = "" if target == predicted else f" (predicted: {names[predicted] if names else predicted})"
         print(f"{path}: class {label}{note}, logit {float(explanation.logits[i, target]):.2f}")
-    for path, reason in unreadable:
-        print(f"left out, unreadable: {path}: {reason}", file=sys.stderr)
-    print(f"{len(files)} files in {out}: each image, its explanation and its contribution map, and all in one overview")
-    if unreadable:
-        print(f"{len(unreadable)} of {len(paths)} images could not be read", file=sys.stderr)
-    return 0
+    factor = enlargement(height, width, arguments.size)
+    pixels = f"{height * factor} x {width * factor} pixels"
+    if factor > 1:
+        pixels += f" (the network sees {height} x {width}, each drawn {factor} x {factor})"
+    print(
+        f"{out}: {_count(len(read), 'image')}, each as NAME_image.png, NAME_explanation.png and "
+        f"NAME_contributions.png, {pixels}; all in overview.png, numbers in explanations.json"
+    )
+    _list_unreadable(unreadable, len(files))
+    named = {path for path, by_name in files if by_name}
+    return 1 if any(path in named for path, _ in unreadable) else 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -116,24 +132,29 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     classes = config.get("num_classes")
     if classes is not None and data.num_classes > classes:
-        raise ValueError(f"evaluate: expected data with at most the model's {classes} classes, got {data.num_classes}")
+        raise ValueError(f"--data: expected at most the model's {classes} classes, got {data.num_classes}")
     if classes is not None and data.num_classes < classes:
-        print(f"warning: the model has {classes} classes and the data {data.num_classes}: class k of the data is taken "
-              "for the model's class k", file=sys.stderr)  # fmt: skip
+        warnings.warn(
+            f"the model has {classes} classes and the data {data.num_classes}: class k of the data is taken for the "
+            "model's class k", stacklevel=1,
+        )  # fmt: skip
     result = evaluate(model, data.val_dataloader(), device=_device(arguments.device))
     print(f"images {result['images']}, top-1 {100 * result['top1']:.2f} %, top-5 {100 * result['top5']:.2f} %")
-    if data.unreadable:
-        print(f"{len(data.unreadable)} unreadable image files were left out:", file=sys.stderr)
-        for path, reason in data.unreadable:
-            print(f"  {path}: {reason}", file=sys.stderr)
+    _list_unreadable(data.unreadable, len(data.unreadable) + result["images"])
     return 0
 
 
 def _convert(arguments: argparse.Namespace) -> int:
     out = _output_folder(arguments.out)
     if out.is_dir() and any(out.iterdir()):
-        raise FileExistsError(f"convert: expected a new or empty folder, got {out} with files in it; choose another")
-    original, converted = _converted(arguments)
+        raise FileExistsError(f"--out: expected a new or empty folder, got {out} with files in it; choose another")
+    spec = _model_spec(arguments)
+    if _is_converted(spec):
+        raise ValueError(
+            f"expected a standard model ({STANDARD_HELP}), got {spec}, which holds a converted one; finetune, explain, "
+            "evaluate and verify take it"
+        )
+    original, converted = _converted(arguments, spec)
     converted.save_pretrained(out)
     changed = sum(entry["was"] != entry["becomes"] for entry in converted.conversion)
     print(f"{type(original).__name__}: {changed} of {len(converted.conversion)} layers became B-cos layers")
@@ -146,7 +167,15 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     import bcosification
 
-    original, converted = _converted(arguments)
+    spec = _model_spec(arguments)
+    if arguments.images < 1:
+        raise ValueError(f"expected --images >= 1, got {arguments.images}")
+    if _is_converted(spec):
+        original, converted = _with_original(arguments, _run_folder(spec))
+    elif arguments.original is not None:
+        raise ValueError(f"--original: expected {FOLDER_HELP} as MODEL, got {spec}, which is converted here")
+    else:
+        original, converted = _converted(arguments, spec)
     height, width = converted.config["input_size"] or (224, 224)
     images = torch.rand(arguments.images, 3, height, width, generator=torch.Generator().manual_seed(0))
     report = bcosification.verify(original, converted, images)
@@ -154,21 +183,12 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
-def _converted(arguments: argparse.Namespace):
-    """The standard model and its conversion with the options of the command line."""
-    import bcosification
-    from bcosification.convert.resolver import resolve
-    from bcosification.convert.wrapper import BcosifiedModel
+# --- models, images, output -------------------------------------------------------------------------------------------
 
-    spec = _model_spec(arguments)
-    original, _ = resolve(spec, arch=arguments.arch, pretrained=arguments.pretrained, weights=arguments.weights)
-    if isinstance(original, BcosifiedModel):
-        raise ValueError(f"expected a standard model, got {spec}, which is B-cosified already")
-    options = {
-        name: getattr(arguments, name)
-        for name in ("b", "bias", "pool", "head", "activation", "normalize_weight", "mean", "std", "on_unknown")
-    }
-    return original, bcosification.bcosify(original, **options)
+
+def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict:
+    """The options that were given: those with argparse.SUPPRESS as default are absent otherwise."""
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
 def _model_spec(arguments: argparse.Namespace) -> str:
@@ -176,6 +196,65 @@ def _model_spec(arguments: argparse.Namespace) -> str:
     if len(given) != 1:
         raise ValueError(f"expected one MODEL, got {len(given)}")
     return given[0]
+
+
+def _is_converted(spec: str) -> bool:
+    """Whether MODEL is a folder of ours, or of a run."""
+    return (Path(spec) / "config.json").is_file() or (Path(spec) / "config.yaml").is_file()
+
+
+def _run_folder(spec: str) -> str:
+    """The folder of a run stands for its best model."""
+    folder = Path(spec)
+    if (folder / "config.yaml").is_file():
+        if not (folder / "best" / "config.json").is_file():
+            raise FileNotFoundError(f"MODEL: expected a run with at least one complete epoch, found none in {folder}")
+        return str(folder / "best")
+    return spec
+
+
+def _converted(arguments: argparse.Namespace, spec: str):
+    """The standard model and its conversion with the options of the command line."""
+    import bcosification
+    from bcosification.convert.resolver import resolve
+
+    original, _ = resolve(spec, arch=arguments.arch, pretrained=arguments.pretrained, weights=arguments.weights)
+    return original, bcosification.bcosify(original, **_given(arguments, ("b", "bias", *CONVERSION)))
+
+
+def _with_original(arguments: argparse.Namespace, folder: str):
+    """The converted model in `folder`, and the standard model that it was made of."""
+    import bcosification
+    from bcosification.convert.resolver import resolve
+
+    given = _given(arguments, ("b", "bias", *CONVERSION))
+    if given:
+        raise ValueError(
+            f"expected no options of the conversion, as {folder} is converted already, got "
+            + ", ".join(f"{name}=" for name in given)
+        )
+    converted = bcosification.load(folder)
+    config = converted.config
+    options = dict(arch=arguments.arch, pretrained=arguments.pretrained, weights=arguments.weights)
+    if arguments.original is not None:
+        spec = arguments.original
+    elif not config.get("source"):
+        raise ValueError(
+            f"expected --original with the standard model that {folder} was made of ({STANDARD_HELP}), as its "
+            "config.json does not name it"
+        )
+    else:
+        spec, options["num_classes"] = config["source"], config.get("source_num_classes")
+        weights = config.get("source_weights")
+        if weights is None and "source_weights" in config:
+            options["pretrained"] = False
+        elif weights is not None and spec.startswith("torchvision:") and options["weights"] is None:
+            options["weights"] = weights
+        elif weights is not None and Path(weights).is_file() and options["weights"] is None:
+            options["weights"] = weights
+    original, info = resolve(spec, **options)
+    print(f"{folder}, compared with {info['spec']}, weights: {info['weights'] or 'random'}\n")
+    return original, converted
 
 
 def _any_model(arguments: argparse.Namespace, spec: str):
@@ -200,26 +279,15 @@ def _any_model(arguments: argparse.Namespace, spec: str):
     }
 
 
-def _bcos_model(arguments: argparse.Namespace, spec: str, command: str):
-    from bcosification.convert.wrapper import BcosifiedModel
-
-    model, _ = _any_model(arguments, spec)
-    if not isinstance(model, BcosifiedModel):
-        raise ValueError(
-            f"{command}: expected a B-cosified model, got the standard network {spec}; bcosify finetune (or convert) "
-            "makes one of it"
-        )
-    return model
-
-
-def _run_folder(spec: str) -> str:
-    """The folder of a run stands for its best model."""
-    folder = Path(spec)
-    if (folder / "config.yaml").is_file():
-        if not (folder / "best" / "config.json").is_file():
-            raise FileNotFoundError(f"model: expected a run with at least one complete epoch, found none in {folder}")
-        return str(folder / "best")
-    return spec
+def _bcos_folder(spec: str) -> str:
+    """The folder of a B-cosified model; anything else is refused before a network is built or downloaded."""
+    path = Path(spec)
+    if path.is_dir():
+        return _run_folder(spec)
+    got = f"the file {spec}" if path.exists() else f"{spec!r}, where no folder is"
+    raise ValueError(
+        f"MODEL: expected {FOLDER_HELP}, got {got}; of a standard network, finetune or convert make a B-cos model"
+    )
 
 
 def _output_folder(name: str) -> Path:
@@ -230,8 +298,8 @@ def _output_folder(name: str) -> Path:
     return folder
 
 
-def _image_files(names: Sequence[str]) -> list[Path]:
-    """The files; a folder stands for the images directly in it."""
+def _image_files(names: Sequence[str]) -> list[tuple[Path, bool]]:
+    """Files, and whether each was named itself; a folder stands for the images directly in it."""
     suffixes = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
     files = []
     for name in names:
@@ -239,12 +307,12 @@ def _image_files(names: Sequence[str]) -> list[Path]:
         if path.is_dir():
             inside = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in suffixes)
             if not inside:
-                raise FileNotFoundError(f"explain: expected images in the folder {path}, found none")
-            files += inside
+                raise FileNotFoundError(f"IMAGE: expected images in the folder {path}, found none")
+            files += [(entry, False) for entry in inside]
         elif path.is_file():
-            files.append(path)
+            files.append((path, True))
         else:
-            raise FileNotFoundError(f"explain: expected an image file or a folder, found neither at {path}")
+            raise FileNotFoundError(f"IMAGE: expected an image file or a folder, found neither at {path}")
     return files
 
 
@@ -255,15 +323,28 @@ def _read_images(paths: Sequence[Path], model):
     for path in paths:
         try:
             image = load_image(path)
-        except (OSError, ValueError, SyntaxError) as error:
+        except ModuleNotFoundError:
+            raise
+        except Exception as error:  # Pillow's decoders raise many types on broken files
             unreadable.append((path, error))
             continue
         tensors.append(model.transform(image))
         read.append(path)
     if not read:
         path, reason = unreadable[0]
-        raise ValueError(f"explain: expected images, but none of {len(paths)} can be read (first: {path}: {reason})")
+        raise ValueError(f"IMAGE: expected images, but none of {len(paths)} can be read (first: {path}: {reason})")
+    shapes = sorted({tuple(tensor.shape[-2:]) for tensor in tensors})
+    if len(shapes) > 1:  # of models that tell no input size
+        listed = ", ".join(f"{height} x {width}" for height, width in shapes)
+        raise ValueError(f"IMAGE: expected images of one size, as the model has none of its own, got {listed}")
     return tensors, read, unreadable
+
+
+def _list_unreadable(unreadable: Sequence[tuple], of: int) -> None:
+    if unreadable:
+        print(f"left out, as {len(unreadable)} of {_count(of, 'image')} could not be read:", file=sys.stderr)
+        for path, reason in unreadable:
+            print(f"  {path}: {reason}", file=sys.stderr)
 
 
 def _distinct(stems: Sequence[str]) -> list[str]:
@@ -284,7 +365,7 @@ def _class_number(target: str, names: Sequence[str] | None, classes: int) -> int
     if target.isdecimal() and int(target) < classes:
         return int(target)
     known = f"a class number below {classes}" + (f" or one of {', '.join(names[:10])}" if names else "")
-    raise ValueError(f"explain: expected --target to be {known}, got {target!r}")
+    raise ValueError(f"expected --target to be {known}, got {target!r}")
 
 
 def _device(name: str):
@@ -300,163 +381,52 @@ def _device(name: str):
     return device
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="bcosify",
-        description="Turn pretrained vision models into B-cos models: convert, fine-tune, explain, measure.",
-        epilog="bcosify COMMAND --help tells the options of a command.",
-    )
-    parser.add_argument("--version", action="store_true", help="print versions and what this machine can run")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="on an error, show the Python traceback")
-    source = argparse.ArgumentParser(add_help=False)
-    group = source.add_argument_group("model")
-    group.add_argument("--arch", metavar="NAME", help="architecture of a weights file, as a MODEL is named")
-    group.add_argument("--weights", metavar="FILE", help="standard weights from this file (.safetensors, .pth)")
-    group.add_argument(
-        "--no-pretrained", dest="pretrained", action="store_false", help="random weights; nothing is downloaded"
-    )
-    positional = argparse.ArgumentParser(add_help=False)
-    positional.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
-    positional.add_argument("--model", dest="model_option", metavar="MODEL", help=argparse.SUPPRESS)
-    running = argparse.ArgumentParser(add_help=False)
-    running.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
-
-    _add_finetune(commands, common)
-
-    command = commands.add_parser(
-        "explain", parents=[common, source, running], help="write pictures of explanations",
-        description="Write for every image its picture, its explanation W(x) and its contribution map, as PNG.",
-    )  # fmt: skip
-    command.add_argument("--model", metavar="MODEL", help=f"a B-cosified model: {MODEL_HELP}")
-    command.add_argument("images", metavar="IMAGE", nargs="+", help="image files, or folders of them")
-    command.add_argument("--out", metavar="DIR", required=True, help="where to; made if it is missing")
-    command.add_argument("--target", metavar="CLASS", help="class to explain, number or name (default: the predicted)")
-    command.add_argument("--smooth", type=int, help="edge of the box that smooths, odd (default: 15 at 224 pixels)")
-    command.add_argument("--percentile", type=float, default=99.5, help="drawn fully opaque (default: 99.5)")
-    command.add_argument("--batch-size", type=int, help="images at once (default: as many as fit 16 of 224 pixels)")
-    command.set_defaults(run=_explain)
-
-    command = commands.add_parser(
-        "evaluate", parents=[common, positional, source, running], help="top-1 and top-5 accuracy",
-        description="Accuracy on a data set: digits, scenes, or a folder (its val/ if it has one, else class folders).",
-    )  # fmt: skip
-    command.add_argument("--data", required=True, help="digits, scenes, or a folder of class folders")
-    command.add_argument("--image-size", type=int, help="edge in pixels (default: the model's)")
-    command.add_argument("--batch-size", type=int, default=64, help="images at once (default: 64)")
-    command.add_argument("--num-workers", type=int, help="loading processes (default: 0 for embedded data, up to 8)")
-    command.set_defaults(run=_evaluate)
-
-    conversion = argparse.ArgumentParser(add_help=False)
-    group = conversion.add_argument_group("conversion")
-    group.add_argument("--b", type=float, default=2.0, help="exponent B (default: 2)")
-    group.add_argument("--bias", choices=("remove", "keep", "decay"), default="remove", help="(default: remove)")
-    group.add_argument("--pool", choices=("average", "keep"), default="average", help="max pooling (default: average)")
-    group.add_argument("--head", choices=("before_pool", "keep"), default="before_pool", help="(default: before_pool)")
-    group.add_argument("--activation", choices=("keep", "remove"), default="keep", help="ReLU, GELU (default: keep)")
-    group.add_argument("--normalize-weight", action="store_true", help="normalise weights as B-cos v2 does")
-    group.add_argument("--mean", type=float, nargs="+", help="input normalisation, where the model does not tell it")
-    group.add_argument("--std", type=float, nargs="+", help="likewise")
-    group.add_argument("--on-unknown", choices=("error", "keep"), default="error", help="layers without a rule")
-
-    command = commands.add_parser(
-        "convert", parents=[common, positional, source, conversion], help="B-cosify and save, without training",
-        description="B-cosify a standard model and write model.safetensors and config.json.",
-    )  # fmt: skip
-    command.add_argument("--out", metavar="DIR", required=True, help="where to; new or empty")
-    command.set_defaults(run=_convert)
-
-    command = commands.add_parser(
-        "verify", parents=[common, positional, source, conversion], help="check a conversion layer by layer",
-        description="Convert a model and show, layer by layer, that only B and the biases change what it computes.",
-    )  # fmt: skip
-    command.add_argument("--images", type=int, default=2, help="number of random images to compare on (default: 2)")
-    command.set_defaults(run=_verify)
-    return parser
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
-def _add_finetune(commands, common) -> None:
-    from bcosification.train.finetuning import FinetuneConfig, recipes
+# --- running a command, and its errors --------------------------------------------------------------------------------
 
-    defaults = FinetuneConfig()
-    listed = "\n".join(f"  {name:22} {text}" for name, text in recipes().items())
-    command = commands.add_parser(
-        "finetune", parents=[common], help="B-cosify a pretrained model and fine-tune it",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="B-cosify a pretrained model and fine-tune it. Options given here override those of --recipe.",
-        epilog=f"recipes:\n{listed}\n\nA stopped run goes on with: bcosify finetune --resume --out DIR",
-    )  # fmt: skip
-    nothing = argparse.SUPPRESS  # only what was given: recipes and earlier runs fill in the rest
+COMMANDS = {
+    "finetune": _finetune,
+    "explain": _explain,
+    "evaluate": _evaluate,
+    "convert": _convert,
+    "verify": _verify,
+}
 
-    def add(group, name: str, text: str, **options) -> None:
-        destination = options.pop("dest", name.removeprefix("--").replace("-", "_"))
-        default = getattr(defaults, destination)
-        shown = "" if default in (None, "") or isinstance(default, bool) else f" (default: {default:g})" if isinstance(
-            default, float) else f" (default: {default})"  # fmt: skip
-        group.add_argument(name, dest=destination, default=nothing, help=text + shown, **options)
 
-    group = command.add_argument_group("what")
-    add(group, "--model", MODEL_HELP)
-    add(group, "--data", "digits, scenes, or a folder with train/ and val/, one sub-folder per class in each")
-    add(group, "--out", "output folder: new, empty, or with --resume that of a run", dest="output", metavar="DIR")
-    group.add_argument("--recipe", metavar="NAME_OR_FILE", help="options from a recipe (below) or a YAML file")
-    group.add_argument("--resume", action="store_true", help="continue the run in --out after its last complete epoch")
-    add(group, "--arch", "architecture of a weights file, as a MODEL is named", metavar="NAME")
-    add(group, "--weights", "standard weights from this file (.safetensors, .pth)", metavar="FILE")
-    add(group, "--no-pretrained", "random weights; nothing is downloaded", dest="pretrained", action="store_false")
-
-    group = command.add_argument_group("conversion")
-    add(group, "--b", "exponent B", type=float)
-    add(group, "--b-epochs", "raise B linearly from 1 over this many epochs; 0: at once", type=float)
-    add(group, "--bias", "biases", choices=("remove", "keep", "decay"))
-    add(group, "--bias-epochs", "with --bias decay: epochs until they are gone", type=float)
-
-    group = command.add_argument_group("optimisation")
-    add(group, "--epochs", "passes over the training data", type=int)
-    add(group, "--batch-size", "images per step and device", type=int)
-    add(group, "--lr", "peak learning rate; a cosine takes it to 0", type=float)
-    add(group, "--optimizer", "optimiser", choices=("adam", "adamw"))
-    add(group, "--weight-decay", "of matrices and kernels, not of vectors", type=float)
-    add(group, "--warmup-epochs", "linear warm-up, fractions allowed", type=float)
-    add(
-        group, "--loss", "binary cross-entropy with off labels 1/classes, with one-hot labels, or cross-entropy",
-        choices=("bce_uniform", "bce", "cross_entropy"),
-    )  # fmt: skip
-    add(group, "--agc", "adaptive gradient clipping with this factor (the papers: 0.01)", type=float, metavar="FACTOR")
-    add(group, "--clip-norm", "clip the gradient's norm", type=float, metavar="NORM")
-    add(group, "--seed", "of everything random", type=int)
-
-    group = command.add_argument_group("data")
-    add(group, "--image-size", "edge in pixels (default: the data set's, or the model's for folders)", type=int)
-    add(
-        group, "--no-augment", "no random crops and flips (embedded data: shifts)", dest="augment", action="store_false"
-    )
-    add(group, "--num-workers", "loading processes (default: 0 for embedded data, else up to 8)", type=int)
-    add(group, "--limit-batches", "batches per epoch and part, for a trial (default: all)", type=int)
-
-    group = command.add_argument_group("machine")
-    add(group, "--precision", "32-true, bf16-mixed, 16-mixed, …")
-    add(group, "--compile", "torch.compile the model", action="store_true")
-    add(group, "--accelerator", "auto, cpu, gpu, …")
-    add(group, "--devices", "number of devices, or auto")
-    add(group, "--no-progress", "no progress bar", dest="progress", action="store_false")
-    command.set_defaults(run=_finetune)
+def _missing_package(error: ModuleNotFoundError, command: str) -> ModuleNotFoundError:
+    """The error with the pip line of the extra that brings the package, if one does."""
+    name = (error.name or "").partition(".")[0]
+    if name not in EXTRAS or "pip install" in str(error):
+        return error
+    extra = EXTRAS[name]
+    if command == "explain" and name in ("torchvision", "safetensors"):
+        extra = "explain"
+    return ModuleNotFoundError(f"this needs {name}, which is not installed: pip install 'bcos-kernels[{extra}]'")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    whole = parser(COMMANDS)
+    arguments = whole.parse_args(argv)
     if arguments.version:
         from bcos_kernels.__main__ import main as report
 
         return report([])
     if arguments.command is None:
-        parser.print_help()
+        whole.print_help()
         return 2
+    command = f"bcosify {arguments.command}"
+
+    def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+        print(f"{command}: warning: {in_options(str(message), arguments.parser)}", file=sys.stderr)
+
     try:
-        return arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            return arguments.run(arguments)
     except KeyboardInterrupt:
         hint = ""
         if arguments.command == "finetune" and hasattr(arguments, "output"):
@@ -466,14 +436,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             traceback.print_exc()
-        if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS and "pip install" not in str(error):
-            error = ModuleNotFoundError(
-                f"this needs {error.name}, which is not installed: pip install 'bcos-kernels[{EXTRAS[error.name]}]'"
-            )
+        if isinstance(error, ModuleNotFoundError):
+            error = _missing_package(error, arguments.command)
         expected = isinstance(error, (ValueError, TypeError, OSError, NotImplementedError))
-        text = str(error) or type(error).__name__
+        text = in_options(str(error), arguments.parser) or type(error).__name__
         more = "" if expected or isinstance(error, (ImportError, RuntimeError)) else " (--debug shows where)"
-        print(f"bcosify {arguments.command}: error: {text}{more}", file=sys.stderr)
+        print(f"{command}: error: {text}{more}", file=sys.stderr)
         return 2 if expected else 1
 
 

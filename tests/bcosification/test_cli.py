@@ -1,7 +1,9 @@
 """The command bcosify: runs on real digits, help without extras, errors without tracebacks."""
 
+import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -9,14 +11,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models import resnet18
 
 import bcosification
+from bcosification import cli_options, resolve
 from bcosification.cli import main
+from bcosification.convert.rules import RULES
 from bcosification.evaluation import evaluate
+from bcosification.train import finetuning
 from bcosification.train.data import build_datamodule, digits
-from bcosification.train.finetuning import FinetuneConfig
+from bcosification.train.finetuning import FinetuneConfig, load_recipe, recipes
 
 COMMANDS = ["finetune", "explain", "evaluate", "convert", "verify"]
+TINY = "--model resnet18 --no-pretrained --data digits --out x".split()
 EXTRAS = (
     "lightning torchmetrics torchvision timm open_clip webdataset sklearn safetensors yaml matplotlib captum PIL tqdm"
 ).split()
@@ -52,9 +59,84 @@ def test_finetune_writes_the_configuration_that_was_asked_for(run_folder):
 
 def test_resume_needs_the_folder_alone(run_folder, capsys):
     assert main(["finetune", "--resume", "--out", str(run_folder)]) == 0
-    assert "1 epochs; val top-1" in capsys.readouterr().out
-    assert main(["finetune", "--resume", "--out", str(run_folder), "--lr", "0.5"]) == 2
-    assert "--resume: expected lr as in" in capsys.readouterr().err
+    out = capsys.readouterr().out
+    assert out.startswith(f"the run in {run_folder} is complete; --resume --epochs N with N > 1 goes on with it\n")
+    assert "\n1 epoch; validation top-1" in out
+
+
+def test_resume_refuses_other_options_by_name(run_folder, capsys):
+    changed = ["--lr", "0.5", "--optimizer", "adamw", "--agc", "0.1", "--head", "keep", "--recipe", "scenes"]
+    assert main(["finetune", "--resume", "--out", str(run_folder), *changed]) == 2
+    error = capsys.readouterr().err
+    theirs, ours = re.search(r"the run that is resumed \(.*config.yaml\), (.*); got (.*): another run", error).groups()
+    before = ["--model resnet18", "--data digits", "--batch-size 8", "--lr 0.001", "--optimizer adam"]
+    before += ["--warmup-epochs 0.0", "no --agc", "no --head"]
+    now = ["--model torchvision:resnet18", "--data scenes", "--batch-size 64", "--lr 0.5", "--optimizer adamw"]
+    now += ["--warmup-epochs 0.5", "--agc 0.1", "--head keep"]
+    assert (theirs.split(", "), ours.split(", ")) == (before, now)
+    assert main(["finetune", "--resume", "--out", str(run_folder), "--no-augment"]) == 2
+    assert "config.yaml), no --no-augment; got --no-augment: another run" in capsys.readouterr().err
+    assert main(["finetune", "--resume", "--out", str(run_folder), "--num-workers", "0", "--seed", "0"]) == 0
+
+
+def test_going_on_with_a_complete_run(run_folder, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    assert main(["finetune", "--resume", "--out", str(folder), "--epochs", "2", "--no-progress"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("going on after epoch 1 of 2\n") and "\n2 epochs; validation" in out
+    assert re.findall(r"^epoch (\d) of 2: training: loss", out, re.M) == ["2"]
+    assert main(["finetune", "--resume", "--out", str(folder), "--epochs", "1"]) == 2
+    assert "expected --epochs >= 2, which the run in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_is_taken(name, tmp_path, monkeypatch):
+    """The recipe's values and the command line's reach the run; a tiny run of two recipes is another test."""
+    seen = []
+
+    def take(config, *, resume):
+        config.check()
+        seen.append(config)
+        row = {"epoch": 1, "val_top1": 0.5}
+        return finetuning.FinetuneResult(tmp_path, [row], None, 0.5, [])
+
+    monkeypatch.setattr(finetuning, "finetune", take)
+    out = str(tmp_path / "run")
+    assert main(["finetune", "--recipe", name, "--data", "digits", "--out", out, "--seed", "7"]) == 0
+    values = load_recipe(name) | {"data": "digits", "output": out, "seed": 7}
+    assert seen == [FinetuneConfig(**values)]
+    assert resolve(values["model"], pretrained=False)[1]["library"] == "torchvision"
+
+
+@pytest.mark.parametrize("name", ["digits", "imagenet_resnet18"])
+def test_a_recipe_runs(name, tmp_path, capsys):
+    tiny = "--no-pretrained --epochs 1 --limit-batches 2 --batch-size 4 --accelerator cpu --no-progress".split()
+    folder = tmp_path / "run"
+    assert main(["finetune", "--recipe", name, "--data", "digits", "--out", str(folder), *tiny]) == 0
+    config = finetuning.saved_config(folder)
+    assert (config.agc, config.lr) == ((0.01, 1e-4) if name.startswith("imagenet") else (None, 1e-3))
+    model = bcosification.load(folder / "best")
+    assert model.num_classes == 10 and all(bool(value.isfinite().all()) for value in model.state_dict().values())
+    assert re.search(r"^epoch 1 of 1: training: loss \d.*; validation: loss \d", capsys.readouterr().out, re.M)
+
+
+def test_conversion_options_reach_a_run(tmp_path):
+    folder = tmp_path / "run"
+    tiny = "--no-pretrained --epochs 1 --limit-batches 1 --batch-size 4 --accelerator cpu --data digits".split()
+    options = "--pool keep --head keep --mean 0.5 0.5 0.5 --b 1.5".split()
+    assert main(["finetune", "--model", "resnet18", *tiny, *options, "--out", str(folder)]) == 0
+    config = bcosification.load(folder / "last").config
+    assert {name: config["options"][name] for name in ("pool", "head", "b")} == {
+        "pool": "keep",
+        "head": "keep",
+        "b": 1.5,
+    }
+    assert config["mean"] == [0.5] * 3 and config["std"] == [0.229, 0.224, 0.225]
+    again = tmp_path / "again"  # from that model: with the B that it has, whatever the default is
+    assert main(["finetune", "--model", str(folder), *tiny, "--out", str(again)]) == 0
+    assert bcosification.load(again / "last").config["options"]["b"] == 1.5
+    assert main(["finetune", "--model", str(folder), *tiny, "--b", "2", "--out", str(tmp_path / "other")]) == 2
 
 
 def test_explain_writes_the_pictures_of_the_library(run_folder, digit_files, tmp_path, capsys):
@@ -83,13 +165,35 @@ def test_explain_leaves_out_what_it_cannot_read(run_folder, digit_files, tmp_pat
     broken = digit_files[0].with_name("broken.png")
     broken.write_bytes(digit_files[0].read_bytes()[:80])
     out = tmp_path / "pictures"
-    assert main(["explain", "--model", str(run_folder), str(broken.parent), "--out", str(out)]) == 0
-    error = capsys.readouterr().err
-    assert str(broken) in error and "1 of 4 images could not be read" in error
-    assert len(json.loads((out / "explanations.json").read_text())) == 3
+    # In a folder: left out and listed. Named itself: likewise, and the exit code tells, after the rest is done.
+    for names, code in (([broken.parent], 0), ([*digit_files, broken], 1), ([broken, *digit_files], 1)):
+        shutil.rmtree(out, ignore_errors=True)
+        assert main(["explain", "--model", str(run_folder), *map(str, names), "--out", str(out)]) == code
+        error = capsys.readouterr().err
+        assert "left out, as 1 of 4 images could not be read:" in error and f"  {broken}: " in error
+        assert len(json.loads((out / "explanations.json").read_text())) == 3
     assert main(["explain", "--model", str(run_folder), str(broken), "--out", str(tmp_path / "none")]) == 2
     assert "none of 1 can be read" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_explain_refuses_a_missing_file_before_it_starts(run_folder, digit_files, tmp_path, capsys):
+    out = tmp_path / "pictures"
+    assert main(["explain", str(run_folder), str(digit_files[0]), "nowhere.png", "--out", str(out)]) == 2
+    assert "IMAGE: expected an image file or a folder, found neither at nowhere.png" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("size, factor", [(None, 7), (0, 1), (32, 1), (100, 4)])
+def test_explain_enlarges_small_pictures(run_folder, digit_files, tmp_path, capsys, size, factor):
+    option = [] if size is None else ["--size", str(size)]
+    assert main(["explain", str(run_folder), str(digit_files[0]), "--out", str(tmp_path / "out"), *option]) == 0
+    drawn = np.asarray(Image.open(tmp_path / "out" / "digit0_image.png"))[..., :3]
+    original = np.asarray(Image.open(digit_files[0]))
+    assert np.array_equal(drawn, original.repeat(factor, 0).repeat(factor, 1))
+    out = capsys.readouterr().out
+    assert f"{32 * factor} x {32 * factor} pixels" in out
+    assert ("the network sees 32 x 32, each drawn" in out) == (factor > 1)
 
 
 def test_explain_two_files_of_one_name(run_folder, digit_files, tmp_path):
@@ -135,8 +239,6 @@ def test_convert_then_load(tmp_path, capsys):
 
 
 def test_verify_reports_and_tells_by_its_exit_code(monkeypatch, capsys):
-    import bcosification.convert.verification as verification
-
     class Report:
         ok = True
 
@@ -149,8 +251,7 @@ def test_verify_reports_and_tells_by_its_exit_code(monkeypatch, capsys):
         seen.append((original, converted, images))
         return Report()
 
-    monkeypatch.setattr(verification, "verify", verify)
-    monkeypatch.setattr(bcosification, "verify", verify, raising=False)
+    monkeypatch.setattr(bcosification, "verify", verify)
     assert main(["verify", "resnet18", "--no-pretrained", "--images", "3"]) == 0
     assert "all the same" in capsys.readouterr().out
     original, converted, images = seen[0]
@@ -159,6 +260,42 @@ def test_verify_reports_and_tells_by_its_exit_code(monkeypatch, capsys):
     assert torch.equal(original.layer1[0].conv1.weight, converted.model.layer1[0].conv1.weight)
     Report.ok = False
     assert main(["verify", "resnet18", "--no-pretrained"]) == 1
+
+
+def test_verify_of_a_folder(tmp_path, capsys):
+    """Against what the folder was made of, when config.json tells it; against --original always."""
+    torch.manual_seed(5)
+    weights = tmp_path / "weights.pth"
+    torch.save(resnet18(num_classes=4).state_dict(), weights)
+    out = tmp_path / "converted"
+    assert main(["convert", str(weights), "--arch", "resnet18", "--b", "1.5", "--out", str(out)]) == 0
+    config = json.loads((out / "config.json").read_text())
+    config["input_size"] = [64, 64]  # a quarter of the pixels, for the test's time
+    (out / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert main(["verify", str(out), "--images", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{out}, compared with torchvision:resnet18, weights: {weights}\n")
+    assert "b=1.5" in printed and "verified: ok" in printed and "differ from a fresh conversion" not in printed
+    assert main(["verify", str(out), "--original", "resnet18", "--no-pretrained", "--images", "1"]) == 0
+    assert "differ from a fresh conversion" in capsys.readouterr().out
+    assert main(["verify", str(out), "--original", "resnet34", "--no-pretrained", "--images", "1"]) == 2
+    assert main(["verify", str(out), "--b", "2", "--pool", "keep"]) == 2
+    assert "converted already, got --b, --pool" in capsys.readouterr().err
+    assert main(["verify", "resnet18", "--no-pretrained", "--original", "resnet18"]) == 2
+    assert "--original: expected a folder" in capsys.readouterr().err
+    del config["source"]
+    (out / "config.json").write_text(json.dumps(config))
+    assert main(["verify", str(out)]) == 2
+    assert "expected --original with the standard model that" in capsys.readouterr().err
+    assert main(["convert", str(out), "--out", str(tmp_path / "again")]) == 2
+    assert "holds a converted one; finetune, explain, evaluate and verify take it" in capsys.readouterr().err
+
+
+def test_verify_of_a_run(run_folder, capsys):
+    assert main(["verify", str(run_folder), "--images", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{run_folder / 'best'}, compared with torchvision:resnet18, weights: random\n")
 
 
 # --- help and errors --------------------------------------------------------------------------------------------------
@@ -216,11 +353,46 @@ def test_missing_extra_is_named(arguments, extra):
         (["finetune", "--resume", "--out", "nowhere"], "expected the folder of an earlier run"),
         (["finetune", "--model", "resnet18", "--data", "nowhere", "--out", "x", "--no-pretrained"], "got 'nowhere'"),
         (["finetune", "--model", "resnet1", "--data", "digits", "--out", "x"], "resnet1"),
-        (["finetune", "--model", "resnet18", "--data", "digits", "--out", "x", "--b", "0.5"], "expected b >= 1"),
-        (["explain", "--model", "nowhere/", "image.png", "--out", "x"], "nowhere"),
-        (["explain", "--model", "resnet18", "--no-pretrained", "image.png", "--out", "x"], "got the standard network"),
+        (["finetune", "--model", "resnet18", "--data", "digits", "--out", "x", "--b", "0.5"], "expected --b >= 1"),
+        (
+            ["explain", "--model", "nowhere/", "i.png", "--out", "x"],
+            "MODEL: expected a folder that finetune or convert",
+        ),
+        (
+            ["explain", "resnet18", "image.png", "--out", "x"],
+            "got 'resnet18', where no folder is; of a standard network",
+        ),
+        (["explain", "run", "--out", "x"], "expected MODEL and at least one IMAGE, got 'run' alone"),
+        (
+            ["explain", "a", "b", "--out", "x", "--smooth", "4"],
+            "expected --smooth to be odd and >= 1, or 0 for none, got 4",
+        ),
+        (["explain", "a", "b", "--out", "x", "--percentile", "0"], "expected --percentile > 0 and <= 100, got 0.0"),
+        (["explain", "a", "b", "--out", "x", "--size", "-1"], "expected --size >= 0, got -1"),
+        (["finetune", *TINY, "--lr", "-1"], "expected --lr > 0, got -1.0"),
+        (["finetune", *TINY, "--b-epochs", "30"], "expected --b-epochs between 0 and the number of epochs, 10, got 30"),
+        (["finetune", *TINY, "--bias", "decay"], "expected --bias-epochs > 0 with --bias decay, got 0.0"),
+        (["finetune", *TINY, "--agc", "1", "--clip-norm", "2"], "expected --agc or --clip-norm, got both: 1.0 and 2.0"),
+        (["finetune", *TINY, "--precision", "bf17"], "expected --precision to be one of 32-true, bf16-mixed, 16-mixed"),
+        (["finetune", *TINY, "--accelerator", "tpu"], "expected --accelerator to be one of auto, "),
+        (["finetune", *TINY, "--devices", "two"], "expected --devices to be a number >= 1, auto, "),
+        (
+            ["finetune", *TINY, "--head", "keep", "--std", "0"],
+            "expected as many values in --mean as in --std, got 3 and 1",
+        ),
+        (["convert", "foo:bar", "--out", "x"], "prefix among torchvision:, timm:, open_clip:"),
+        (["convert", "mobilenet_v2", "--no-pretrained", "--out", "x"], "expected --head keep, or a family"),
+        (
+            ["convert", "mobilenet_v2", "--no-pretrained", "--out", "x"],
+            "ReLU6: no rule for this type\n--on-unknown keep",
+        ),
+        (["convert", "weights.pth", "--out", "x"], "found none at 'weights.pth'"),
+        (["convert", "resnet18", "--arch", "resnet18", "--out", "x"], "expected --arch with a weights file only"),
+        (["convert", "resnet18", "--no-pretrained", "--mean", "nan", "--out", "x"], "expected --mean to be one finite"),
+        (["evaluate", "nothing/", "--data", "digits"], "expected a folder or file, found none at 'nothing/'"),
+        (["verify", "resnet18", "--images", "0"], "expected --images >= 1, got 0"),
         (["evaluate", "--data", "digits"], "expected one MODEL, got 0"),
-        (["convert", "resnet18", "--no-pretrained", "--out", "x", "--b", "0"], "expected b >= 1"),
+        (["convert", "resnet18", "--no-pretrained", "--out", "x", "--b", "0"], "expected --b >= 1"),
     ],
 )
 def test_bad_input_is_told_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
@@ -229,7 +401,61 @@ def test_bad_input_is_told_in_one_line(arguments, message, tmp_path, monkeypatch
     error = capsys.readouterr().err
     assert message in error and error.startswith(f"bcosify {arguments[0]}: error: ")
     assert "Traceback" not in error
+    assert not re.search(r"\b(?!finetune\b)[a-z_]+=", error), "an error speaks Python"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_messages_name_options(monkeypatch):
+    """How every way in which the library writes a parameter reads for a user of the command."""
+    commands = {}
+    monkeypatch.setattr(
+        argparse.ArgumentParser, "set_defaults", lambda self, **d: commands.update({d["run"]: d["parser"]})
+    )
+    cli_options.parser({name: name for name in COMMANDS})
+    for command, text, expected in (
+        ("convert", "bcosify: expected mean= and std=, got mean=None and std=0.5",
+         "expected --mean and --std, got no --mean and --std 0.5"),
+        ("convert", "bcosify: on_unknown='keep' leaves them", "--on-unknown keep leaves them"),
+        ("convert", "resolve: weights=FILE or pretrained=False, not pretrained=True",
+         "--weights FILE or --no-pretrained, not no --no-pretrained"),
+        ("convert", "expected model=, a network, or inverse=False", "expected model= in Python, a network, or "
+         "inverse=False in Python"),
+        ("explain", "load: expected model=, the network, got None", "expected model= in Python, the network, got None"),
+        ("finetune", "finetune: expected model='a'; got mean=[0.5, 0.5]", "expected --model a; got --mean [0.5, 0.5]"),
+        ("finetune", "output: expected a folder, got x", "--out: expected a folder, got x"),
+        ("finetune", "data: expected one of these", "--data: expected one of these"),
+        ("finetune", "recipe mine: expected lr to be float", "recipe mine: expected lr to be float"),
+        ("finetune", "data/mean=3: no 'b=2' in x.mean=4 there", "data/mean=3: no 'b=2' in x.mean=4 there"),
+        ("explain", "explain: expected targets in (0, 1)", "expected --target in (0, 1)"),
+        ("verify", "verify: expected images (N, 3, H, W) in [0, 1]", "expected images (N, 3, H, W) in [0, 1]"),
+    ):  # fmt: skip
+        assert cli_options.in_options(text, commands[command]) == expected
+
+
+def test_warnings_are_one_line_with_options(tmp_path, capsys):
+    arguments = ["convert", "squeezenet1_1", "--no-pretrained", "--head", "keep", "--out", str(tmp_path / "x")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(RULES, "torch.nn.modules.pooling.AdaptiveAvgPool2d")
+        assert main([*arguments, "--on-unknown", "keep"]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("bcosify convert: warning: 1 layer without a rule is kept as it is; explanations may not")
+
+
+@pytest.mark.parametrize("out", ["file", "file/run", "link", "circle/run", "/dev/null/run", "/proc/nothing"])
+def test_an_unusable_output_ends_a_run_at_once(tmp_path, out):
+    """In a process of its own: it ends, within the time that the imports take, and writes nothing."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    before = sorted(tmp_path.iterdir())
+    arguments = "-m bcosification.cli finetune --model resnet18 --data digits --out".split()
+    done = subprocess.run(
+        [sys.executable, *arguments, out], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("bcosify finetune: error: --out: expected a folder")
+    assert done.stderr.count("\n") == 1 and "Downloading" not in done.stderr
+    assert sorted(tmp_path.iterdir()) == before and (tmp_path / "file").read_text() == "mine"
 
 
 def test_debug_shows_the_traceback(tmp_path, monkeypatch, capsys):

@@ -163,7 +163,7 @@ def with_statistics(
     mean = _per_channel("mean", found.mean if mean is None else mean)
     std = _per_channel("std", found.std if std is None else std)
     if len(mean) != len(std):
-        raise ValueError(f"bcosify: expected as many values in mean as in std, got {len(mean)} and {len(std)}")
+        raise ValueError(f"bcosify: expected as many values in mean= as in std=, got {len(mean)} and {len(std)}")
     if not all(value > 0 for value in std):
         raise ValueError(f"bcosify: expected std > 0, got {std}")
     if found is None:

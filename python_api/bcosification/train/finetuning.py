@@ -670,8 +670,8 @@ def _check_converted(config: FinetuneConfig, model) -> None:
     for name in ("b", "bias"):
         if getattr(config, name) != options[name]:
             raise ValueError(
-                f"finetune: expected {name} as {config.model} was B-cosified with, {options[name]!r}; got "
-                f"{getattr(config, name)!r}"
+                f"finetune: expected {name}={options[name]!r}, which {config.model} was B-cosified with, got "
+                f"{name}={getattr(config, name)!r}"
             )
     if config.conversion:
         raise ValueError(

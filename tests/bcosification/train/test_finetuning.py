@@ -231,7 +231,7 @@ def test_b_cosified_model_is_trained_on_as_it_is(tmp_path, monkeypatch):
     model = bcosification.bcosify(small_network(), b=1.5, **STATISTICS)
     result = finetune(_config(tmp_path / "run", conversion={}, b=1.5, epochs=1), model=copy.deepcopy(model))
     assert {module.b for module in result.model.modules() if hasattr(module, "set_b")} == {1.5}
-    with pytest.raises(ValueError, match="expected b as .* was B-cosified with, 1.5; got 2.0"):
+    with pytest.raises(ValueError, match="expected b=1.5, which .* was B-cosified with, got b=2.0"):
         finetune(_config(tmp_path / "other", conversion={}), model=model)
     with pytest.raises(ValueError, match="expected no options of conversion.*got mean=, std="):
         finetune(_config(tmp_path / "other", b=1.5), model=model)
