@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -251,6 +251,52 @@ def _to_channels_last(weight: Tensor | None) -> None:
             weight.grad = weight.grad.contiguous(memory_format=torch.channels_last)
 
 
+@dataclass
+class FuseReport(FusionReport):
+    """What `fuse` did, and what it found done.
+
+    Attributes:
+        already: (name, class) of every layer and block that was of this package before: new, converted or fused.
+    """
+
+    already: list[tuple[str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if not (self.fused or self.left or self.already):
+            return "nothing to fuse"
+        lines = [f"{len(names)} x {before} -> {after}" for (before, after), names in _grouped(self.fused).items()]
+        if self.already:
+            kinds = _grouped(self.already).items()
+            lines.append("already on the fused kernels: " + ", ".join(f"{len(n)} x {kind}" for (kind,), n in kinds))
+        if self.left:
+            lines.append("left as they are:")
+            for (kind, reason), names in _grouped(self.left).items():
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                count = f"{len(names)} x " if len(names) > 1 else ""
+                lines.append(f"  {count}{kind} ({reason}): {', '.join(name or '(root)' for name in names[:3])}{more}")
+        return "\n".join(lines)
+
+
+def _grouped(rows: list[tuple[str, ...]]) -> dict[tuple[str, ...], list[str]]:
+    """The names of rows (name, …) that are the same otherwise."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, *rest in rows:
+        groups.setdefault(tuple(rest), []).append(name)
+    return groups
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """Whether a layer or block runs on this package's kernels already."""
+    if "_library_class" in type(module).__dict__ or "_peer_class" in module.__dict__:
+        return True
+    return isinstance(module, BcosConv2d | BcosLinear | BatchNormUncentered2d)
+
+
+def _has_converted_forward(module: nn.Module) -> bool:
+    """Whether `bcosify` gave the module its forward, which fuses its own passes (families.change_class)."""
+    return "_original_class" in type(module).__dict__
+
+
 def fuse(model: nn.Module, *, blocks: bool = True, memory: str = "default") -> nn.Module:
     """Run a peer's B-cos model on the fused kernels: same parameters, same numbers, same state_dict keys.
 
@@ -267,9 +313,11 @@ def fuse(model: nn.Module, *, blocks: bool = True, memory: str = "default") -> n
         memory: "default"; "low" (BatchNorm and ReLU recomputed in backward) is not built.
 
     Returns:
-        ``model``. ``model.fusion_report`` says what was fused, and what was left and why; subclasses of the peers'
+        ``model``. ``model.fusion_report`` says what was fused, what was so already, and what was left and why, at
+        length in its lists ``fused``, ``already`` and ``left``, in short when it is printed. Subclasses of the peers'
         classes, and layers that a fused one would not reproduce exactly (``padding_mode`` other than zeros, hooks on
-        the inner ``linear``), are left, with a warning that names them.
+        the inner ``linear``), are left, with a warning that names them. A model without anything to fuse (a standard
+        network: `bcosify` makes a B-cos model of it) comes back as it is, with a warning.
 
     Raises:
         TypeError: if ``model`` is not a module. ValueError: an unknown ``memory``. NotImplementedError: memory="low".
@@ -284,10 +332,12 @@ def fuse(model: nn.Module, *, blocks: bool = True, memory: str = "default") -> n
         raise ValueError(f"fuse: expected memory to be 'default' or 'low', got {memory!r}")
     if memory == "low":
         raise NotImplementedError("fuse: memory='low' is not built; memory='default' is")
-    report = FusionReport()
+    report = FuseReport()
     warn: list[str] = []
     for name, module in list(model.named_modules()):
         before = type(module).__name__
+        if _is_ours(module):
+            report.already.append((name, before))
         rule = _rule_of(module)
         if rule is None:
             left = _why_left(module)
@@ -305,9 +355,17 @@ def fuse(model: nn.Module, *, blocks: bool = True, memory: str = "default") -> n
         elif rule is not None:
             _swap(module, rule.fused)
             report.fused.append((name, before, rule.fused.__name__))
-    if blocks:
+    found = bool(report.fused or report.left or report.already)
+    if blocks and found:
         report.extend(fuse_blocks(model))
+        report.left = [row for row in report.left if not _has_converted_forward(model.get_submodule(row[0]))]
     model.fusion_report = report
+    if not found:
+        warnings.warn(
+            "fuse: expected a model with layers of the package bcos, of B-cosification or of bcosification, found none "
+            f"in {type(model).__name__}; bcosification.bcosify(model) makes a B-cos model of a standard network",
+            stacklevel=2,
+        )
     if warn:
         warnings.warn(f"fuse: left as they are: {'; '.join(warn)}", stacklevel=2)
     return model

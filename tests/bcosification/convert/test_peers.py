@@ -6,6 +6,7 @@ import sys
 import threading
 import types
 import warnings
+from collections import Counter
 
 import bcos.models.densenet
 import bcos.models.resnet
@@ -17,6 +18,7 @@ from bcos.common import BcosUtilMixin
 from bcos.modules import norms
 from torch import nn
 
+from bcosification import bcosify
 from bcosification.convert.peers import PeerBcosConv2d, fuse, unfuse
 from bcosification.nn import (
     GELU,
@@ -434,6 +436,34 @@ def test_fusing_twice_and_our_own_models_change_nothing():
     ours = nn.Sequential(BcosConv2d(6, 8, 3), BcosLinear(4, 4))
     assert [type(m) for m in fuse(ours).modules()] == [nn.Sequential, BcosConv2d, BcosLinear]
     assert ours[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_model_without_anything_to_fuse_is_told():
+    network = torchvision.models.resnet18(num_classes=2)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.warns(UserWarning, match=r"found none in ResNet; bcosification.bcosify\(model\) makes") as caught:
+        assert fuse(network) is network
+    assert len(caught) == 1 and str(network.fusion_report) == "nothing to fuse"
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+
+
+def test_reports_count_what_is_the_same():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a converted model is fused already: no reason to warn
+        converted = fuse(bcosify(torchvision.models.resnet18(num_classes=2)))
+    expected = "already on the fused kernels: 21 x BcosConv2d, 20 x BatchNormUncentered2d, 8 x FusedBasicBlock"
+    assert str(converted.fusion_report) == expected
+    peer = fuse(build("basic"))
+    fused = Counter(entry[1:] for entry in peer.fusion_report.fused)
+    lines = [f"{count} x {before} -> {after}" for (before, after), count in fused.items()]
+    assert max(fused.values()) > 1 and str(peer.fusion_report).splitlines() == lines
+    assert {kind for _, kind in fuse(peer).fusion_report.already} == {after for _, after in fused}
+    model = fuse(build("position norm"))
+    norms = [name for name, kind, _ in model.fusion_report.left if kind == "DetachablePositionNorm2d"]
+    (line,) = [line for line in str(model.fusion_report).splitlines() if "DetachablePositionNorm2d (has" in line]
+    more = f" and {len(norms) - 3} more" if len(norms) > 3 else ""
+    reason = "has no fused form and works as it is"
+    assert line == f"  {len(norms)} x DetachablePositionNorm2d ({reason}): {', '.join(norms[:3])}{more}"
 
 
 def test_compiles_without_a_graph_break():
