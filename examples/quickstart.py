@@ -1,9 +1,11 @@
 """The README's code for each kind of user, ready to run: `python examples/quickstart.py` (half a minute on a CPU).
 
-It uses random weights, so that nothing is downloaded. With a network connection, give `weights="DEFAULT"` instead of
+The first part needs the package bcos (pip install bcos==0.1.3) and is left out without it. All use random weights, so
+that nothing is downloaded. With a network connection, give `weights="DEFAULT"` instead of
 None, and bcos.models.pretrained's models, to start from ImageNet.
 """
 
+import importlib.util
 import tempfile
 
 import torch
@@ -90,9 +92,16 @@ def build_on_it():
     return logits.detach(), weight.grad
 
 
-if __name__ == "__main__":
-    swap_in()
+def main():
+    if importlib.util.find_spec("bcos") is None:
+        print("fused: left out, as the package bcos is not installed (pip install bcos==0.1.3)")
+    else:
+        swap_in()
     run = b_cosify()
     explain(run)
     measure(run)
     build_on_it()
+
+
+if __name__ == "__main__":
+    main()

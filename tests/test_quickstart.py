@@ -1,6 +1,7 @@
 """examples/quickstart.py runs, and what it prints is true."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,21 @@ def test_build_on_it(quickstart):
     other, other_grad = quickstart.build_on_it()
     assert torch.allclose(logits, other, rtol=1e-4, atol=1e-5)
     assert torch.allclose(grad, other_grad, rtol=1e-4, atol=1e-7)
+
+
+def test_without_the_package_bcos_its_part_is_left_out(quickstart, monkeypatch, capsys):
+    others = ("b_cosify", "explain", "measure", "build_on_it")
+    called = []
+    for name in others:
+        monkeypatch.setattr(quickstart, name, lambda *_, name=name: called.append(name))
+    monkeypatch.setitem(sys.modules, "bcos", None)
+    quickstart.main()
+    assert capsys.readouterr().out == (
+        "fused: left out, as the package bcos is not installed (pip install bcos==0.1.3)\n"
+    )
+    assert called == list(others)
+    monkeypatch.undo()
+    for name in (*others, "swap_in"):
+        monkeypatch.setattr(quickstart, name, lambda *_, name=name: called.append(name))
+    quickstart.main()
+    assert called == [*others, "swap_in", *others]
