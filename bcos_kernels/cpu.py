@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+STRICT_LAYOUTS = True  # takes any strides, and returns those that the ops' fakes announce
+
 _LIBRARY = Path(__file__).parent / "_lib" / "libbcos_kernels_cpu.so"
 
 

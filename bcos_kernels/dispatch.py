@@ -19,7 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import layouts
+
 NAMES = ("reference", "cpu", "triton", "cuda")
+_NAMED = "named "  # before a recorded backend
 _MODULES = {"reference": "reference", "cpu": "cpu", "triton": "triton_kernels"}
 
 _selected: ContextVar[str] = ContextVar("bcos_kernels_backend", default="auto")
@@ -46,6 +49,13 @@ def build_report() -> dict[str, str | None]:
 @cache
 def _module(name: str) -> object:
     return importlib.import_module(f"bcos_kernels.{_MODULES[name]}")
+
+
+def _launcher(name: str, launcher: str) -> Callable:
+    """A backend's launcher; one that sees to the strides of its tensors itself says so (``STRICT_LAYOUTS``)."""
+    module = _module(name)
+    launch = getattr(module, launcher)
+    return launch if getattr(module, "STRICT_LAYOUTS", False) else layouts.strict(launcher, launch)
 
 
 def _unusable(name: str) -> str | None:
@@ -110,7 +120,8 @@ def dispatched() -> dict[str, str]:
 
 
 def last_backend() -> str:
-    """The backend that ran this thread's most recent op ("" before the first)."""
+    """What ran this thread's most recent op, for its backward to run there too: a backend's name, marked where it was
+    named by `backend` and so may not fall back ("" before the first)."""
     return getattr(_thread, "last", "")
 
 
@@ -139,7 +150,7 @@ def _accepts_device(name: str, device: torch.device) -> bool:
 
 def autocast_enabled(device: torch.device) -> bool:
     """Whether autocast is on for tensors of ``device`` (it raises for devices that it does not know)."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch._C._is_any_autocast_enabled() and device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def run(op: str, direction: str, tensor: Tensor, arguments: tuple, recorded: str = "") -> tuple:
@@ -153,20 +164,21 @@ def run(op: str, direction: str, tensor: Tensor, arguments: tuple, recorded: str
 
 
 def _run(op: str, direction: str, tensor: Tensor, arguments: tuple, recorded: str) -> tuple:
-    name = recorded or _selected.get()
+    named = recorded.startswith(_NAMED) or not recorded and _selected.get() != "auto"
+    name = recorded.removeprefix(_NAMED) or _selected.get()
     launcher = f"{op}_{direction}"
     key = op if direction == "forward" else launcher
     if name != "auto":
-        result = _run_named(name, launcher, op, tensor, arguments, strict=not recorded)
+        result = _run_named(name, launcher, op, tensor, arguments, strict=named)
         if result is not None:
-            _record(key, name)
+            _record(key, name, named)
             return result
     refused = ""
     for candidate in _candidates(tensor.device):
         reason = _unusable(candidate)
         if reason is None:
             try:
-                result = getattr(_module(candidate), launcher)(*arguments)
+                result = _launcher(candidate, launcher)(*arguments)
             except NotImplementedError as error:
                 reason = str(error)
             else:
@@ -174,7 +186,7 @@ def _run(op: str, direction: str, tensor: Tensor, arguments: tuple, recorded: st
                     _warn_once(f"{key}: {refused}", f"{key} runs on the reference implementation: {refused}")
                 elif candidate == "reference" and tensor.device.type == "cuda":
                     _warn_once("cuda", "no verified kernels for this GPU yet: ops run on the library plus eager passes")
-                _record(key, candidate)
+                _record(key, candidate, False)
                 return result
         refused = f"{candidate}: {reason}"
     raise RuntimeError(f"{op}: no backend runs on {tensor.device}: {refused}")
@@ -186,19 +198,17 @@ def _run_named(name: str, launcher: str, op: str, tensor: Tensor, arguments: tup
         raise RuntimeError(f"{op}: backend {name!r} cannot be used here: {reason}")
     if not _accepts_device(name, tensor.device):
         raise RuntimeError(f"{op}: backend {name!r} does not run on {tensor.device.type} tensors")
-    launch: Callable = getattr(_module(name), launcher)
-    if strict:
-        return launch(*arguments)
     try:
-        return launch(*arguments)
+        return _launcher(name, launcher)(*arguments)
     except NotImplementedError:
-        # the forward chose this backend by itself and the backward of this combination is not built there
-        if _selected.get() == name:
+        # chosen by itself, the forward's backend may lack the backward of this combination
+        if strict or _selected.get() == name:
             raise
         return None
 
 
-def _record(key: str, name: str) -> None:
-    _thread.last = name
-    with _lock:
-        _last_run[key] = name
+def _record(key: str, name: str, named: bool) -> None:
+    _thread.last = _NAMED + name if named else name
+    if _last_run.get(key) != name:
+        with _lock:
+            _last_run[key] = name

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch, ops, reference, validation
+from . import autograd, dispatch, ops, reference, validation
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -73,7 +73,7 @@ def linear(
     exponent, b_tensor = validation.check_b("linear", b, x)
     rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
     options = (exponent, normalize_weight, max_out)
-    y = _apply(ops.Linear, "linear", rows, weight, bias, b_tensor, options, detach)
+    y = _apply(autograd.Linear, "linear", rows, weight, bias, b_tensor, options, detach)
     return y if x.dim() == 2 else y.view(x.shape[:-1] + y.shape[-1:])
 
 
@@ -84,7 +84,7 @@ def _apply(function, op: str, x, weight, bias, b_tensor, options: tuple, detach:
     keep = _differentiates(x, weight, bias, b_tensor)
     if not keep and not ops.functorch_active():
         return ops.run(op, x, weight, bias, b_tensor, *options, False)[0]
-    return ops.apply(function, x, weight, bias, b_tensor, *options, detach, keep)[0]
+    return autograd.apply_layer(function, x, weight, bias, b_tensor, *options, detach, keep)
 
 
 def conv2d(
@@ -150,7 +150,7 @@ def conv2d(
         if size < reach:
             raise ValueError(f"conv2d: expected padded {name} >= the dilated kernel's {reach}, got {size}")
     y = _apply(
-        ops.Conv2d,
+        autograd.Conv2d,
         "conv2d",
         batched,
         weight,
@@ -236,8 +236,8 @@ def batch_norm_uncentered(
     validation.check_batch_norm(x, running_var, weight, bias, training, momentum, eps, activation, residual)
     statistics = None if training else running_var.detach()
     if _differentiates(x, weight, bias, residual) or ops.functorch_active():
-        y, _, var = ops.apply(
-            ops.BatchNormUncentered, x, weight, bias, residual, statistics, training, eps, activation, detach
+        y, _, var = autograd.apply(
+            autograd.BatchNormUncentered, x, weight, bias, residual, statistics, training, eps, activation, detach
         )
     else:
         y, _, var = ops.run("batch_norm_uncentered", x, weight, bias, residual, statistics, training, eps, activation)

@@ -1,27 +1,19 @@
-"""The public ops: schemas (here only), fakes, and the autograd Functions around them.
+"""The public ops: schemas (here only), fakes, and running one.
 
 Each op is a functional forward and a functional backward, opaque to the compiler; dispatch.py picks the backend when
-one runs. An autograd Function (with `setup_context` and a vmap rule) wraps each: the forward's Function, and the
-backward's Function, whose own backward is autograd through the definition in reference.py.
-
-What the forward's Function keeps for B = 2 is y and n. y is handed to the user, who may change it in place
-(``out += identity``), and `save_for_backward` of an output then raises; so eager code holds ``y.detach()`` together
-with its version, uses it while it is unchanged and recomputes from x and w otherwise. Compiled code keeps a clone
-(which the compiler drops where nothing writes to y). Under torch.func transforms and active saved-tensor hooks
-(activation checkpointing, offload) y is not held at all.
+one runs. autograd.py wraps them.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext, suppress
-from functools import cache
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import dispatch, layouts, reference
 
-_library = torch.library.Library("bcos_kernels", "DEF")
+library = torch.library.Library("bcos_kernels", "DEF")
 
 # Backend of a forward that ran inside a compiled graph, by the address of the norms or variances it made: the graph's
 # backward op finds it again there, as long as they are alive no other tensor has that address.
@@ -31,74 +23,46 @@ _ran_on: dict[int, str] = {}
 _implementations: dict[str, object] = {}
 
 
-def _define(schema: str, implementation, fake) -> None:
+def _define(schema: str, implementation, fake, statistics: int | None = None) -> None:
+    """Define an op; ``statistics`` is the place of the norms or variances among a forward's results."""
     name = schema.split("(")[0]
     _implementations[name] = implementation
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"bcos_kernels::{name}", fake, lib=_library)
+
+    def dispatched(*arguments):
+        results = implementation(*arguments)
+        if statistics is None:
+            return _filled(results, arguments[0])
+        return *results[:statistics], _remember_backend(results[statistics]), *results[statistics + 1 :]
+
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, dispatched, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"bcos_kernels::{name}", fake, lib=library)
 
 
-def _is_channels_last(t: Tensor) -> bool:
-    return t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+def functorch_active() -> bool:
+    """Whether a torch.func transform (grad, vmap, jvp, …) is being applied."""
+    return torch._C._are_functorch_transforms_active()
 
 
-def _memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
-    """The layout of a convolution's output: channels_last if the input or the weight is."""
-    either = _is_channels_last(x) or _is_channels_last(weight)
-    return torch.channels_last if either else torch.contiguous_format
+def _filled(results: tuple, like: Tensor) -> tuple[Tensor, ...]:
+    """Of a backward: what is not needed has no elements."""
+    return tuple(like.new_empty((0,)) if g is None else g for g in results)
 
 
-def _strides(shape: torch.Size, memory_format: torch.memory_format) -> tuple[int, ...]:
-    if memory_format == torch.channels_last:
-        _, c, h, w = shape
-        return (h * w * c, 1, w * c, c)
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step = step * max(size, 1)
-    return tuple(reversed(strides))
-
-
-def _canonical(t: Tensor) -> Tensor:
-    """t with the usual strides in its dimensions of size 1, which leave them open.
-
-    Others make the library's convolutions err: of a channels_last weight (O, C, 1, S) with strides (C S, 1, C, C),
-    grouped ones in float32 return wrong values, some in float16 raise.
-    """
-    if 1 not in t.shape or not t.numel():
-        return t
-    memory_format = torch.contiguous_format if t.is_contiguous() else torch.channels_last
-    if not t.is_contiguous(memory_format=memory_format):
-        return t
-    strides = _strides(t.shape, memory_format)
-    return t if t.stride() == strides else t.as_strided(t.shape, strides)
-
-
-def _with_layout(t: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """t in exactly the strides that the fake announces (dimensions of size 1 leave strides open)."""
-    t = t.contiguous(memory_format=memory_format)
-    if 1 not in t.shape and t.numel():
-        return t
-    if not t.numel():
-        return torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=memory_format)
-    strides = _strides(t.shape, memory_format)
-    if t.stride() == strides:
-        return t
-    # Same storage, but no view of t: autograd forbids in-place changes (`out += identity`) of a Function's view.
-    return t.new_empty((0,)).set_(t.untyped_storage(), t.storage_offset(), t.shape, strides)
+def run(name: str, x: Tensor, *arguments, fill: bool = True):
+    """The op, called by way of the dispatcher only where something there could see it (fakes, tracing, modes,
+    subclasses); plain eager calls its implementation and saves the 45 µs of two round trips. Not ``fill``: what a
+    backward does not need may be None."""
+    if torch.compiler.is_compiling() or functorch_active() or torch._C._len_torch_dispatch_stack():
+        return getattr(torch.ops.bcos_kernels, name).default(x, *arguments)
+    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+        return getattr(torch.ops.bcos_kernels, name).default(x, *arguments)
+    results = _implementations[name](x, *arguments)
+    return _filled(results, x) if fill else results
 
 
 def _empty_layout(x: Tensor, shape, memory_format: torch.memory_format, dtype=None) -> Tensor:
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format)
-
-
-def _optional(t: Tensor | None) -> Tensor | None:
-    return None if t is None or t.numel() == 0 else t
-
-
-def _or_empty(x: Tensor, gradients: tuple) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty((0,)) if g is None else g for g in gradients)
 
 
 def _remember_backend(statistics: Tensor) -> Tensor:
@@ -122,11 +86,7 @@ def _remembered_backend(statistics: Tensor) -> str:
 
 
 def _linear(x, weight, bias, b_tensor, b, normalize_weight, max_out, keep):
-    y, n, a, index = dispatch.run(
-        "linear", "forward", x, (x, weight, bias, b, b_tensor, normalize_weight, max_out, keep)
-    )
-    y, a, index = (_with_layout(t, torch.contiguous_format) for t in (y, a, index))
-    return y, _remember_backend(n.contiguous()), a, index
+    return dispatch.run("linear", "forward", x, (x, weight, bias, b, b_tensor, normalize_weight, max_out, keep))
 
 
 def _linear_fake(x, weight, bias, b_tensor, b, normalize_weight, max_out, keep):
@@ -145,6 +105,7 @@ _define(
     "bool keep) -> (Tensor y, Tensor n, Tensor a, Tensor index)",
     _linear,
     _linear_fake,
+    statistics=1,
 )
 
 
@@ -158,8 +119,7 @@ def _linear_backward(
         (dy, x, weight, bias, b, b_tensor, y, n, a, index, normalize_weight, max_out, detach, *needs),
         backend or _remembered_backend(n),
     )
-    gradients = _or_empty(x, (dx, dw, dbias, None if db is None else db.to(b_tensor.dtype)))
-    return tuple(_with_layout(g, torch.contiguous_format) for g in gradients)
+    return dx, dw, dbias, None if db is None else db.to(b_tensor.dtype)
 
 
 def _linear_backward_fake(
@@ -185,20 +145,13 @@ _define(
 
 
 def _conv2d(x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep):
-    x, weight = _canonical(x), _canonical(weight)
-    y, n, a, index = dispatch.run(
+    return dispatch.run(
         "conv2d",
         "forward",
         x,
         (x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups, b, b_tensor, normalize_weight,
          max_out, keep),
     )  # fmt: skip
-    n = _remember_backend(n.contiguous())
-    memory_format = _memory_format(x, weight)
-    y = _with_layout(y, memory_format)
-    a = _with_layout(a, memory_format) if a.dim() == 4 else a
-    index = _with_layout(index, memory_format) if index.dim() == 4 else index
-    return y, n, a, index
 
 
 def _conv2d_fake(x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep):
@@ -206,7 +159,7 @@ def _conv2d_fake(x, weight, bias, b_tensor, stride, padding, dilation, groups, b
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
     ]
     shape = (x.shape[0], weight.shape[0] // max_out, *size)
-    memory_format = _memory_format(x, weight)
+    memory_format = layouts.memory_format(x, weight)
     wide = reference.statistics_dtype(x.dtype)
     y = _empty_layout(x, shape, memory_format)
     has_norm = b_tensor is not None or b != 1
@@ -224,6 +177,7 @@ _define(
     "-> (Tensor y, Tensor n, Tensor a, Tensor index)",
     _conv2d,
     _conv2d_fake,
+    statistics=1,
 )
 
 
@@ -231,7 +185,6 @@ def _conv2d_backward(
     dy, x, weight, bias, b_tensor, y, n, a, index, stride, padding, dilation, groups, b, normalize_weight, max_out,
     detach, needs, backend,
 ):  # fmt: skip
-    dy, x, weight = _canonical(dy), _canonical(x), _canonical(weight)
     dx, dw, dbias, db = dispatch.run(
         "conv2d",
         "backward",
@@ -240,14 +193,7 @@ def _conv2d_backward(
          normalize_weight, max_out, detach, *needs),
         backend or _remembered_backend(n),
     )  # fmt: skip
-    memory_format = _memory_format(x, weight)
-    dx = None if dx is None else _with_layout(dx, memory_format)
-    dw = None if dw is None else _with_layout(dw, _own_format(weight))
-    return _or_empty(x, (dx, dw, dbias, None if db is None else db.to(b_tensor.dtype)))
-
-
-def _own_format(t: Tensor) -> torch.memory_format:
-    return torch.channels_last if _is_channels_last(t) else torch.contiguous_format
+    return dx, dw, dbias, None if db is None else db.to(b_tensor.dtype)
 
 
 def _conv2d_backward_fake(
@@ -255,8 +201,8 @@ def _conv2d_backward_fake(
     detach, needs, backend,
 ):  # fmt: skip
     return (
-        _empty_layout(x, x.shape, _memory_format(x, weight)) if needs[0] else x.new_empty((0,)),
-        _empty_layout(weight, weight.shape, _own_format(weight)) if needs[1] else x.new_empty((0,)),
+        _empty_layout(x, x.shape, layouts.memory_format(x, weight)) if needs[0] else x.new_empty((0,)),
+        _empty_layout(weight, weight.shape, layouts.own_format(weight)) if needs[1] else x.new_empty((0,)),
         bias.new_empty(bias.shape) if needs[2] else x.new_empty((0,)),
         b_tensor.new_empty(()) if needs[3] else x.new_empty((0,)),
     )
@@ -275,20 +221,16 @@ _define(
 
 
 def _batch_norm(x, weight, bias, residual, running_var, training, eps, activation):
-    y, mean, var = dispatch.run(
-        "batch_norm_uncentered",
-        "forward",
-        x,
-        (x, weight, bias, residual, running_var, training, eps, activation),
+    return dispatch.run(
+        "batch_norm_uncentered", "forward", x, (x, weight, bias, residual, running_var, training, eps, activation)
     )
-    return _with_layout(y, _own_format(x)), mean, _remember_backend(var)
 
 
 def _batch_norm_fake(x, weight, bias, residual, running_var, training, eps, activation):
     wide = reference.statistics_dtype(x.dtype)
     channels = x.shape[1]
     return (
-        _empty_layout(x, x.shape, _own_format(x)),
+        _empty_layout(x, x.shape, layouts.own_format(x)),
         x.new_empty((channels if training else 0,), dtype=wide),
         x.new_empty((channels,), dtype=wide),
     )
@@ -299,25 +241,22 @@ _define(
     "bool training, float eps, str? activation) -> (Tensor y, Tensor mean, Tensor var)",
     _batch_norm,
     _batch_norm_fake,
+    statistics=2,
 )
 
 
 def _batch_norm_backward(dy, x, y, weight, bias, mean, var, training, eps, activation, detach, needs, backend):
-    dx, dweight, dbias, dresidual = dispatch.run(
+    return dispatch.run(
         "batch_norm_uncentered",
         "backward",
         x,
         (dy, x, y, weight, bias, mean, var, training, eps, activation, detach, *needs),
         backend or _remembered_backend(var),
     )
-    memory_format = _own_format(x)
-    dx = None if dx is None else _with_layout(dx, memory_format)
-    dresidual = None if dresidual is None else _with_layout(dresidual, memory_format)
-    return _or_empty(x, (dx, dweight, dbias, dresidual))
 
 
 def _batch_norm_backward_fake(dy, x, y, weight, bias, mean, var, training, eps, activation, detach, needs, backend):
-    memory_format = _own_format(x)
+    memory_format = layouts.own_format(x)
     return (
         _empty_layout(x, x.shape, memory_format) if needs[0] else x.new_empty((0,)),
         weight.new_empty(weight.shape) if needs[1] else x.new_empty((0,)),
@@ -333,490 +272,3 @@ _define(
     _batch_norm_backward,
     _batch_norm_backward_fake,
 )
-
-# autograd -------------------------------------------------------------------------------------------------------------
-
-
-@cache
-def _without_setup_context(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """The same Function in the older form, whose context is set up inside forward.
-
-    What torch.func and the compiler need `setup_context` for costs 140 µs a call in eager: torch binds the arguments
-    to forward's signature. The older form does not.
-    """
-
-    def forward(ctx, *arguments):
-        output = function.forward(*arguments)
-        function.setup_context(ctx, arguments, output)
-        return output
-
-    members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
-    return type(function.__name__, (torch.autograd.Function,), members)
-
-
-def run(name: str, x: Tensor, *arguments):
-    """The op, called by way of the dispatcher only where something there could see it (fakes, tracing, modes,
-    subclasses); plain eager calls its implementation and saves the 45 µs of two round trips."""
-    if torch.compiler.is_compiling() or functorch_active() or torch._C._len_torch_dispatch_stack():
-        return getattr(torch.ops.bcos_kernels, name).default(x, *arguments)
-    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
-        return getattr(torch.ops.bcos_kernels, name).default(x, *arguments)
-    return _implementations[name](x, *arguments)
-
-
-def apply(function: type[torch.autograd.Function], *arguments):
-    """``function.apply`` in the form that serves the moment: traced or transformed, or plain eager."""
-    if torch.compiler.is_compiling() or functorch_active():
-        return function.apply(*arguments)
-    return _without_setup_context(function).apply(*arguments)
-
-
-def backward_of(function: type[torch.autograd.Function], name: str, *arguments):
-    """A backward: through its own Function only where somebody may differentiate it again."""
-    if torch.compiler.is_compiling() or functorch_active() or torch.is_grad_enabled():
-        return apply(function, *arguments)
-    return run(name, *arguments)
-
-
-def functorch_active() -> bool:
-    """Whether a torch.func transform (grad, vmap, jvp, …) is being applied."""
-    return torch._C._are_functorch_transforms_active()
-
-
-def _saved_tensor_hooks_active() -> bool:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
-def _hold(ctx, y: Tensor, wanted: bool) -> None:
-    """Hold the output for the backward without pinning its version (see the module docstring)."""
-    ctx.held = None
-    if wanted and not functorch_active() and not _saved_tensor_hooks_active():
-        ctx.held = y.detach()
-        ctx.held_version = y._version
-
-
-def _release(ctx) -> Tensor | None:
-    """The held output if it is unchanged. It is let go with the graph's other buffers unless the graph is retained."""
-    held = ctx.held
-    if held is not None and held._version != ctx.held_version:
-        held = None
-    if not torch._C._autograd._get_current_graph_task_keep_graph():
-        ctx.held = None
-    return held
-
-
-def _no_autocast(device: torch.device):
-    """A derivative is computed in its forward's types, also inside an autocast region."""
-    enabled = dispatch.autocast_enabled(device)
-    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
-
-
-def _second_order(definition, inputs: tuple, needs, dy: Tensor, cotangents: tuple) -> tuple:
-    """Gradient of a backward: autograd through ``definition(*inputs)``. Returns gradients of (dy, *inputs).
-
-    Inputs that are part of a graph stay connected to it, so that gradients of any further order follow.
-    """
-    wanted = [i for i, need in enumerate(needs) if need and cotangents[i] is not None]
-    if not wanted:
-        return (None,) * (1 + len(inputs))
-    with _no_autocast(dy.device):
-        if functorch_active():
-            return _second_order_transformed(definition, inputs, wanted, dy, cotangents)
-        return _second_order_by_graph(definition, inputs, wanted, dy, cotangents)
-
-
-def _second_order_by_graph(definition, inputs, wanted, dy, cotangents) -> tuple:
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        aliases = [
-            None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-            for t in (dy, *inputs)
-        ]
-        y = definition(*aliases[1:])
-        first = torch.autograd.grad(
-            y, [aliases[1 + i] for i in wanted], aliases[0], create_graph=True, allow_unused=True
-        )  # fmt: skip
-        pairs = [(g, cotangents[i]) for g, i in zip(first, wanted, strict=True) if g is not None and g.requires_grad]
-        if not pairs:
-            return (None,) * len(aliases)
-        present = [t for t in aliases if t is not None]
-        gradients = torch.autograd.grad(
-            [g for g, _ in pairs], present, [c for _, c in pairs], create_graph=create_graph, allow_unused=True
-        )
-    found = iter(gradients)
-    return tuple(None if t is None else next(found) for t in aliases)
-
-
-def _second_order_transformed(definition, inputs, wanted, dy, cotangents) -> tuple:
-    """The same inside torch.func transforms, which know no requires_grad_()."""
-    places = [i for i, t in enumerate(inputs) if t is not None]
-
-    def of_present(*present):
-        arguments = dict(zip(places, present, strict=True))
-        return definition(*(arguments.get(i) for i in range(len(inputs))))
-
-    def first_order(dy, *present):
-        _, pull_back = torch.func.vjp(of_present, *present)
-        gradients = dict(zip(places, pull_back(dy), strict=True))
-        return tuple(gradients[i] for i in wanted)
-
-    _, pull_back = torch.func.vjp(first_order, dy, *(inputs[i] for i in places))
-    of_dy, *others = pull_back(tuple(cotangents[i] for i in wanted))
-    found = dict(zip(places, others, strict=True))
-    return (of_dy, *(found.get(i) for i in range(len(inputs))))
-
-
-def _exponent(b: float, b_tensor: Tensor | None) -> float | Tensor:
-    return b if b_tensor is None else b_tensor
-
-
-def _keep_y(y: Tensor, b: float, b_tensor: Tensor | None, keep: bool) -> bool:
-    return keep and b_tensor is None and b == 2 and y.dtype != torch.float16
-
-
-def _compiled_copy(y: Tensor, keep: bool) -> Tensor:
-    return y.clone() if keep and torch.compiler.is_compiling() else y.new_empty((0,))
-
-
-def _ran_backend() -> str:
-    return "" if torch.compiler.is_compiling() else dispatch.last_backend()
-
-
-def _sliced(function, info, in_dims, arguments, dimensions: int) -> tuple:
-    """vmap by a loop over the batch: for what cannot be folded into an existing dimension."""
-    results = []
-    for i in range(info.batch_size):
-        # options that are lists have a list of dimensions, all None
-        slices = (v.select(d, i) if isinstance(d, int) else v for v, d in zip(arguments, in_dims, strict=True))
-        results.append(function(*slices))
-    return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * dimensions
-
-
-def _folded(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    """Batch dimension of vmap folded into dimension 0 (a tensor without one is repeated)."""
-    if t is None or t.numel() == 0 and t.dim() <= 2 and dim is None:
-        return t
-    t = t.unsqueeze(0).expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-    return t.flatten(0, 1) if t.dim() > 1 else t
-
-
-def _unfold(results, size: int) -> tuple:
-    """Undo `_folded` on outputs; tensors that stand for "nothing" (shape (0,)) stay unbatched."""
-    values, dims = [], []
-    for t in results:
-        nothing = t.dim() == 1 and t.numel() == 0
-        values.append(t if nothing else t.unflatten(0, (size, t.shape[0] // size if size else 0)))
-        dims.append(None if nothing else 0)
-    return tuple(values), tuple(dims)
-
-
-class Linear(torch.autograd.Function):
-    """(x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, keep) → y, n, a, index, copy of y."""
-
-    @staticmethod
-    def forward(x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, keep):
-        y, n, a, index = run("linear", x, weight, bias, b_tensor, b, normalize_weight, max_out, keep)
-        return y, n, a, index, _compiled_copy(y, _keep_y(y, b, b_tensor, keep))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, bias, b_tensor, ctx.b, ctx.normalize_weight, ctx.max_out, ctx.detach, keep = inputs
-        y, n, a, index, copy = output
-        ctx.mark_non_differentiable(n, a, index, copy)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, b_tensor, n, a, index, copy)
-        ctx.compiled = torch.compiler.is_compiling()
-        ctx.backend = _ran_backend()
-        if not ctx.compiled:
-            _hold(ctx, y, _keep_y(y, ctx.b, b_tensor, keep))
-
-    @staticmethod
-    def backward(ctx, dy, *_):
-        if dy is None:
-            return (None,) * 9
-        x, weight, bias, b_tensor, n, a, index, copy = ctx.saved_tensors
-        y = _optional(copy) if ctx.compiled else _release(ctx)
-        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
-        dx, dw, dbias, db = backward_of(
-            LinearBackward, "linear_backward", dy, x, weight, bias, b_tensor, y, n, a, index, ctx.b,
-            ctx.normalize_weight, ctx.max_out, ctx.detach, needs, ctx.backend,
-        )  # fmt: skip
-        grads = [g if need else None for g, need in zip((dx, dw, dbias, db), needs, strict=True)]
-        return (*grads, None, None, None, None, None)
-
-    @staticmethod
-    def vmap(info, in_dims, x, weight, bias, b_tensor, *options):
-        arguments = (x, weight, bias, b_tensor, *options)
-        if any(d is not None for d in in_dims[1:4]):
-            return _sliced(Linear.apply, info, in_dims, arguments, 5)
-        folded = _folded(x, in_dims[0], info.batch_size)
-        return _unfold(Linear.apply(folded, weight, bias, b_tensor, *options), info.batch_size)
-
-
-class LinearBackward(torch.autograd.Function):
-    """Gradients of `Linear`; differentiable through the definition, from x and weight."""
-
-    @staticmethod
-    def forward(dy, x, weight, bias, b_tensor, y, n, a, index, b, normalize_weight, max_out, detach, needs, backend):
-        return run(
-            "linear_backward",
-            dy,
-            x,
-            weight,
-            bias,
-            b_tensor,
-            y,
-            n,
-            a,
-            index,
-            b,
-            normalize_weight,
-            max_out,
-            detach,
-            needs,
-            backend,
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        dy, x, weight, bias, b_tensor = inputs[:5]
-        ctx.b, ctx.normalize_weight, ctx.max_out, ctx.detach, ctx.needs = inputs[9:14]
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(dy, x, weight, bias, b_tensor)
-
-    @staticmethod
-    def backward(ctx, *cotangents):
-        dy, x, weight, bias, b_tensor = ctx.saved_tensors
-
-        def definition(x, weight, bias, b_tensor):
-            return reference.linear(
-                x, weight, bias, b=_exponent(ctx.b, b_tensor), normalize_weight=ctx.normalize_weight,
-                max_out=ctx.max_out, detach=ctx.detach,
-            )  # fmt: skip
-
-        gradients = _second_order(definition, (x, weight, bias, b_tensor), ctx.needs, dy, cotangents)
-        return (*gradients, *(None,) * 10)
-
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        needs = arguments[13]
-        if any(d is not None for d in in_dims[2:5]) or any(needs[1:]):
-            return _sliced(LinearBackward.apply, info, in_dims, arguments, 4)
-        size = info.batch_size
-        fold = [_folded(t, d, size) for t, d in zip(arguments[:9], in_dims[:9], strict=True)]
-        fold[2:5] = arguments[2:5]
-        return _unfold(LinearBackward.apply(*fold, *arguments[9:]), size)
-
-
-class Conv2d(torch.autograd.Function):
-    """(x, weight, bias, b_tensor, stride, …, detach, keep) → y, n, a, index, copy of y."""
-
-    @staticmethod
-    def forward(
-        x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, detach, keep
-    ):
-        y, n, a, index = run(
-            "conv2d", x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep
-        )
-        return y, n, a, index, _compiled_copy(y, _keep_y(y, b, b_tensor, keep))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, bias, b_tensor = inputs[:4]
-        ctx.window = inputs[4:8]
-        ctx.b, ctx.normalize_weight, ctx.max_out, ctx.detach, keep = inputs[8:]
-        y, n, a, index, copy = output
-        ctx.mark_non_differentiable(n, a, index, copy)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, b_tensor, n, a, index, copy)
-        ctx.compiled = torch.compiler.is_compiling()
-        ctx.backend = _ran_backend()
-        if not ctx.compiled:
-            _hold(ctx, y, _keep_y(y, ctx.b, b_tensor, keep))
-
-    @staticmethod
-    def backward(ctx, dy, *_):
-        if dy is None:
-            return (None,) * 13
-        x, weight, bias, b_tensor, n, a, index, copy = ctx.saved_tensors
-        y = _optional(copy) if ctx.compiled else _release(ctx)
-        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
-        dx, dw, dbias, db = backward_of(
-            Conv2dBackward, "conv2d_backward", dy, x, weight, bias, b_tensor, y, n, a, index, *ctx.window, ctx.b,
-            ctx.normalize_weight,
-            ctx.max_out, ctx.detach, needs, ctx.backend,
-        )  # fmt: skip
-        grads = [g if need else None for g, need in zip((dx, dw, dbias, db), needs, strict=True)]
-        return (*grads, *(None,) * 9)
-
-    @staticmethod
-    def vmap(info, in_dims, x, weight, bias, b_tensor, *options):
-        arguments = (x, weight, bias, b_tensor, *options)
-        if any(d is not None for d in in_dims[1:4]):
-            return _sliced(Conv2d.apply, info, in_dims, arguments, 5)
-        folded = _folded(x, in_dims[0], info.batch_size)
-        return _unfold(Conv2d.apply(folded, weight, bias, b_tensor, *options), info.batch_size)
-
-
-class Conv2dBackward(torch.autograd.Function):
-    """Gradients of `Conv2d`; differentiable through the definition, from x and weight."""
-
-    @staticmethod
-    def forward(
-        dy, x, weight, bias, b_tensor, y, n, a, index, stride, padding, dilation, groups, b, normalize_weight, max_out,
-        detach, needs, backend,
-    ):  # fmt: skip
-        return run(
-            "conv2d_backward", dy, x, weight, bias, b_tensor, y, n, a, index, stride, padding, dilation, groups, b,
-            normalize_weight, max_out, detach, needs, backend,
-        )  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        dy, x, weight, bias, b_tensor = inputs[:5]
-        ctx.window = inputs[9:13]
-        ctx.b, ctx.normalize_weight, ctx.max_out, ctx.detach, ctx.needs = inputs[13:18]
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(dy, x, weight, bias, b_tensor)
-
-    @staticmethod
-    def backward(ctx, *cotangents):
-        dy, x, weight, bias, b_tensor = ctx.saved_tensors
-
-        def definition(x, weight, bias, b_tensor):
-            return reference.conv2d(
-                _canonical(x), _canonical(weight), bias, *ctx.window, b=_exponent(ctx.b, b_tensor),
-                normalize_weight=ctx.normalize_weight, max_out=ctx.max_out, detach=ctx.detach,
-            )  # fmt: skip
-
-        gradients = _second_order(definition, (x, weight, bias, b_tensor), ctx.needs, dy, cotangents)
-        return (*gradients, *(None,) * 14)
-
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        needs = arguments[17]
-        if any(d is not None for d in in_dims[2:5]) or any(needs[1:]):
-            return _sliced(Conv2dBackward.apply, info, in_dims, arguments, 4)
-        size = info.batch_size
-        fold = [_folded(t, d, size) for t, d in zip(arguments[:9], in_dims[:9], strict=True)]
-        fold[2:5] = arguments[2:5]
-        return _unfold(Conv2dBackward.apply(*fold, *arguments[9:]), size)
-
-
-class BatchNormUncentered(torch.autograd.Function):
-    """(x, weight, bias, residual, running_var, training, eps, activation, detach) → y, mean, var."""
-
-    @staticmethod
-    def forward(x, weight, bias, residual, running_var, training, eps, activation, detach):
-        return run("batch_norm_uncentered", x, weight, bias, residual, running_var, training, eps, activation)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, bias, residual, running_var, ctx.training, ctx.eps, ctx.activation, ctx.detach = inputs
-        y, mean, var = output
-        ctx.mark_non_differentiable(mean, var)
-        ctx.set_materialize_grads(False)
-        # y is read for the ReLU mask only: as with torch's own ReLU, changing it in place afterwards is an error
-        mask = y if ctx.activation is not None else None
-        ctx.save_for_backward(x, weight, bias, mask, mean, var)
-        ctx.backend = _ran_backend()
-
-    @staticmethod
-    def backward(ctx, dy, *_):
-        if dy is None:
-            return (None,) * 9
-        x, weight, bias, y, mean, var = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
-        passes_on = needs[3] and ctx.activation is None  # the residual's gradient is dy itself
-        asked = [*needs[:3], needs[3] and not passes_on]
-        gradients = backward_of(
-            BatchNormUncenteredBackward, "batch_norm_uncentered_backward", dy, x, y, weight, bias, mean, var,
-            ctx.training, ctx.eps, ctx.activation, ctx.detach, asked, ctx.backend,
-        )  # fmt: skip
-        grads = [g if need else None for g, need in zip(gradients, asked, strict=True)]
-        if passes_on:
-            grads[3] = dy
-        return (*grads, *(None,) * 5)
-
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return _sliced_keeping_empty(BatchNormUncentered.apply, info, in_dims, arguments)
-
-
-class BatchNormUncenteredBackward(torch.autograd.Function):
-    """Gradients of `BatchNormUncentered`; differentiable through the definition."""
-
-    @staticmethod
-    def forward(dy, x, y, weight, bias, mean, var, training, eps, activation, detach, needs, backend):
-        return run(
-            "batch_norm_uncentered_backward",
-            dy,
-            x,
-            y,
-            weight,
-            bias,
-            mean,
-            var,
-            training,
-            eps,
-            activation,
-            detach,
-            needs,
-            backend,
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        dy, x, y, weight, bias, _, var, ctx.training, ctx.eps, _, ctx.detach, ctx.needs, _ = inputs
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(dy, x, y, weight, bias, var)
-
-    @staticmethod
-    def backward(ctx, *cotangents):
-        dy, x, y, weight, bias, var = ctx.saved_tensors
-        residual = torch.zeros_like(x) if ctx.needs[3] else None
-
-        def definition(x, weight, bias, residual):
-            # the ReLU's mask is piecewise constant: multiplying by it has the ReLU's derivatives of every order
-            out = reference.batch_norm_uncentered(
-                x, None if ctx.training else var, weight, bias, training=ctx.training, eps=ctx.eps, residual=residual,
-                detach=ctx.detach,
-            )  # fmt: skip
-            return out if y is None else torch.where(y.detach() <= 0, 0.0, out)
-
-        gradients = _second_order(definition, (x, weight, bias, residual), ctx.needs, dy, cotangents)
-        # (dy, x, y, weight, bias, …); the residual enters the gradients through the mask alone
-        return (gradients[0], gradients[1], None, gradients[2], gradients[3], *(None,) * 8)
-
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return _sliced_keeping_empty(BatchNormUncenteredBackward.apply, info, in_dims, arguments)
-
-
-def _sliced_keeping_empty(function, info, in_dims, arguments) -> tuple:
-    values, dims = _sliced(function, info, in_dims, arguments, 1)
-    return values, (0,) * len(values)
-
-
-# The ops themselves are differentiable too (exported graphs, callers of torch.ops): the Autograd key leads to the
-# Functions, and from inside their forward, where gradients are off, below autograd.
-
-
-def _register_autograd(name: str, differentiable) -> None:
-    op = getattr(torch.ops.bcos_kernels, name).default
-
-    def kernel(*arguments):
-        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
-            return differentiable(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*arguments)
-
-    _library.impl(name, kernel, "Autograd")
-
-
-_register_autograd("linear", lambda *args: Linear.apply(*args[:7], False, True)[:4])
-_register_autograd("conv2d", lambda *args: Conv2d.apply(*args[:11], False, True)[:4])
-_register_autograd("batch_norm_uncentered", lambda *args: BatchNormUncentered.apply(*args, False))
-_register_autograd("linear_backward", LinearBackward.apply)
-_register_autograd("conv2d_backward", Conv2dBackward.apply)
-_register_autograd("batch_norm_uncentered_backward", BatchNormUncenteredBackward.apply)

@@ -19,7 +19,7 @@ struct Dense {
 
   explicit Dense(const Tensor& given) : x(given) {
     channels_last = is_channels_last(given);
-    if (!channels_last) x = in_layout(given, false);
+    x = in_layout(given, channels_last);
     const int64_t images = x.size(0), channels = x.size(1);
     const int64_t pixels = images * channels == 0 ? 0 : x.numel() / (images * channels);
     layout = Layout{images, pixels, channels, 1, channels_last || pixels == 1};
@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
     const OptionalTensor& running_var, bool training, double eps, bool relu) {
   const Dense d(x);
   const ScalarType type = wide(x.scalar_type());
-  const Tensor y = torch::stable::empty_like(d.x), var = d.new_vector();
+  const Tensor y = empty_like(d.x, x.scalar_type()), var = d.new_vector();
   OptionalTensor mean;
   if (training) {
     mean = d.new_vector();
@@ -185,10 +185,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     return torch::stable::zero_(v);
   };
   OptionalTensor dx, dweight, dbias, dresidual, mask;
-  if (need_dx) dx = torch::stable::empty_like(d.x);
+  if (need_dx) dx = empty_like(d.x, x.scalar_type());
   if (need_dweight) dweight = zeros();
   if (need_dbias) dbias = zeros();
-  if (need_dresidual) dresidual = relu ? torch::stable::empty_like(d.x) : torch::stable::clone(g);
+  if (need_dresidual) dresidual = relu ? empty_like(d.x, x.scalar_type()) : in_layout(torch::stable::clone(g), d.channels_last);
   if (relu) mask = d.like(y);
   if (d.x.numel() != 0) {
     const OptionalTensor w = d.vector(weight), m = training ? OptionalTensor(in_layout(mean, false)) : std::nullopt;

@@ -90,7 +90,7 @@ struct Layer {
         const int64_t (&padding)[2], const int64_t (&dilation)[2], int64_t groups, int64_t mode, double exponent,
         bool normalize_weight, int64_t max_out)
       : is_linear(false), channels_last(is_channels_last(x_) || is_channels_last(weight_)),
-        x(in_layout(x_, channels_last)), weight(is_channels_last(weight_) ? weight_ : in_layout(weight_, false)),
+        x(in_layout(x_, channels_last)), weight(in_layout(weight_, is_channels_last(weight_))),
         w(weight), bias(bias), window{x.size(2), x.size(3), 0, 0, {weight.size(2), weight.size(3)}, {}, {}, {}},
         groups(groups), mode(mode_of(mode)), exponent(exponent), max_out(max_out) {
     int64_t out[2];
@@ -292,7 +292,7 @@ ScaleBackwardArguments scaling_backward(const Layer& l, const Given& g, void* da
           l.max_out, l.mode, l.exponent, g.from_a,        g.detach,            l.is_linear};
 }
 
-Tensor like_weight(const Layer& l) { return torch::stable::empty_like(l.weight); }
+Tensor like_weight(const Layer& l, ScalarType type) { return empty_like(l.weight, type); }
 
 void backward_in_blocks(const Layer& l, const Given& g, const OptionalTensor& dx, const OptionalTensor& dw, void* whole_da, void* db) {
   const Kernels& k = kernels(l.type);
@@ -456,14 +456,8 @@ Gradients backward(
     if (l.is_linear) {
       da = matrix(whole_da, l.rows(), units, l.dtype);
     } else {
-      const int64_t h = l.window.out_height, w = l.window.out_width, size[] = {l.x.size(0), units, h, w};
-      const int64_t last[] = {units * h * w, 1, w * units, units}, planes[] = {units * h * w, h * w, w, 1};
-      AtenTensorHandle handle;
-      TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob_v2(
-          whole_da, 4, size, l.channels_last ? last : planes, 0,
-          torch::stable::detail::to<int32_t>(torch::stable::detail::from(l.dtype)), aoti_torch_device_type_cpu(), 0, &handle,
-          aoti_torch_layout_strided(), nullptr, 0));
-      da = Tensor(handle);
+      const int64_t size[] = {l.x.size(0), units, l.window.out_height, l.window.out_width};
+      da = alias(whole_da, size, strides_of(size, 4, l.channels_last).data(), 4, l.dtype);
     }
   }
   std::unique_ptr<Scratch> db_parts;
@@ -474,7 +468,7 @@ Gradients backward(
 
   if (blocks) {
     if (needs.dx) dx = l.new_input();
-    if (dw_in_blocks) dw = like_weight(l);
+    if (dw_in_blocks) dw = like_weight(l, l.dtype);
     backward_in_blocks(l, g, dx, dw, whole_da, db_memory);
   } else if (!passes_on) {
     std::unique_ptr<Scratch> q;
@@ -507,7 +501,7 @@ Gradients backward(
     const ScalarType type = wider ? ScalarType::Float : l.dtype;
     const Tensor from = wider ? torch::stable::to(da, type) : da, x = wider ? torch::stable::to(l.x, type) : l.x;
     if (product_is_matrix(l)) {
-      dw = wider ? torch::stable::empty_like(torch::stable::to(l.weight, type)) : like_weight(l);
+      dw = like_weight(l, type);
       multiply(matrix(dw->data_ptr(), l.units(), l.depth(), type), matrix(from.data_ptr(), l.units(), l.rows(), type, true),
                matrix(x.data_ptr(), l.rows(), l.depth(), type));
     } else {

@@ -90,7 +90,7 @@ void scale_backward(const ScaleBackwardArguments& s, Type type) {
 }
 
 Tensor normalized(const Tensor& w) {
-  const Tensor w_hat = torch::stable::empty_like(w);
+  const Tensor w_hat = empty_like(w, w.scalar_type());
   const Kernels& k = kernels(type_of(w));
   const int64_t units = w.size(0), columns = units == 0 ? 0 : w.numel() / units;
   const void* from = w.data_ptr();
@@ -102,7 +102,7 @@ Tensor normalized(const Tensor& w) {
 Tensor weight_norm_gradient(const Tensor& dw_hat, const Tensor& w) {
   const ScalarType type = dw_hat.scalar_type();
   const Tensor same = w.scalar_type() == type ? w : torch::stable::to(w, type);
-  const Tensor gradient = in_layout(dw_hat, is_channels_last(w)), dw = torch::stable::empty_like(same);
+  const Tensor gradient = in_layout(dw_hat, is_channels_last(w)), dw = empty_like(w, type);
   const Kernels& k = kernels(type_of(dw));
   const int64_t units = w.size(0), columns = units == 0 ? 0 : w.numel() / units;
   const void *from = gradient.data_ptr(), *weight = same.data_ptr();

@@ -11,6 +11,7 @@
 #include <initializer_list>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "kernels.h"
 
@@ -52,8 +53,6 @@ inline void check_type(const Tensor& t, ScalarType expected, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == expected && t.is_cpu(), "bcos_kernels_cpp: expected another type or device of ", name);
 }
 
-inline bool is_contiguous(const Tensor& t) { return t.is_contiguous(); }
-
 inline bool is_channels_last(const Tensor& t) {
   if (t.dim() != 4 || t.is_contiguous()) return false;
   int64_t step = 1;
@@ -64,27 +63,69 @@ inline bool is_channels_last(const Tensor& t) {
   return true;
 }
 
-inline Tensor in_layout(const Tensor& t, bool channels_last) {
-  if (channels_last ? is_channels_last(t) : t.is_contiguous()) return t;
-  using torch::headeronly::MemoryFormat;
-  return torch::stable::contiguous(t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+// The usual strides of a layout, also where a dimension of size 1 leaves them open.
+inline std::vector<int64_t> strides_of(const int64_t* sizes, int64_t dims, bool channels_last) {
+  std::vector<int64_t> strides(dims);
+  constexpr int64_t last[] = {1, 3, 2, 0};
+  for (int64_t i = 0, step = 1; i < dims; i++) {
+    const int64_t d = channels_last ? last[i] : dims - 1 - i;
+    strides[d] = step;
+    step *= channels_last ? sizes[d] : std::max<int64_t>(sizes[d], 1);  // as torch has it where a size is 0
+  }
+  return strides;
 }
 
-// A new tensor with the usual strides of the layout, also where a dimension of size 1 leaves them open.
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, bool channels_last = false) {
-  int64_t size[4], stride[4], step = 1;
-  const int64_t dims = sizes.size();
-  std::copy(sizes.begin(), sizes.end(), size);
-  constexpr int64_t last[] = {1, 3, 2, 0}, contiguous[] = {3, 2, 1, 0};
-  for (int64_t i = 0; i < dims; i++) {
-    const int64_t d = channels_last ? last[i] : contiguous[4 - dims + i];
-    stride[d] = step;
-    step *= std::max<int64_t>(size[d], 1);
-  }
+inline int32_t code_of(ScalarType type) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+}
+
+inline Tensor empty(const int64_t* sizes, int64_t dims, ScalarType type, bool channels_last) {
+  const std::vector<int64_t> strides = strides_of(sizes, dims, channels_last);
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, size, stride, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides.data(), code_of(type), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, bool channels_last = false) {
+  return empty(sizes.begin(), static_cast<int64_t>(sizes.size()), type, channels_last);
+}
+// Of t's shape, in its layout (channels_last or contiguous).
+inline Tensor empty_like(const Tensor& t, ScalarType type) {
+  const auto sizes = t.sizes();
+  return empty(sizes.data(), t.dim(), type, is_channels_last(t));
+}
+
+// Someone else's memory as a tensor.
+inline Tensor alias(void* data, const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType type) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob_v2(
+      data, dims, sizes, strides, 0, code_of(type), aoti_torch_device_type_cpu(), 0, &handle, aoti_torch_layout_strided(),
+      nullptr, 0));
+  return Tensor(handle);
+}
+
+inline bool has_strides(const Tensor& t, const std::vector<int64_t>& strides) {
+  for (int64_t d = 0; d < t.dim(); d++) {
+    if (t.stride(d) != strides[d]) return false;
+  }
+  return true;
+}
+
+// t in a dense layout, with the usual strides where dimensions of size 1 leave them open: with others the library's
+// convolutions err (of a channels_last weight (O, C, 1, S) with strides (C S, 1, C, C), grouped ones in float32 return
+// wrong values, some in float16 raise), and an op has to return the strides that its fake announces.
+inline Tensor in_layout(const Tensor& t, bool channels_last) {
+  using torch::headeronly::MemoryFormat;
+  Tensor dense = t;
+  if (!(channels_last ? is_channels_last(t) : t.is_contiguous())) {
+    dense = torch::stable::contiguous(t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  }
+  const auto sizes = dense.sizes();
+  const std::vector<int64_t> strides = strides_of(sizes.data(), dense.dim(), channels_last);
+  if (has_strides(dense, strides)) return dense;
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+      dense.get(), dense.dim(), sizes.data(), strides.data(), /*offset, on top of its own*/ 0, &handle));
   return Tensor(handle);
 }
 
@@ -92,13 +133,9 @@ inline Tensor nothing(ScalarType type) { return empty({0}, type); }
 
 // A matrix in someone else's memory; transposed: (rows, columns) of its transpose, which lies row by row.
 inline Tensor matrix(void* data, int64_t rows, int64_t columns, ScalarType type, bool transposed = false) {
-  const int64_t size[] = {rows, columns};
-  const int64_t stride[] = {transposed ? 1 : std::max<int64_t>(columns, 1), transposed ? std::max<int64_t>(rows, 1) : 1};
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob_v2(
-      data, 2, size, stride, 0, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      aoti_torch_device_type_cpu(), 0, &handle, aoti_torch_layout_strided(), nullptr, 0));
-  return Tensor(handle);
+  const int64_t sizes[] = {rows, columns};
+  const int64_t strides[] = {transposed ? 1 : std::max<int64_t>(columns, 1), transposed ? std::max<int64_t>(rows, 1) : 1};
+  return alias(data, sizes, strides, 2, type);
 }
 
 template <class F>

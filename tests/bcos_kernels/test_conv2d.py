@@ -139,6 +139,15 @@ CASES = [
     Case("changed in place, max_out 2, groups 2", in_place=True, max_out=2, window=window(groups=2)),
     Case("changed in place, one-pixel image", in_place=True, shape=(2, 5, 1, 1), window=window(padding=1),
          layout="channels_last"),
+    Case("blocks of rows", shape=(3, 60, 31, 33), outputs=70, kernel=(1, 1), layout="channels_last"),
+    Case("blocks of rows, normalized, bias, b 1.5", shape=(3, 60, 31, 33), outputs=50, kernel=(1, 1), normalize=True,
+         bias=True, b=1.5, layout="channels_last", dy_layout="channels_last"),
+    Case("blocks of rows, stride (2, 3)", shape=(11, 60, 31, 33), outputs=70, kernel=(1, 1),
+         window=window(stride=(2, 3)), layout="channels_last"),
+    Case("blocks of rows, stride 2, max_out 2, b tensor", shape=(5, 60, 41, 43), outputs=35, kernel=(1, 1), max_out=2,
+         window=window(stride=2), b=1.75, b_tensor=True, layout="channels_last"),
+    Case("blocks of rows, changed in place", shape=(3, 60, 31, 33), outputs=70, kernel=(1, 1), in_place=True,
+         weight_layout="channels_last", layout="channels_last"),
 ]  # fmt: skip
 
 

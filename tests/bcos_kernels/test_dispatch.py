@@ -169,6 +169,15 @@ def test_a_named_backend_never_falls_back_in_the_backward(backend, monkeypatch):
             y.sum().backward()
 
 
+@pytest.mark.parametrize("backend", [CPU])
+def test_a_named_backend_never_falls_back_in_a_backward_outside_its_context(backend, monkeypatch):
+    monkeypatch.setattr(bcos_kernels.cpu, "linear_backward", refuse)
+    with bcos_kernels.backend(backend):
+        y = linear()
+    with pytest.raises(NotImplementedError, match="builds other things, got this"):
+        y.sum().backward()
+
+
 def test_a_named_backend_refuses_tensors_of_other_devices():
     x = torch.zeros(2, 3, device="meta")
     with bcos_kernels.backend("cpu"), pytest.raises(RuntimeError, match="'cpu' does not run on meta tensors"):

@@ -75,6 +75,12 @@ CASES = [
     Case("changed in place", in_place=True, normalize=True, bias=True),
     Case("changed in place, three dimensions", shape=(2, 7, 20), in_place=True),
     Case("changed in place, max_out 3", in_place=True, max_out=3, normalize=True),
+    Case("blocks of rows", shape=(2900, 60), outputs=70),
+    Case("blocks of rows, fewer outputs than inputs", shape=(2900, 70), outputs=60, normalize=True),
+    Case("blocks of rows, bias, b 1.5", shape=(2900, 60), outputs=70, bias=True, b=1.5),
+    Case("blocks of rows, max_out 2, b tensor", shape=(2900, 60), outputs=35, max_out=2, b=2.5, b_tensor=True),
+    Case("blocks of rows, changed in place", shape=(2900, 60), outputs=70, in_place=True),
+    Case("a weight too large for blocks", shape=(40, 520), outputs=530, normalize=True),
 ]
 
 

@@ -1,0 +1,523 @@
+"""The autograd Functions around the ops: what is kept for the backward, second order, vmap.
+
+An autograd Function (with `setup_context` and a vmap rule) wraps each op: the forward's Function, and the backward's
+Function, whose own backward is autograd through the definition in reference.py.
+
+What the forward's Function keeps for B = 2 is y and n. y is handed to the user, who may change it in place
+(``out += identity``), and `save_for_backward` of an output then raises; so eager code holds ``y.detach()`` together
+with its version, uses it while it is unchanged and recomputes from x and w otherwise. Compiled code keeps a clone
+(which the compiler drops where nothing writes to y). Under torch.func transforms and active saved-tensor hooks
+(activation checkpointing, offload) y is not held at all.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import dispatch, ops, reference
+from .layouts import canonical
+from .ops import functorch_active, run
+
+
+@cache
+def _without_setup_context(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The same Function in the older form, whose context is set up inside forward, for plain eager code.
+
+    What torch.func and the compiler need `setup_context` for costs 140 µs a call in eager: torch binds the arguments
+    to forward's signature. And they need everything that is kept to be an output; here y alone is one of a layer's.
+    """
+    keep = getattr(function, "keep", None)
+
+    def forward(ctx, *arguments):
+        if keep is None:
+            output = function.forward(*arguments)
+            function.setup_context(ctx, arguments, output)
+            return output
+        y, *kept = function.launch(*arguments)
+        keep(ctx, arguments, y, *kept)
+        return y
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(function.__name__, (torch.autograd.Function,), members)
+
+
+def apply(function: type[torch.autograd.Function], *arguments):
+    """``function.apply`` in the form that serves the moment: traced or transformed, or plain eager."""
+    if torch.compiler.is_compiling() or functorch_active():
+        return function.apply(*arguments)
+    return _without_setup_context(function).apply(*arguments)
+
+
+def apply_layer(function: type[torch.autograd.Function], *arguments) -> Tensor:
+    """The output of `Linear` or `Conv2d`."""
+    if torch.compiler.is_compiling() or functorch_active():
+        return function.apply(*arguments)[0]
+    return _without_setup_context(function).apply(*arguments)
+
+
+def backward_of(function: type[torch.autograd.Function], name: str, *arguments):
+    """A backward: through its own Function only where somebody may differentiate it again."""
+    if torch.compiler.is_compiling() or functorch_active() or torch.is_grad_enabled():
+        return apply(function, *arguments)
+    return run(name, *arguments, fill=False)
+
+
+def _saved_tensor_hooks_active() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _hold(ctx, y: Tensor, wanted: bool) -> None:
+    """Hold the output for the backward without pinning its version (see the module docstring)."""
+    ctx.held = None
+    if wanted and not functorch_active() and not _saved_tensor_hooks_active():
+        ctx.held = y.detach()
+        ctx.held_version = y._version
+
+
+def _release(ctx) -> Tensor | None:
+    """The held output if it is unchanged. It is let go with the graph's other buffers unless the graph is retained."""
+    held = ctx.held
+    if held is not None and held._version != ctx.held_version:
+        held = None
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        ctx.held = None
+    return held
+
+
+def _no_autocast(device: torch.device):
+    """A derivative is computed in its forward's types, also inside an autocast region."""
+    enabled = dispatch.autocast_enabled(device)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
+
+
+def _second_order(definition, inputs: tuple, needs, dy: Tensor, cotangents: tuple) -> tuple:
+    """Gradient of a backward: autograd through ``definition(*inputs)``. Returns gradients of (dy, *inputs).
+
+    Inputs that are part of a graph stay connected to it, so that gradients of any further order follow.
+    """
+    wanted = [i for i, need in enumerate(needs) if need and cotangents[i] is not None]
+    if not wanted:
+        return (None,) * (1 + len(inputs))
+    with _no_autocast(dy.device):
+        if functorch_active():
+            return _second_order_transformed(definition, inputs, wanted, dy, cotangents)
+        return _second_order_by_graph(definition, inputs, wanted, dy, cotangents)
+
+
+def _second_order_by_graph(definition, inputs, wanted, dy, cotangents) -> tuple:
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases = [
+            None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for t in (dy, *inputs)
+        ]
+        y = definition(*aliases[1:])
+        first = torch.autograd.grad(
+            y, [aliases[1 + i] for i in wanted], aliases[0], create_graph=True, allow_unused=True
+        )  # fmt: skip
+        pairs = [(g, cotangents[i]) for g, i in zip(first, wanted, strict=True) if g is not None and g.requires_grad]
+        if not pairs:
+            return (None,) * len(aliases)
+        present = [t for t in aliases if t is not None]
+        gradients = torch.autograd.grad(
+            [g for g, _ in pairs], present, [c for _, c in pairs], create_graph=create_graph, allow_unused=True
+        )
+    found = iter(gradients)
+    return tuple(None if t is None else next(found) for t in aliases)
+
+
+def _second_order_transformed(definition, inputs, wanted, dy, cotangents) -> tuple:
+    """The same inside torch.func transforms, which know no requires_grad_()."""
+    places = [i for i, t in enumerate(inputs) if t is not None]
+
+    def of_present(*present):
+        arguments = dict(zip(places, present, strict=True))
+        return definition(*(arguments.get(i) for i in range(len(inputs))))
+
+    def first_order(dy, *present):
+        _, pull_back = torch.func.vjp(of_present, *present)
+        gradients = dict(zip(places, pull_back(dy), strict=True))
+        return tuple(gradients[i] for i in wanted)
+
+    _, pull_back = torch.func.vjp(first_order, dy, *(inputs[i] for i in places))
+    of_dy, *others = pull_back(tuple(cotangents[i] for i in wanted))
+    found = dict(zip(places, others, strict=True))
+    return (of_dy, *(found.get(i) for i in range(len(inputs))))
+
+
+def _exponent(b: float, b_tensor: Tensor | None) -> float | Tensor:
+    return b if b_tensor is None else b_tensor
+
+
+def _keep_y(y: Tensor, b: float, b_tensor: Tensor | None, keep: bool) -> bool:
+    return keep and b_tensor is None and b == 2 and y.dtype != torch.float16
+
+
+def _compiled_copy(y: Tensor, keep: bool) -> Tensor:
+    return y.clone() if keep and torch.compiler.is_compiling() else y.new_empty((0,))
+
+
+def _ran_backend() -> str:
+    return "" if torch.compiler.is_compiling() else dispatch.last_backend()
+
+
+def _sliced(function, info, in_dims, arguments, dimensions: int) -> tuple:
+    """vmap by a loop over the batch: for what cannot be folded into an existing dimension."""
+    results = []
+    for i in range(info.batch_size):
+        # options that are lists have a list of dimensions, all None
+        slices = (v.select(d, i) if isinstance(d, int) else v for v, d in zip(arguments, in_dims, strict=True))
+        results.append(function(*slices))
+    return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * dimensions
+
+
+def _folded(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """Batch dimension of vmap folded into dimension 0 (a tensor without one is repeated)."""
+    if t is None or t.numel() == 0 and t.dim() <= 2 and dim is None:
+        return t
+    t = t.unsqueeze(0).expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+    return t.flatten(0, 1) if t.dim() > 1 else t
+
+
+def _unfold(results, size: int) -> tuple:
+    """Undo `_folded` on outputs; tensors that stand for "nothing" (shape (0,)) stay unbatched."""
+    values, dims = [], []
+    for t in results:
+        nothing = t.dim() == 1 and t.numel() == 0
+        values.append(t if nothing else t.unflatten(0, (size, t.shape[0] // size if size else 0)))
+        dims.append(None if nothing else 0)
+    return tuple(values), tuple(dims)
+
+
+class Linear(torch.autograd.Function):
+    """(x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, keep) → y, n, a, index, copy of y."""
+
+    @staticmethod
+    def launch(x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, keep):
+        return run("linear", x, weight, bias, b_tensor, b, normalize_weight, max_out, keep)
+
+    @staticmethod
+    def forward(x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, keep):
+        y, n, a, index = run("linear", x, weight, bias, b_tensor, b, normalize_weight, max_out, keep)
+        return y, n, a, index, _compiled_copy(y, _keep_y(y, b, b_tensor, keep))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        Linear.keep(ctx, inputs, *output)
+
+    @staticmethod
+    def keep(ctx, inputs, y, n, a, index, copy=None):
+        x, weight, bias, b_tensor, ctx.b, ctx.normalize_weight, ctx.max_out, ctx.detach, keep = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, b_tensor, n, a, index, copy)
+        ctx.compiled = torch.compiler.is_compiling()
+        ctx.backend = _ran_backend()
+        if not ctx.compiled:
+            _hold(ctx, y, _keep_y(y, ctx.b, b_tensor, keep))
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        if dy is None:
+            return (None,) * 9
+        x, weight, bias, b_tensor, n, a, index, copy = ctx.saved_tensors
+        y = (copy if copy.numel() else None) if ctx.compiled else _release(ctx)
+        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
+        dx, dw, dbias, db = backward_of(
+            LinearBackward, "linear_backward", dy, x, weight, bias, b_tensor, y, n, a, index, ctx.b,
+            ctx.normalize_weight, ctx.max_out, ctx.detach, needs, ctx.backend,
+        )  # fmt: skip
+        grads = [g if need else None for g, need in zip((dx, dw, dbias, db), needs, strict=True)]
+        return (*grads, None, None, None, None, None)
+
+    @staticmethod
+    def vmap(info, in_dims, x, weight, bias, b_tensor, *options):
+        arguments = (x, weight, bias, b_tensor, *options)
+        if any(d is not None for d in in_dims[1:4]):
+            return _sliced(Linear.apply, info, in_dims, arguments, 5)
+        folded = _folded(x, in_dims[0], info.batch_size)
+        return _unfold(Linear.apply(folded, weight, bias, b_tensor, *options), info.batch_size)
+
+
+class LinearBackward(torch.autograd.Function):
+    """Gradients of `Linear`; differentiable through the definition, from x and weight."""
+
+    @staticmethod
+    def forward(dy, x, weight, bias, b_tensor, y, n, a, index, b, normalize_weight, max_out, detach, needs, backend):
+        return run(
+            "linear_backward",
+            dy,
+            x,
+            weight,
+            bias,
+            b_tensor,
+            y,
+            n,
+            a,
+            index,
+            b,
+            normalize_weight,
+            max_out,
+            detach,
+            needs,
+            backend,
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dy, x, weight, bias, b_tensor = inputs[:5]
+        ctx.b, ctx.normalize_weight, ctx.max_out, ctx.detach, ctx.needs = inputs[9:14]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dy, x, weight, bias, b_tensor)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        dy, x, weight, bias, b_tensor = ctx.saved_tensors
+
+        def definition(x, weight, bias, b_tensor):
+            return reference.linear(
+                x, weight, bias, b=_exponent(ctx.b, b_tensor), normalize_weight=ctx.normalize_weight,
+                max_out=ctx.max_out, detach=ctx.detach,
+            )  # fmt: skip
+
+        gradients = _second_order(definition, (x, weight, bias, b_tensor), ctx.needs, dy, cotangents)
+        return (*gradients, *(None,) * 10)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        needs = arguments[13]
+        if any(d is not None for d in in_dims[2:5]) or any(needs[1:]):
+            return _sliced(LinearBackward.apply, info, in_dims, arguments, 4)
+        size = info.batch_size
+        fold = [_folded(t, d, size) for t, d in zip(arguments[:9], in_dims[:9], strict=True)]
+        fold[2:5] = arguments[2:5]
+        return _unfold(LinearBackward.apply(*fold, *arguments[9:]), size)
+
+
+class Conv2d(torch.autograd.Function):
+    """(x, weight, bias, b_tensor, stride, …, detach, keep) → y, n, a, index, copy of y."""
+
+    @staticmethod
+    def launch(
+        x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, detach, keep
+    ):
+        return run(
+            "conv2d", x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep
+        )
+
+    @staticmethod
+    def forward(
+        x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, detach, keep
+    ):
+        y, n, a, index = run(
+            "conv2d", x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep
+        )
+        return y, n, a, index, _compiled_copy(y, _keep_y(y, b, b_tensor, keep))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        Conv2d.keep(ctx, inputs, *output)
+
+    @staticmethod
+    def keep(ctx, inputs, y, n, a, index, copy=None):
+        x, weight, bias, b_tensor = inputs[:4]
+        ctx.window = inputs[4:8]
+        ctx.b, ctx.normalize_weight, ctx.max_out, ctx.detach, keep = inputs[8:]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, b_tensor, n, a, index, copy)
+        ctx.compiled = torch.compiler.is_compiling()
+        ctx.backend = _ran_backend()
+        if not ctx.compiled:
+            _hold(ctx, y, _keep_y(y, ctx.b, b_tensor, keep))
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        if dy is None:
+            return (None,) * 13
+        x, weight, bias, b_tensor, n, a, index, copy = ctx.saved_tensors
+        y = (copy if copy.numel() else None) if ctx.compiled else _release(ctx)
+        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
+        dx, dw, dbias, db = backward_of(
+            Conv2dBackward, "conv2d_backward", dy, x, weight, bias, b_tensor, y, n, a, index, *ctx.window, ctx.b,
+            ctx.normalize_weight,
+            ctx.max_out, ctx.detach, needs, ctx.backend,
+        )  # fmt: skip
+        grads = [g if need else None for g, need in zip((dx, dw, dbias, db), needs, strict=True)]
+        return (*grads, *(None,) * 9)
+
+    @staticmethod
+    def vmap(info, in_dims, x, weight, bias, b_tensor, *options):
+        arguments = (x, weight, bias, b_tensor, *options)
+        if any(d is not None for d in in_dims[1:4]):
+            return _sliced(Conv2d.apply, info, in_dims, arguments, 5)
+        folded = _folded(x, in_dims[0], info.batch_size)
+        return _unfold(Conv2d.apply(folded, weight, bias, b_tensor, *options), info.batch_size)
+
+
+class Conv2dBackward(torch.autograd.Function):
+    """Gradients of `Conv2d`; differentiable through the definition, from x and weight."""
+
+    @staticmethod
+    def forward(
+        dy, x, weight, bias, b_tensor, y, n, a, index, stride, padding, dilation, groups, b, normalize_weight, max_out,
+        detach, needs, backend,
+    ):  # fmt: skip
+        return run(
+            "conv2d_backward", dy, x, weight, bias, b_tensor, y, n, a, index, stride, padding, dilation, groups, b,
+            normalize_weight, max_out, detach, needs, backend,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dy, x, weight, bias, b_tensor = inputs[:5]
+        ctx.window = inputs[9:13]
+        ctx.b, ctx.normalize_weight, ctx.max_out, ctx.detach, ctx.needs = inputs[13:18]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dy, x, weight, bias, b_tensor)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        dy, x, weight, bias, b_tensor = ctx.saved_tensors
+
+        def definition(x, weight, bias, b_tensor):
+            return reference.conv2d(
+                canonical(x), canonical(weight), bias, *ctx.window, b=_exponent(ctx.b, b_tensor),
+                normalize_weight=ctx.normalize_weight, max_out=ctx.max_out, detach=ctx.detach,
+            )  # fmt: skip
+
+        gradients = _second_order(definition, (x, weight, bias, b_tensor), ctx.needs, dy, cotangents)
+        return (*gradients, *(None,) * 14)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        needs = arguments[17]
+        if any(d is not None for d in in_dims[2:5]) or any(needs[1:]):
+            return _sliced(Conv2dBackward.apply, info, in_dims, arguments, 4)
+        size = info.batch_size
+        fold = [_folded(t, d, size) for t, d in zip(arguments[:9], in_dims[:9], strict=True)]
+        fold[2:5] = arguments[2:5]
+        return _unfold(Conv2dBackward.apply(*fold, *arguments[9:]), size)
+
+
+class BatchNormUncentered(torch.autograd.Function):
+    """(x, weight, bias, residual, running_var, training, eps, activation, detach) → y, mean, var."""
+
+    @staticmethod
+    def forward(x, weight, bias, residual, running_var, training, eps, activation, detach):
+        return run("batch_norm_uncentered", x, weight, bias, residual, running_var, training, eps, activation)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, residual, running_var, ctx.training, ctx.eps, ctx.activation, ctx.detach = inputs
+        y, mean, var = output
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        # y is read for the ReLU mask only: as with torch's own ReLU, changing it in place afterwards is an error
+        mask = y if ctx.activation is not None else None
+        ctx.save_for_backward(x, weight, bias, mask, mean, var)
+        ctx.backend = _ran_backend()
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        if dy is None:
+            return (None,) * 9
+        x, weight, bias, y, mean, var = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
+        passes_on = needs[3] and ctx.activation is None  # the residual's gradient is dy itself
+        asked = [*needs[:3], needs[3] and not passes_on]
+        gradients = backward_of(
+            BatchNormUncenteredBackward, "batch_norm_uncentered_backward", dy, x, y, weight, bias, mean, var,
+            ctx.training, ctx.eps, ctx.activation, ctx.detach, asked, ctx.backend,
+        )  # fmt: skip
+        grads = [g if need else None for g, need in zip(gradients, asked, strict=True)]
+        if passes_on:
+            grads[3] = dy
+        return (*grads, *(None,) * 5)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _sliced_keeping_empty(BatchNormUncentered.apply, info, in_dims, arguments)
+
+
+class BatchNormUncenteredBackward(torch.autograd.Function):
+    """Gradients of `BatchNormUncentered`; differentiable through the definition."""
+
+    @staticmethod
+    def forward(dy, x, y, weight, bias, mean, var, training, eps, activation, detach, needs, backend):
+        return run(
+            "batch_norm_uncentered_backward",
+            dy,
+            x,
+            y,
+            weight,
+            bias,
+            mean,
+            var,
+            training,
+            eps,
+            activation,
+            detach,
+            needs,
+            backend,
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dy, x, y, weight, bias, _, var, ctx.training, ctx.eps, _, ctx.detach, ctx.needs, _ = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dy, x, y, weight, bias, var)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        dy, x, y, weight, bias, var = ctx.saved_tensors
+        residual = torch.zeros_like(x) if ctx.needs[3] else None
+
+        def definition(x, weight, bias, residual):
+            # the ReLU's mask is piecewise constant: multiplying by it has the ReLU's derivatives of every order
+            out = reference.batch_norm_uncentered(
+                x, None if ctx.training else var, weight, bias, training=ctx.training, eps=ctx.eps, residual=residual,
+                detach=ctx.detach,
+            )  # fmt: skip
+            return out if y is None else torch.where(y.detach() <= 0, 0.0, out)
+
+        gradients = _second_order(definition, (x, weight, bias, residual), ctx.needs, dy, cotangents)
+        # (dy, x, y, weight, bias, …); the residual enters the gradients through the mask alone
+        return (gradients[0], gradients[1], None, gradients[2], gradients[3], *(None,) * 8)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _sliced_keeping_empty(BatchNormUncenteredBackward.apply, info, in_dims, arguments)
+
+
+def _sliced_keeping_empty(function, info, in_dims, arguments) -> tuple:
+    values, dims = _sliced(function, info, in_dims, arguments, 1)
+    return values, (0,) * len(values)
+
+
+# The ops themselves are differentiable too (exported graphs, callers of torch.ops): the Autograd key leads to the
+# Functions, and from inside their forward, where gradients are off, below autograd.
+
+
+def _register_autograd(name: str, differentiable) -> None:
+    op = getattr(torch.ops.bcos_kernels, name).default
+
+    def kernel(*arguments):
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
+            return differentiable(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    ops.library.impl(name, kernel, "Autograd")
+
+
+_register_autograd("linear", lambda *args: Linear.apply(*args[:7], False, True)[:4])
+_register_autograd("conv2d", lambda *args: Conv2d.apply(*args[:11], False, True)[:4])
+_register_autograd("batch_norm_uncentered", lambda *args: BatchNormUncentered.apply(*args, False))
+_register_autograd("linear_backward", LinearBackward.apply)
+_register_autograd("conv2d_backward", Conv2dBackward.apply)
+_register_autograd("batch_norm_uncentered_backward", BatchNormUncenteredBackward.apply)

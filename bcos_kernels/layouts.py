@@ -1,0 +1,126 @@
+"""Strides of the ops' tensors: what a launcher may rely on, and what it has to return.
+
+Dimensions of size 1 leave strides open. Ops return exactly the strides that their fakes announce, and libraries err on
+odd ones, so a launcher that does not see to both itself is wrapped here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+
+def is_channels_last(t: Tensor) -> bool:
+    return t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+def own_format(t: Tensor) -> torch.memory_format:
+    return torch.channels_last if is_channels_last(t) else torch.contiguous_format
+
+
+def memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """The layout of a convolution's output: channels_last if the input or the weight is."""
+    either = is_channels_last(x) or is_channels_last(weight)
+    return torch.channels_last if either else torch.contiguous_format
+
+
+def _strides(shape: torch.Size, format_: torch.memory_format) -> tuple[int, ...]:
+    if format_ == torch.channels_last:
+        _, c, h, w = shape
+        return (h * w * c, 1, w * c, c)
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step = step * max(size, 1)
+    return tuple(reversed(strides))
+
+
+def canonical(t: Tensor) -> Tensor:
+    """t with the usual strides in its dimensions of size 1, which leave them open.
+
+    Others make the library's convolutions err: of a channels_last weight (O, C, 1, S) with strides (C S, 1, C, C),
+    grouped ones in float32 return wrong values, some in float16 raise.
+    """
+    if 1 not in t.shape or not t.numel():
+        return t
+    format_ = torch.contiguous_format if t.is_contiguous() else torch.channels_last
+    if not t.is_contiguous(memory_format=format_):
+        return t
+    strides = _strides(t.shape, format_)
+    return t if t.stride() == strides else t.as_strided(t.shape, strides)
+
+
+def with_layout(t: Tensor, format_: torch.memory_format) -> Tensor:
+    """t in exactly the strides that the fake announces (dimensions of size 1 leave strides open)."""
+    t = t.contiguous(memory_format=format_)
+    if 1 not in t.shape and t.numel():
+        return t
+    if not t.numel():
+        return torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=format_)
+    strides = _strides(t.shape, format_)
+    if t.stride() == strides:
+        return t
+    # Same storage, but no view of t: autograd forbids in-place changes (`out += identity`) of a Function's view.
+    return t.new_empty((0,)).set_(t.untyped_storage(), t.storage_offset(), t.shape, strides)
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else with_layout(t, torch.contiguous_format)
+
+
+def _as(t: Tensor | None, format_: torch.memory_format) -> Tensor | None:
+    return t if t is None or t.dim() < 2 else with_layout(t, format_)
+
+
+def _linear_forward(launch: Callable, *arguments) -> tuple:
+    return tuple(map(_contiguous, launch(*arguments)))
+
+
+_linear_backward = _linear_forward
+
+
+def _conv2d_forward(launch: Callable, x, weight, *options) -> tuple:
+    x, weight = canonical(x), canonical(weight)
+    y, n, a, index = launch(x, weight, *options)
+    format_ = memory_format(x, weight)
+    return _as(y, format_), n.contiguous(), _as(a, format_), _as(index, format_)
+
+
+def _conv2d_backward(launch: Callable, dy, x, weight, *options) -> tuple:
+    dy, x, weight = canonical(dy), canonical(x), canonical(weight)
+    dx, dw, dbias, db = launch(dy, x, weight, *options)
+    return _as(dx, memory_format(x, weight)), _as(dw, own_format(weight)), dbias, db
+
+
+def _batch_norm_uncentered_forward(launch: Callable, x, *options) -> tuple:
+    y, mean, var = launch(x, *options)
+    return _as(y, own_format(x)), mean, var
+
+
+def _batch_norm_uncentered_backward(launch: Callable, dy, x, *options) -> tuple:
+    dx, dweight, dbias, dresidual = launch(dy, x, *options)
+    return _as(dx, own_format(x)), dweight, dbias, _as(dresidual, own_format(x))
+
+
+_AROUND = {
+    "linear_forward": _linear_forward,
+    "linear_backward": _linear_backward,
+    "conv2d_forward": _conv2d_forward,
+    "conv2d_backward": _conv2d_backward,
+    "batch_norm_uncentered_forward": _batch_norm_uncentered_forward,
+    "batch_norm_uncentered_backward": _batch_norm_uncentered_backward,
+}
+
+
+def strict(name: str, launch: Callable) -> Callable:
+    """Launcher ``name`` with canonical strides in and the announced strides out."""
+    around = _AROUND[name]
+
+    @wraps(launch)
+    def launcher(*arguments):
+        return around(launch, *arguments)
+
+    return launcher
