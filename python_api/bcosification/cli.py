@@ -119,8 +119,10 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from bcosification.evaluation import evaluate
-    from bcosification.train.data import build_datamodule, evaluation_transform
+    from bcosification.train.data import build_datamodule, check_source, evaluation_transform
 
+    check_source(arguments.data, evaluation_only=True)
+    device = _device(arguments.device)
     model, config = _any_model(arguments, _model_spec(arguments))
     size = arguments.image_size or (min(config["input_size"]) if config.get("input_size") else None)
     own = arguments.image_size is None and hasattr(model, "transform")
@@ -138,7 +140,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             f"the model has {classes} classes and the data {data.num_classes}: class k of the data is taken for the "
             "model's class k", stacklevel=1,
         )  # fmt: skip
-    result = evaluate(model, data.val_dataloader(), device=_device(arguments.device))
+    result = evaluate(model, data.val_dataloader(), device=device)
     print(f"images {result['images']}, top-1 {100 * result['top1']:.2f} %, top-5 {100 * result['top5']:.2f} %")
     _list_unreadable(data.unreadable, len(data.unreadable) + result["images"])
     return 0

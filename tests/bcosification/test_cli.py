@@ -392,6 +392,14 @@ def test_missing_extra_is_named(arguments, extra):
         (["evaluate", "nothing/", "--data", "digits"], "expected a folder or file, found none at 'nothing/'"),
         (["verify", "resnet18", "--images", "0"], "expected --images >= 1, got 0"),
         (["evaluate", "--data", "digits"], "expected one MODEL, got 0"),
+        (
+            ["evaluate", "resnet18", "--data", "nowhere"],
+            "--data: expected one of digits, scenes, or a folder of images",
+        ),
+        (
+            ["evaluate", "resnet18", "--data", "digits", "--device", "abacus"],
+            "--device: expected a device that is usable",
+        ),
         (["convert", "resnet18", "--no-pretrained", "--out", "x", "--b", "0"], "expected --b >= 1"),
     ],
 )

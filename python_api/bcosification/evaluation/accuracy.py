@@ -28,7 +28,7 @@ def evaluate(
         loader: Gives batches (images (N, C, H, W), labels (N,) int64).
         device: Where to run; default where the model is.
         topk: The k's, default (1, 5). With no more than k classes, top-k is 1 by definition.
-        progress: Show a progress bar (default).
+        progress: Show a progress bar where there is a terminal (default).
 
     Returns:
         {"top1": …, "top5": …, "images": number of images}; accuracies in [0, 1].
@@ -58,7 +58,8 @@ def evaluate(
     metrics: dict[int, nn.Module] = {}
     classes, count, running = 0, 0, None
     with torch.inference_mode(), evaluation_mode(model):
-        for images, labels in tqdm(loader, desc="evaluate", unit="batch", disable=not progress, leave=False):
+        hidden = None if progress else True  # None: where there is no terminal
+        for images, labels in tqdm(loader, desc="evaluate", unit="batch", disable=hidden, leave=False):
             logits, labels = model(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
             _check_batch(logits, labels)
             if not count:

@@ -462,6 +462,26 @@ class _Resized:
         return image.clamp(0, 1)
 
 
+def check_source(data, *, evaluation_only: bool = False) -> None:
+    """Raises FileNotFoundError unless `data` is a name in EMBEDDED or a folder laid out as `build_datamodule` needs.
+
+    Quick: nothing in the folder is looked at.
+    """
+    root = Path(data)
+    if root.is_dir():
+        missing = [] if evaluation_only else [name for name in SPLITS if not (root / name).is_dir()]
+        if missing:
+            raise FileNotFoundError(
+                f"data: expected {root}/train and {root}/val, each with one sub-folder per class; missing: "
+                + ", ".join(f"{name}/" for name in missing)
+            )
+    elif str(data) in EMBEDDED:
+        _import_sklearn()
+    else:
+        names = ", ".join(EMBEDDED)
+        raise FileNotFoundError(f"data: expected one of {names}, or a folder of images, got {str(data)!r}")
+
+
 def build_datamodule(
     data, *, image_size: int | None = None, batch_size: int = 128, num_workers: int | None = None, seed: int = 0,
     augment: bool = True, train_transform: Callable | None = None, eval_transform: Callable | None = None,
@@ -498,8 +518,7 @@ def build_datamodule(
         return ImageDataModule(None if evaluation_only else train, val, val.class_names, **options)
 
     root = Path(data)
-    if not root.is_dir():
-        raise FileNotFoundError(f"data: expected one of {EMBEDDED} or a folder of images, got {str(data)!r}")
+    check_source(root, evaluation_only=evaluation_only)
     size = image_size or 224
     eval_transform = eval_transform or evaluation_transform(size)
     if evaluation_only:
@@ -507,12 +526,6 @@ def build_datamodule(
         numbering = None if class_names is None else {name: i for i, name in enumerate(class_names)}
         val = FolderImages(part, eval_transform, class_to_idx=numbering)
         return ImageDataModule(None, val, val.classes, **options)
-    missing = [name for name in SPLITS if not (root / name).is_dir()]
-    if missing:
-        raise FileNotFoundError(
-            f"data: expected {root}/train and {root}/val, each with one sub-folder per class; missing: "
-            + ", ".join(f"{name}/" for name in missing)
-        )
     if train_transform is None:
         train_transform = training_transform(size) if augment else eval_transform
     train = FolderImages(root / "train", train_transform)

@@ -517,6 +517,9 @@ def finetune(config: FinetuneConfig, *, model=None, resume: bool = False) -> Fin
     output = Path(config.output)
     check_output(output, resume=resume)
     check_machine(config.accelerator, config.devices)
+    from .data import check_source
+
+    check_source(config.data)
     earlier = _check_same(config, output) if resume else 0
 
     import torch
@@ -547,10 +550,9 @@ def finetune(config: FinetuneConfig, *, model=None, resume: bool = False) -> Fin
         if datamodule.unreadable:
             listed = output / "unreadable_images.txt"
             _write(listed, "".join(f"{path}\t{reason}\n" for path, reason in datamodule.unreadable))
-            print(
-                f"{len(datamodule.unreadable)} unreadable image files are left out, listed in {listed}; first: "
-                f"{datamodule.unreadable[0][0]}"
-            )
+            count = len(datamodule.unreadable)
+            files = "1 unreadable image file is" if count == 1 else f"{count:,} unreadable image files are"
+            warnings.warn(f"{files} left out, listed in {listed}; first: {datamodule.unreadable[0][0]}", stacklevel=1)
 
     history = train(
         module, datamodule, epochs=config.epochs, seed=config.seed, output=output, callbacks=callbacks, resume=resume,

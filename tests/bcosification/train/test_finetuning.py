@@ -219,7 +219,8 @@ def test_folder_of_images_with_corrupt_files(tmp_path):
     broken = tmp_path / "data" / "train" / "class0" / "broken.jpg"
     broken.write_bytes(b"\xff\xd8 no")
     config = _config(tmp_path / "run", data=str(tmp_path / "data"), image_size=32, epochs=1, batch_size=8)
-    result = finetune(dataclasses.replace(config, num_workers=0), model=small_network())
+    with pytest.warns(UserWarning, match=f"1 unreadable image file is left out, listed in .*; first: {broken}"):
+        result = finetune(dataclasses.replace(config, num_workers=0), model=small_network())
     assert [path for path, _ in result.unreadable] == [str(broken)]
     assert str(broken) in (tmp_path / "run/unreadable_images.txt").read_text()
     assert result.model.config["class_names"] == [f"class{i}" for i in range(10)]
@@ -341,6 +342,16 @@ def test_output_folder_is_checked_first(tmp_path, monkeypatch):
     (tmp_path / "full" / "config.yaml").write_text("")
     with pytest.raises(FileExistsError, match="give --resume to continue"):
         check_output(tmp_path / "full")
+
+
+def test_the_data_is_looked_for_before_the_model_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(finetuning, "_prepare", lambda *a: pytest.fail("the model was built before the check"))
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    for name, message in (("nowhere", "expected one of digits, scenes, or a folder of images, got 'nowhere'"),
+                          (str(tmp_path / "data"), "each with one sub-folder per class; missing: val/")):  # fmt: skip
+        with pytest.raises(FileNotFoundError, match=message):
+            finetune(_config(tmp_path / "run", data=name, model="x"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_unwritable_output(tmp_path, monkeypatch):
