@@ -31,8 +31,8 @@ def parser(run: Mapping[str, Callable]) -> argparse.ArgumentParser:
         description="Turn pretrained vision models into B-cos models: convert, fine-tune, explain, measure.",
         epilog=f"""\
 bcosify COMMAND --help tells the options of a command. A first try, without a download:
-  bcosify finetune --model resnet18 --no-pretrained --data digits --epochs 1 --out runs/try
-  bcosify evaluate runs/try --data digits
+  bcosify finetune --recipe digits --no-pretrained --out runs/digits
+  bcosify evaluate runs/digits --data digits
 
 {EXIT_CODES}""",
     )  # fmt: skip
