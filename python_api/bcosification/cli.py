@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import sys
 import traceback
 import warnings
@@ -74,6 +75,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     from bcosification.explanation import save_figure
     from bcosification.explanation.pictures import check_options, enlargement
 
+    _needs("PIL", "matplotlib", "safetensors")
     images, spec = list(arguments.images), arguments.model
     if spec is None:
         spec, images = images[0], images[1:]
@@ -118,6 +120,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    _needs("lightning", "torchmetrics", "tqdm")
     from bcosification.evaluation import evaluate
     from bcosification.train.data import build_datamodule, check_source, evaluation_transform
 
@@ -147,6 +150,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    _needs("safetensors")
     out = _output_folder(arguments.out)
     if out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"--out: expected a new or empty folder, got {out} with files in it; choose another")
@@ -186,6 +190,13 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 # --- models, images, output -------------------------------------------------------------------------------------------
+
+
+def _needs(*packages: str) -> None:
+    """Raises before any work is done for which a package of an extra is missing in the end."""
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict:

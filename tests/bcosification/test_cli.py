@@ -335,12 +335,38 @@ def test_help_needs_no_extra():
         (["finetune", "--model", "resnet18", "--data", "digits", "--out", "never-made"], "train"),
         (["evaluate", "resnet18", "--data", "digits"], "train"),
         (["convert", "resnet18", "--out", "never-made"], "train"),
+        (["verify", "resnet18"], "train"),
+        (["explain", "runs/a", "image.png", "--out", "never-made"], "explain"),
     ],
 )
 def test_missing_extra_is_named(arguments, extra):
     done = _without(EXTRAS, *arguments)
     assert done.returncode == 1
     assert f"pip install 'bcos-kernels[{extra}]'" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command, package, extra",
+    [
+        ("finetune", "lightning", "train"), ("finetune", "yaml", "train"), ("finetune", "safetensors", "train"),
+        ("finetune", "sklearn", "train"), ("evaluate", "torchmetrics", "train"), ("evaluate", "tqdm", "train"),
+        ("convert", "safetensors", "train"), ("convert", "torchvision", "train"), ("explain", "matplotlib", "explain"),
+        ("explain", "PIL", "explain"), ("explain", "safetensors", "explain"),
+    ],
+)  # fmt: skip
+def test_every_missing_package_is_told_before_anything_is_done(command, package, extra, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    arguments = {
+        "finetune": ["--model", "resnet18", "--data", "digits", "--out", "x"],
+        "evaluate": ["resnet18", "--data", "digits"],
+        "convert": ["resnet18", "--no-pretrained", "--out", "x"],
+        "explain": ["runs/a", "image.png", "--out", "x"],
+    }[command]
+    assert main([command, *arguments]) == 1
+    error = capsys.readouterr().err
+    assert package.replace("sk", "scikit-") in error and f"pip install 'bcos-kernels[{extra}]'" in error and "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

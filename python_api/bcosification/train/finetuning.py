@@ -513,7 +513,10 @@ def finetune(config: FinetuneConfig, *, model=None, resume: bool = False) -> Fin
     if model is not None and not config.model:
         config = dataclasses.replace(config, model=type(model).__name__)
     config.check()
-    _require("train", "lightning", "torchmetrics", "torchvision", "yaml", *(["timm"] if config.agc is not None else []))
+    _require(
+        "train", "lightning", "torchmetrics", "torchvision", "yaml", "safetensors",
+        *(["timm"] if config.agc is not None else []),
+    )  # fmt: skip
     output = Path(config.output)
     check_output(output, resume=resume)
     check_machine(config.accelerator, config.devices)
