@@ -34,14 +34,15 @@ EXTRAS |= {"yaml": "train", "safetensors": "train", "matplotlib": "explain", "ca
 
 
 def _finetune(arguments: argparse.Namespace) -> int:
-    from bcosification.convert.checkpoints import read_config
-    from bcosification.train.finetuning import FinetuneConfig, finetune, load_recipe, saved_config
+    from bcosification.train.finetuning import FinetuneConfig, check_output, finetune, load_recipe, saved_config
 
     given = _given(arguments, [field.name for field in dataclasses.fields(FinetuneConfig)])
     values = {}
+    if arguments.resume and "output" not in given:
+        raise ValueError("--resume: expected --out with the folder of the run to continue")
+    if given.get("output"):
+        check_output(given["output"], resume=arguments.resume)  # before torch is imported, which may take its time
     if arguments.resume:
-        if "output" not in given:
-            raise ValueError("--resume: expected --out with the folder of the run to continue")
         values = dataclasses.asdict(saved_config(Path(given["output"])))
     if arguments.recipe is not None:
         values |= load_recipe(arguments.recipe)
@@ -52,6 +53,8 @@ def _finetune(arguments: argparse.Namespace) -> int:
     if conversion:
         given["conversion"] = {**values.get("conversion", {}), **conversion}
     if "model" in given and not arguments.resume:
+        from bcosification.convert.checkpoints import read_config
+
         given["model"] = _run_folder(given["model"])
         if _is_converted(given["model"]):  # it keeps the options that it was converted with
             values = {name: read_config(given["model"])["options"][name] for name in ("b", "bias")} | values
@@ -69,23 +72,24 @@ def _finetune(arguments: argparse.Namespace) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    import torch
-
-    import bcosification
-    from bcosification.explanation import save_figure
-    from bcosification.explanation.pictures import check_options, enlargement
-
     _needs("PIL", "matplotlib", "safetensors")
     images, spec = list(arguments.images), arguments.model
     if spec is None:
         spec, images = images[0], images[1:]
     if not images:
         raise ValueError(f"expected MODEL and at least one IMAGE, got {spec!r} alone")
-    check_options(arguments.smooth, arguments.percentile)
-    enlargement(1, 1, arguments.size)
     out = _output_folder(arguments.out)
     folder = _bcos_folder(spec)
     files = _image_files(images)
+
+    import torch
+
+    import bcosification
+    from bcosification.explanation import save_figure
+    from bcosification.explanation.pictures import check_options, enlargement
+
+    check_options(arguments.smooth, arguments.percentile)
+    enlargement(1, 1, arguments.size)
     model = bcosification.load(folder)
     tensors, read, unreadable = _read_images([path for path, _ in files], model)
     names = model.config.get("class_names")

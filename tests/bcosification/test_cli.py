@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ from bcosification.train.data import build_datamodule, digits
 from bcosification.train.finetuning import FinetuneConfig, load_recipe, recipes
 
 COMMANDS = ["finetune", "explain", "evaluate", "convert", "verify"]
+# A folder and a file that are there, whatever they hold: what is checked next is the options.
+HERE = [str(Path(__file__).parent), __file__, "--out", "x"]
 TINY = "--model resnet18 --no-pretrained --data digits --out x".split()
 EXTRAS = (
     "lightning torchmetrics torchvision timm open_clip webdataset sklearn safetensors yaml matplotlib captum PIL tqdm"
@@ -391,11 +394,11 @@ def test_every_missing_package_is_told_before_anything_is_done(command, package,
         ),
         (["explain", "run", "--out", "x"], "expected MODEL and at least one IMAGE, got 'run' alone"),
         (
-            ["explain", "a", "b", "--out", "x", "--smooth", "4"],
+            ["explain", *HERE, "--smooth", "4"],
             "expected --smooth to be odd and >= 1, or 0 for none, got 4",
         ),
-        (["explain", "a", "b", "--out", "x", "--percentile", "0"], "expected --percentile > 0 and <= 100, got 0.0"),
-        (["explain", "a", "b", "--out", "x", "--size", "-1"], "expected --size >= 0, got -1"),
+        (["explain", *HERE, "--percentile", "0"], "expected --percentile > 0 and <= 100, got 0.0"),
+        (["explain", *HERE, "--size", "-1"], "expected --size >= 0, got -1"),
         (["finetune", *TINY, "--lr", "-1"], "expected --lr > 0, got -1.0"),
         (["finetune", *TINY, "--b-epochs", "30"], "expected --b-epochs between 0 and the number of epochs, 10, got 30"),
         (["finetune", *TINY, "--bias", "decay"], "expected --bias-epochs > 0 with --bias decay, got 0.0"),
@@ -476,15 +479,20 @@ def test_warnings_are_one_line_with_options(tmp_path, capsys):
     assert error.startswith("bcosify convert: warning: 1 layer without a rule is kept as it is; explanations may not")
 
 
-@pytest.mark.parametrize("out", ["file", "circle/run"])
+@pytest.mark.parametrize("out", ["file", "file/run", "circle/run", "/dev/null/run"])
 def test_an_unusable_output_ends_a_run_at_once(tmp_path, out):
-    """In a process of its own: it ends, within the time that the imports take, and writes nothing."""
+    """In a process of its own, without torch: it ends before anything heavy is imported, and writes nothing."""
     (tmp_path / "file").write_text("mine")
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     before = sorted(tmp_path.iterdir())
-    arguments = "-m bcosification.cli finetune --model resnet18 --data digits --out".split()
+    code = (
+        "import sys\n"
+        "sys.modules['torch'] = None\n"
+        "from bcosification.cli import main\n"
+        f"sys.exit(main(['finetune', '--model', 'resnet18', '--data', 'digits', '--out', {out!r}]))"
+    )
     done = subprocess.run(
-        [sys.executable, *arguments, out], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.startswith("bcosify finetune: error: --out: expected a folder")
