@@ -349,9 +349,7 @@ def test_compile_error_fails_the_installation(plain_sources, tmp_path, compiler_
     (tmp_path / "hidden").mkdir()
     if not with_ninja:
         (tmp_path / "hidden" / "ninja.py").write_text("BIN_DIR = '/nowhere'\n")
-    result = build_wheel(
-        sources, tmp_path, check=False, PATH=compiler_path, CXX=None, PYTHONPATH=tmp_path / "hidden"
-    )
+    result = build_wheel(sources, tmp_path, check=False, PATH=compiler_path, CXX=None, PYTHONPATH=tmp_path / "hidden")
     assert result.returncode != 0
     assert "on purpose" in result.stdout + result.stderr
     assert not list(tmp_path.glob("*.whl"))

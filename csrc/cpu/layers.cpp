@@ -179,10 +179,24 @@ struct Layer {
   }
 };
 
-// The whole product: a matrix product where the layer is one and its rows are those of x, else a convolution.
-bool product_is_matrix(const Layer& l) {
-  return l.is_linear || (l.is_rows_times_matrix() && !l.skips_pixels() && l.rows() > 0);
-}
+// The whole product: a matrix product where the layer is one, else a convolution.
+bool product_is_matrix(const Layer& l) { return l.is_linear || (l.is_rows_times_matrix() && l.rows() > 0); }
+
+// The rows of x that a matrix product over the whole batch takes: where they lie, or gathered.
+struct Rows {
+  std::unique_ptr<Scratch> memory;
+  const void* data;
+  explicit Rows(const Layer& l) : data(l.x.data_ptr()) {
+    if (!l.skips_pixels()) return;
+    const int64_t bytes_a_row = l.depth() * l.bytes();
+    memory = std::make_unique<Scratch>(l.rows() * bytes_a_row);
+    char* to = static_cast<char*>(memory->get());
+    in_parallel(l.rows(), l.depth(), [&](int64_t begin, int64_t end) {
+      l.rows_of_input(begin, end - begin, to + begin * bytes_a_row);
+    });
+    data = to;
+  }
+};
 
 void multiply_rows(const Layer& l, void* out, const void* rows, int64_t count, const Tensor& w_transposed) {
   const Tensor to = matrix(out, count, l.units(), l.dtype), from = matrix(const_cast<void*>(rows), count, l.depth(), l.dtype);
@@ -203,7 +217,7 @@ Tensor convolution(const Layer& l) {
 Tensor product(const Layer& l) {
   if (product_is_matrix(l)) {
     const Tensor a = l.new_output(l.dtype, l.units());
-    multiply_rows(l, a.data_ptr(), l.x.data_ptr(), l.rows(), transposed_weight(l));
+    multiply_rows(l, a.data_ptr(), Rows(l).data, l.rows(), transposed_weight(l));
     return a;
   }
   return convolution(l);
@@ -269,8 +283,14 @@ Outputs forward(const Layer& l, bool keep) {
     const Tensor a = product(l);
     if (with_a) kept = l.max_out == 1 ? a : l.new_output(l.dtype, l.output.channels);
     y = l.max_out == 1 && !with_a ? a : l.new_output(l.dtype, l.output.channels);
-    if (l.mode != Mode::one) norms(l, n.data_ptr());
-    scale(scaling(l, y->data_ptr(), a.data_ptr(), l.max_out > 1 ? data(kept) : nullptr, data<uint8_t>(index), n.data_ptr()), l.type);
+    const ScaleArguments s = scaling(
+        l, y->data_ptr(), a.data_ptr(), l.max_out > 1 ? data(kept) : nullptr, data<uint8_t>(index), n.data_ptr());
+    if (l.mode != Mode::one && !l.is_linear) {
+      window_norms_and_scale(l.x.data_ptr(), n.data_ptr(), s, l.type, l.input, l.window);
+    } else {
+      if (l.mode != Mode::one) norms(l, n.data_ptr());
+      scale(s, l.type);
+    }
   }
   return {*y, n, with_a ? *kept : nothing(l.dtype), index.has_value() ? *index : nothing(ScalarType::Byte)};
 }
@@ -294,18 +314,29 @@ ScaleBackwardArguments scaling_backward(const Layer& l, const Given& g, void* da
 
 Tensor like_weight(const Layer& l, ScalarType type) { return empty_like(l.weight, type); }
 
+void zero_rows(const Tensor& t, int64_t rows, int64_t bytes_a_row) {
+  char* p = static_cast<char*>(t.data_ptr());
+  in_parallel(rows, bytes_a_row / 4, [&](int64_t begin, int64_t end) {
+    std::memset(p + begin * bytes_a_row, 0, static_cast<size_t>((end - begin) * bytes_a_row));
+  });
+}
+
+void scatter(const Layer& l, const Tensor& dx, const void* rows, int64_t begin, int64_t count) {
+  char* to = static_cast<char*>(dx.data_ptr());
+  const char* from = static_cast<const char*>(rows);
+  const int64_t bytes_a_row = l.depth() * l.bytes();
+  l.for_pixels(begin, count, [&](int64_t i, int64_t pixel) {
+    std::memcpy(to + pixel * bytes_a_row, from + i * bytes_a_row, static_cast<size_t>(bytes_a_row));
+  });
+}
+
 void backward_in_blocks(const Layer& l, const Given& g, const OptionalTensor& dx, const OptionalTensor& dw, void* whole_da, void* db) {
   const Kernels& k = kernels(l.type);
   const int64_t depth = l.depth(), units = l.units(), channels = l.output.channels, bytes = l.bytes(), wide = l.wide_bytes();
   const int64_t block = l.block_rows();
   const Chunks chunks(l.rows(), depth + units);
   const bool gathers = l.skips_pixels();
-  if (dx.has_value() && gathers) {
-    char* p = static_cast<char*>(dx->data_ptr());
-    in_parallel(l.input.images * l.input.pixels, depth, [&](int64_t begin, int64_t end) {
-      std::memset(p + begin * depth * bytes, 0, static_cast<size_t>((end - begin) * depth * bytes));
-    });
-  }
+  if (dx.has_value() && gathers) zero_rows(*dx, l.input.images * l.input.pixels, depth * bytes);
   std::vector<Scratch> partial_dw;  // of the second chunk and later ones
   for (int64_t i = 1; dw.has_value() && i < chunks.count; i++) partial_dw.emplace_back(units * depth * bytes);
   const Tensor w = matrix(l.w.data_ptr(), units, depth, l.dtype);
@@ -335,12 +366,7 @@ void backward_in_blocks(const Layer& l, const Given& g, const OptionalTensor& dx
         char* to = gathers ? dx_buffer : at(dx->data_ptr(), begin * depth, bytes);
         multiply(matrix(to, count, depth, l.dtype), da_matrix, w);
         if (!g.detach) k.add_norm_term_rows(to, to, x, q, rows_layout(count, depth), 0, count);
-        if (gathers) {
-          char* base = static_cast<char*>(dx->data_ptr());
-          l.for_pixels(begin, count, [&](int64_t i, int64_t pixel) {
-            std::memcpy(base + pixel * depth * bytes, to + i * depth * bytes, static_cast<size_t>(depth * bytes));
-          });
-        }
+        if (gathers) scatter(l, *dx, to, begin, count);
       }
       if (sum.has_value()) {
         const Tensor x_matrix = matrix(const_cast<char*>(x), count, depth, l.dtype);
@@ -367,6 +393,26 @@ void backward_in_blocks(const Layer& l, const Given& g, const OptionalTensor& dx
       }
     });
   }
+}
+
+// da w, brought to where its pixels are
+Tensor matrix_input_gradient(const Layer& l, void* da) {
+  const Tensor dx = l.new_input();
+  std::unique_ptr<Scratch> rows;
+  void* to = dx.data_ptr();
+  if (l.skips_pixels()) {
+    rows = std::make_unique<Scratch>(l.rows() * l.depth() * l.bytes());
+    to = rows->get();
+  }
+  multiply(matrix(to, l.rows(), l.depth(), l.dtype), matrix(da, l.rows(), l.units(), l.dtype),
+           matrix(l.w.data_ptr(), l.units(), l.depth(), l.dtype));
+  if (rows) {
+    zero_rows(dx, l.input.images * l.input.pixels, l.depth() * l.bytes());
+    in_parallel(l.rows(), l.depth(), [&](int64_t begin, int64_t end) {
+      scatter(l, dx, at(to, begin * l.depth(), l.bytes()), begin, end - begin);
+    });
+  }
+  return dx;
 }
 
 // Of a short weight the projection of the weight norm leaves so little that the rounding of dL/dw_hat to 16 bits shows.
@@ -475,9 +521,7 @@ Gradients backward(
     if (!g.detach) q = std::make_unique<Scratch>(wide_bytes(l.windows(), l.type));
     scale_backward(scaling_backward(l, g, whole_da, q ? q->get() : nullptr, db_memory), l.type);
     if (needs.dx && product_is_matrix(l)) {
-      dx = l.new_input();
-      multiply(matrix(dx->data_ptr(), l.rows(), l.depth(), l.dtype), matrix(whole_da, l.rows(), l.units(), l.dtype),
-               matrix(l.w.data_ptr(), l.units(), l.depth(), l.dtype));
+      dx = matrix_input_gradient(l, whole_da);
     } else if (needs.dx) {
       const bool both = needs.dw && !projects_in_float32(l, normalize_weight);
       ConvolutionGradients found = convolution_gradients(l, da, l.x, l.w, true, both);
@@ -488,13 +532,7 @@ Gradients backward(
       add_norm_gradient(dx->data_ptr(), l.x.data_ptr(), q->get(), l.type, l.input, l.window);
     }
   } else if (needs.dx) {
-    if (product_is_matrix(l)) {
-      dx = l.new_input();
-      multiply(matrix(dx->data_ptr(), l.rows(), l.depth(), l.dtype), matrix(da.data_ptr(), l.rows(), l.units(), l.dtype),
-               matrix(l.w.data_ptr(), l.units(), l.depth(), l.dtype));
-    } else {
-      dx = convolution_gradients(l, da, l.x, l.w, true, false).dx;
-    }
+    dx = product_is_matrix(l) ? matrix_input_gradient(l, da.data_ptr()) : convolution_gradients(l, da, l.x, l.w, true, false).dx;
   }
   if (needs.dw && !dw.has_value()) {
     const bool wider = projects_in_float32(l, normalize_weight);
@@ -502,8 +540,9 @@ Gradients backward(
     const Tensor from = wider ? torch::stable::to(da, type) : da, x = wider ? torch::stable::to(l.x, type) : l.x;
     if (product_is_matrix(l)) {
       dw = like_weight(l, type);
+      const Rows rows(l);
       multiply(matrix(dw->data_ptr(), l.units(), l.depth(), type), matrix(from.data_ptr(), l.units(), l.rows(), type, true),
-               matrix(x.data_ptr(), l.rows(), l.depth(), type));
+               matrix(wider ? x.data_ptr() : const_cast<void*>(rows.data), l.rows(), l.depth(), type));
     } else {
       dw = convolution_gradients(l, from, x, wider ? torch::stable::to(l.w, type) : l.w, false, true).dw;
     }

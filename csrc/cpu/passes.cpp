@@ -14,23 +14,73 @@ void row_norms(const void* x, void* n, Type type, int64_t rows, int64_t columns,
   in_parallel(rows, columns, [&](int64_t begin, int64_t end) { k.norm_rows(x, n, columns, linear, begin, end); });
 }
 
+namespace {
+
+int64_t plane_blocks(const Layout& l) { return l.images * l.groups * ((l.pixels + kBlock - 1) / kBlock); }
+
+// f(first image, one past the last). By images where there are enough of them: their maps stay in the cache from step to
+// step, and the threads are woken once.
+template <class F>
+bool by_images(int64_t images, int64_t elements_per_image, const F& f) {
+  if (images < torch::stable::get_num_threads()) return false;
+  in_parallel(images, elements_per_image, f);
+  return true;
+}
+
+void sum_squares(const void* x, void* map, Type type, const Layout& l, int64_t first, int64_t last) {
+  const Kernels& k = kernels(type);
+  l.rows ? k.sum_squares_rows(x, map, l, first * l.pixels, last * l.pixels)
+         : k.sum_squares_planes(x, map, l, first * l.groups, last * l.groups);
+}
+
+void scale_images(const ScaleArguments& s, Type type, int64_t first, int64_t last) {
+  const Kernels& k = kernels(type);
+  const Layout& l = s.layout;
+  const int64_t blocks = l.groups * ((l.pixels + kBlock - 1) / kBlock);
+  l.rows ? k.scale_rows(s, first * l.pixels, last * l.pixels) : k.scale_planes(s, first * blocks, last * blocks);
+}
+
+struct Maps {
+  Scratch map, sums;
+  Maps(const Layout& l, const Window& w, Type type)
+      : map(wide_bytes(l.images * l.groups * l.pixels, type)),
+        sums(wide_bytes(l.images * l.groups * w.height * w.out_width, type)) {}
+};
+
+}  // namespace
+
 void window_norms(const void* x, void* n, Type type, const Layout& l, const Window& w) {
   const Kernels& k = kernels(type);
   if (l.rows && l.groups == 1 && is_one_pixel(w)) return row_norms(x, n, type, l.images * l.pixels, l.channels, false);
   const int64_t maps = l.images * l.groups;
-  const Scratch map(wide_bytes(maps * l.pixels, type)), scratch(wide_bytes(maps * w.height * w.out_width, type));
+  const Maps m(l, w, type);
   if (l.rows) {
     in_parallel(l.images * l.pixels, l.channels, [&](int64_t begin, int64_t end) {
-      k.sum_squares_rows(x, map.get(), l, begin, end);
+      k.sum_squares_rows(x, m.map.get(), l, begin, end);
     });
   } else {
     in_parallel(maps, l.pixels * l.channels / l.groups, [&](int64_t begin, int64_t end) {
-      k.sum_squares_planes(x, map.get(), l, begin, end);
+      k.sum_squares_planes(x, m.map.get(), l, begin, end);
     });
   }
   in_parallel(maps, (w.height + w.out_height) * w.out_width * w.kernel[1], [&](int64_t begin, int64_t end) {
-    k.window_norm(map.get(), n, scratch.get(), w, begin, end);
+    k.window_norm(m.map.get(), n, m.sums.get(), w, begin, end);
   });
+}
+
+void window_norms_and_scale(const void* x, void* n, const ScaleArguments& s, Type type, const Layout& l, const Window& w) {
+  const Maps m(l, w, type);
+  const int64_t elements = l.pixels * l.channels + s.layout.pixels * s.layout.channels * s.max_out;
+  const bool done = by_images(l.images, elements, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++) {
+      sum_squares(x, m.map.get(), type, l, i, i + 1);
+      kernels(type).window_norm(m.map.get(), n, m.sums.get(), w, i * l.groups, (i + 1) * l.groups);
+      scale_images(s, type, i, i + 1);
+    }
+  });
+  if (done) return;
+  window_norms(x, n, type, l, w);
+  scale(s, type);
 }
 
 namespace {
@@ -48,19 +98,25 @@ void add_map(void* dx, const void* x, const void* map, Type type, const Layout& 
   }
 }
 
-int64_t plane_blocks(const Layout& l) { return l.images * l.groups * ((l.pixels + kBlock - 1) / kBlock); }
-
 }  // namespace
 
 void add_norm_gradient(void* dx, const void* x, const void* q, Type type, const Layout& l, const Window& w) {
   if (is_one_pixel(w)) return add_map(dx, x, q, type, l);
   const Kernels& k = kernels(type);
-  const int64_t maps = l.images * l.groups;
-  const Scratch map(wide_bytes(maps * l.pixels, type)), scratch(wide_bytes(maps * w.height * w.out_width, type));
-  in_parallel(maps, (w.height + w.out_height) * w.out_width * w.kernel[1], [&](int64_t begin, int64_t end) {
-    k.window_spread(q, map.get(), scratch.get(), w, begin, end);
+  const Maps m(l, w, type);
+  void* map = m.map.get();
+  const bool done = by_images(l.images, l.pixels * l.channels, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++) {
+      k.window_spread(q, map, m.sums.get(), w, i * l.groups, (i + 1) * l.groups);
+      l.rows ? k.add_norm_term_rows(dx, dx, x, map, l, i * l.pixels, (i + 1) * l.pixels)
+             : k.add_norm_term_planes(dx, dx, x, map, l, i * l.channels, (i + 1) * l.channels);
+    }
   });
-  add_map(dx, x, map.get(), type, l);
+  if (done) return;
+  in_parallel(l.images * l.groups, (w.height + w.out_height) * w.out_width * w.kernel[1], [&](int64_t begin, int64_t end) {
+    k.window_spread(q, map, m.sums.get(), w, begin, end);
+  });
+  add_map(dx, x, map, type, l);
 }
 
 void scale(const ScaleArguments& s, Type type) {

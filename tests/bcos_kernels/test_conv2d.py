@@ -146,6 +146,10 @@ CASES = [
          window=window(stride=(2, 3)), layout="channels_last"),
     Case("blocks of rows, stride 2, max_out 2, b tensor", shape=(5, 60, 41, 43), outputs=35, kernel=(1, 1), max_out=2,
          window=window(stride=2), b=1.75, b_tensor=True, layout="channels_last"),
+    Case("a weight too large for blocks, stride 2", shape=(2, 520, 5, 4), outputs=530, kernel=(1, 1), normalize=True,
+         window=window(stride=2), layout="channels_last"),
+    Case("a weight too large for blocks, stride 2, b 1", shape=(2, 520, 5, 4), outputs=530, kernel=(1, 1), b=1.0,
+         window=window(stride=2), layout="channels_last"),
     Case("blocks of rows, changed in place", shape=(3, 60, 31, 33), outputs=70, kernel=(1, 1), in_place=True,
          weight_layout="channels_last", layout="channels_last"),
 ]  # fmt: skip

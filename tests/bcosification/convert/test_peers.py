@@ -467,9 +467,7 @@ def test_reports_count_what_is_the_same():
 
 
 def test_compiles_without_a_graph_break():
-    model = fuse(
-        nn.Sequential(bcos.modules.BcosConv2d(6, 8, 3), NO_BIAS(8), bcos.modules.LogitLayer(0.5, -1.0)).eval()
-    )
+    model = fuse(nn.Sequential(bcos.modules.BcosConv2d(6, 8, 3), NO_BIAS(8), bcos.modules.LogitLayer(0.5, -1.0)).eval())
     x = images(torch.float32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(x), model(x), rtol=1e-5, atol=1e-6)
