@@ -33,11 +33,41 @@ void norm_rows(const void* x_, void* n_, int64_t columns, bool linear, int64_t b
   for (int64_t r = begin; r < end; r++) n[r] = std::sqrt(sum_squares(x + r * columns, columns) + inside) + outside;
 }
 
+// Rows of a few channels (images): vectors go across rows instead of along one.
+template <class S, int C>
+void sum_squares_short_rows(const S* __restrict x, Wide<S>* __restrict map, int64_t begin, int64_t end) {
+#pragma omp simd
+  for (int64_t r = begin; r < end; r++) {
+    Wide<S> sum = 0;
+    for (int c = 0; c < C; c++) {
+      const Wide<S> v = load(x[r * C + c]);
+      sum += v * v;
+    }
+    map[r] = sum;
+  }
+}
+template <class S, int C>
+void add_norm_term_short_rows(
+    S* out, const S* dx, const S* __restrict x, const Wide<S>* __restrict map, int64_t begin, int64_t end) {
+#pragma omp simd
+  for (int64_t r = begin; r < end; r++) {
+    for (int c = 0; c < C; c++) out[r * C + c] = store<S>(load(dx[r * C + c]) + load(x[r * C + c]) * map[r]);
+  }
+}
+
 template <class S>
 void sum_squares_rows(const void* x_, void* map_, Layout l, int64_t begin, int64_t end) {
   using W = Wide<S>;
   const S* x = static_cast<const S*>(x_);
   W* map = static_cast<W*>(map_);
+  if (l.groups == 1) {
+    switch (l.channels) {
+      case 1: return sum_squares_short_rows<S, 1>(x, map, begin, end);
+      case 3: return sum_squares_short_rows<S, 3>(x, map, begin, end);
+      case 6: return sum_squares_short_rows<S, 6>(x, map, begin, end);
+      default: break;
+    }
+  }
   const int64_t per_group = l.channels / l.groups;
   RowPosition at_row(l, begin);
   for (int64_t r = begin; r < end; r++, at_row.next()) {
@@ -152,6 +182,16 @@ void add_norm_term_rows(
     void* out_, const void* dx_, const void* x_, const void* map_, Layout l, int64_t begin, int64_t end) {
   using W = Wide<S>;
   const W* map = static_cast<const W*>(map_);
+  if (l.groups == 1) {
+    S* out = static_cast<S*>(out_);
+    const S *dx = static_cast<const S*>(dx_), *x = static_cast<const S*>(x_);
+    switch (l.channels) {
+      case 1: return add_norm_term_short_rows<S, 1>(out, dx, x, map, begin, end);
+      case 3: return add_norm_term_short_rows<S, 3>(out, dx, x, map, begin, end);
+      case 6: return add_norm_term_short_rows<S, 6>(out, dx, x, map, begin, end);
+      default: break;
+    }
+  }
   const int64_t per_group = l.channels / l.groups;
   RowPosition at_row(l, begin);
   for (int64_t r = begin; r < end; r++, at_row.next()) {
