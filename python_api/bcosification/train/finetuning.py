@@ -357,6 +357,11 @@ def _callbacks(output: Path | None, show: bool):
     return History(), Keep() if output is not None else None
 
 
+def _has_terminal() -> bool:
+    """Whether a bar can be drawn: a terminal of no width, as containers have them, would show nothing at all."""
+    return sys.stdout.isatty() and os.get_terminal_size(sys.stdout.fileno()).columns > 0
+
+
 def _row_text(row: dict, epochs: int) -> str:
     """One epoch in one line."""
     parts = []
@@ -449,7 +454,7 @@ def train(
                     max_epochs=epochs, precision=precision, accelerator=accelerator, devices=devices,
                     callbacks=[*callbacks, history, *([keep] if keep else [])], logger=False,
                     enable_checkpointing=keep is not None, enable_model_summary=False, num_sanity_val_steps=0,
-                    enable_progress_bar=bool(progress) and sys.stdout.isatty(), use_distributed_sampler=False,
+                    enable_progress_bar=bool(progress) and _has_terminal(), use_distributed_sampler=False,
                     gradient_clip_val=clip_norm, limit_train_batches=limit_batches, limit_val_batches=limit_batches,
                 )  # fmt: skip
             except (MisconfigurationException, TypeError, ValueError) as error:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -188,6 +189,21 @@ def test_complete_run_goes_on_with_more_epochs(tmp_path, capsys):
     assert saved_config(tmp_path / "run").epochs == 4
     with pytest.raises(ValueError, match="expected epochs >= 4, which the run in .*run has done, got 3"):
         finetune(dataclasses.replace(config, epochs=3), model=small_network(), resume=True)
+
+
+@pytest.mark.parametrize("columns", [0, 80])
+def test_a_bar_needs_a_terminal_with_a_width(columns):
+    """On a real pseudo-terminal: a width of 0 is what a container without a size has."""
+    fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
+    master, slave = pty.openpty()
+    try:
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
+        code = "from bcosification.train.finetuning import _has_terminal; raise SystemExit(3 + _has_terminal())"
+        done = subprocess.run([sys.executable, "-c", code], stdout=slave, timeout=120)
+    finally:
+        os.close(master)
+        os.close(slave)
+    assert done.returncode == (4 if columns else 3)
 
 
 def test_what_is_printed(tmp_path, capsys):
