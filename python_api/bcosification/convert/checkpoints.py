@@ -159,7 +159,7 @@ def load(folder: str | os.PathLike, model: nn.Module | None = None) -> Bcosified
     dtype = getattr(torch, config.get("dtype", "float32"))
     if any(parameter.dtype != dtype for parameter in model.parameters()):
         model = copy.deepcopy(model).to(dtype)
-    converted = convert(model, options, preprocessing, source=_source(config))
+    converted = convert(model, options, preprocessing, source=_source(config), warn=False)
     if config["num_classes"] is not None and converted.num_classes != config["num_classes"]:
         reset_head(converted, config["num_classes"])
     for name, value in config.get("layer_b", {}).items():

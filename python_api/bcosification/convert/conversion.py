@@ -261,12 +261,13 @@ def convert(
     source: dict[str, Any] | None = None,
     blocks: bool = True,
     problems: Sequence[str] = (),
+    warn: bool = True,
 ) -> BcosifiedModel:
     """The conversion itself, on a copy of ``model``, with checked options.
 
     ``source`` tells how the resolver made the model ("spec", "num_classes", "weights"); ``blocks=False`` leaves blocks
     unfused. ``problems`` is what is known to stand in the way (``preprocessing`` is None then): it is told together
-    with what is found here.
+    with what is found here. ``warn=False``: layers that are kept without a rule were told before.
     """
     problems = list(problems)
     family = family_of(model)
@@ -313,7 +314,7 @@ def convert(
     for entry in walk.applied:
         if moves and entry["name"] == head_name:
             entry["was"] = type_name(nn.Linear)
-    _report(model, problems, walk.unknown, options)
+    _report(model, problems, walk.unknown, options, warn)
     if options.bias == "remove":
         remove_biases(network)
     if blocks:
@@ -409,7 +410,9 @@ def _as_convolution(head: nn.Linear) -> nn.Conv2d:
     return convolution.train(head.training)
 
 
-def _report(model: nn.Module, problems: list[str], unknown: list[tuple[str, str, str]], options: Options) -> None:
+def _report(
+    model: nn.Module, problems: list[str], unknown: list[tuple[str, str, str]], options: Options, warn: bool
+) -> None:
     """ValueError with all that stands in the way; a warning for layers without a rule that are to be kept."""
     listed = _by_reason(unknown)
     if unknown and options.on_unknown == "error":
@@ -423,7 +426,7 @@ def _report(model: nn.Module, problems: list[str], unknown: list[tuple[str, str,
     if problems:
         listed = "\n".join(f"- {problem}" for problem in problems)
         raise ValueError(f"bcosify: {type_name(type(model))} cannot be converted like this:\n{listed}")
-    if unknown:
+    if unknown and warn:
         layers = "1 layer without a rule is kept as it is" if len(unknown) == 1 else (
             f"{len(unknown)} layers without a rule are kept as they are"
         )  # fmt: skip

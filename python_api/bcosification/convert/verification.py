@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -178,9 +177,8 @@ def verify(original: nn.Module, converted: BcosifiedModel, images: Tensor) -> Re
         logit_bias=None,
         on_unknown="keep",
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # kept layers were told when ``converted`` was made; they are in the report
-        twin = convert(original, exact, preprocessing, blocks=False)
+    # Kept layers were told when ``converted`` was made; they are in the report.
+    twin = convert(original, exact, preprocessing, blocks=False, warn=False)
     changed = _compare_parameters(twin, converted)
 
     mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))

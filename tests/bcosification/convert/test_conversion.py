@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import warnings
 
 import bcos.common
 import pytest
@@ -394,13 +395,18 @@ def test_torchvisions_classifiers_know_their_statistics():
     assert detect(segmentation.lraspp_mobilenet_v3_large(weights_backbone=None), None, None) is None
 
 
-def test_layers_without_a_rule_can_be_kept():
+def test_layers_without_a_rule_can_be_kept(tmp_path):
     network = nn.Sequential(Odd(), nn.Flatten(), nn.Linear(64, 2)).double()
     images = torch.rand(2, 3, 4, 4, dtype=torch.float64)
     with pytest.warns(UserWarning, match="2 layers without a rule are kept"):
         converted = bcosify(network, **EXACT, mean=MEAN, std=STD, on_unknown="keep")
     assert relative_error(converted(images).detach(), network(normalized(images)).detach()) < 1e-12
     assert [entry["name"] for entry in converted.config["kept"]] == ["0", "0.act"]
+    converted.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # told once, not at every load
+        loaded = bcosification.load(tmp_path, model=network)
+    assert loaded.config["kept"] == converted.config["kept"]
 
 
 @pytest.mark.parametrize(
