@@ -348,6 +348,7 @@ def _callbacks(output: Path | None, show: bool):
                         shutil.rmtree(output / "best", ignore_errors=True)
                         os.replace(output / "best.tmp", output / "best")
                 os.replace(temporary, output / "last.ckpt")
+
         def state_dict(self):
             return {"best": self.best}
 
