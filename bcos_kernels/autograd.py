@@ -198,11 +198,11 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def launch(x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, keep):
-        return run("linear", x, weight, bias, b_tensor, b, normalize_weight, max_out, keep)
+        return run("linear", x, weight, bias, b_tensor, b, normalize_weight, max_out, keep, detach)
 
     @staticmethod
     def forward(x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, keep):
-        y, n, a, index = run("linear", x, weight, bias, b_tensor, b, normalize_weight, max_out, keep)
+        y, n, a, index = run("linear", x, weight, bias, b_tensor, b, normalize_weight, max_out, keep, detach)
         return y, n, a, index, _compiled_copy(y, _keep_y(y, b, b_tensor, keep))
 
     @staticmethod
@@ -306,16 +306,18 @@ class Conv2d(torch.autograd.Function):
         x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, detach, keep
     ):
         return run(
-            "conv2d", x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep
-        )
+            "conv2d", x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep,
+            detach,
+        )  # fmt: skip
 
     @staticmethod
     def forward(
         x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, detach, keep
     ):
         y, n, a, index = run(
-            "conv2d", x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep
-        )
+            "conv2d", x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep,
+            detach,
+        )  # fmt: skip
         return y, n, a, index, _compiled_copy(y, _keep_y(y, b, b_tensor, keep))
 
     @staticmethod
@@ -409,7 +411,7 @@ class BatchNormUncentered(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, bias, residual, running_var, training, eps, activation, detach):
-        return run("batch_norm_uncentered", x, weight, bias, residual, running_var, training, eps, activation)
+        return run("batch_norm_uncentered", x, weight, bias, residual, running_var, training, eps, activation, detach)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -515,9 +517,30 @@ def _register_autograd(name: str, differentiable) -> None:
     ops.library.impl(name, kernel, "Autograd")
 
 
-_register_autograd("linear", lambda *args: Linear.apply(*args[:7], False, True)[:4])
-_register_autograd("conv2d", lambda *args: Conv2d.apply(*args[:11], False, True)[:4])
-_register_autograd("batch_norm_uncentered", lambda *args: BatchNormUncentered.apply(*args, False))
+def _constant(b_tensor: Tensor | None, detach: bool) -> Tensor | None:
+    return b_tensor.detach() if detach and b_tensor is not None else b_tensor
+
+
+def _linear(x, weight, bias, b_tensor, b, normalize_weight, max_out, keep, detach=False):
+    b_tensor = _constant(b_tensor, detach)
+    return Linear.apply(x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, True)[:4]
+
+
+def _conv2d(
+    x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep, detach=False
+):
+    window = (stride, padding, dilation, groups)
+    b_tensor = _constant(b_tensor, detach)
+    return Conv2d.apply(x, weight, bias, b_tensor, *window, b, normalize_weight, max_out, detach, True)[:4]
+
+
+def _batch_norm(x, weight, bias, residual, running_var, training, eps, activation, detach=False):
+    return BatchNormUncentered.apply(x, weight, bias, residual, running_var, training, eps, activation, detach)
+
+
+_register_autograd("linear", _linear)
+_register_autograd("conv2d", _conv2d)
+_register_autograd("batch_norm_uncentered", _batch_norm)
 _register_autograd("linear_backward", LinearBackward.apply)
 _register_autograd("conv2d_backward", Conv2dBackward.apply)
 _register_autograd("batch_norm_uncentered_backward", BatchNormUncenteredBackward.apply)

@@ -83,7 +83,7 @@ def _apply(function, op: str, x, weight, bias, b_tensor, options: tuple, detach:
         b_tensor = b_tensor.detach()
     keep = _differentiates(x, weight, bias, b_tensor)
     if not keep and not ops.functorch_active():
-        return ops.run(op, x, weight, bias, b_tensor, *options, False)[0]
+        return ops.run(op, x, weight, bias, b_tensor, *options, False, detach)[0]
     return autograd.apply_layer(function, x, weight, bias, b_tensor, *options, detach, keep)
 
 
@@ -240,7 +240,9 @@ def batch_norm_uncentered(
             autograd.BatchNormUncentered, x, weight, bias, residual, statistics, training, eps, activation, detach
         )
     else:
-        y, _, var = ops.run("batch_norm_uncentered", x, weight, bias, residual, statistics, training, eps, activation)
+        y, _, var = ops.run(
+            "batch_norm_uncentered", x, weight, bias, residual, statistics, training, eps, activation, detach
+        )
     if training and running_var is not None and x.numel():
         with torch.no_grad():
             running_var.mul_(1 - momentum).add_(var.to(running_var.dtype), alpha=momentum)

@@ -1,7 +1,8 @@
 """The public ops: schemas (here only), fakes, and running one.
 
 Each op is a functional forward and a functional backward, opaque to the compiler; dispatch.py picks the backend when
-one runs. autograd.py wraps them.
+one runs. autograd.py wraps them. A forward computes the same with and without ``detach``: it is there for graphs, an
+exported one's among them, to be differentiated in the mode that they were made in.
 """
 
 from __future__ import annotations
@@ -85,11 +86,11 @@ def _remembered_backend(statistics: Tensor) -> str:
 # linear ---------------------------------------------------------------------------------------------------------------
 
 
-def _linear(x, weight, bias, b_tensor, b, normalize_weight, max_out, keep):
+def _linear(x, weight, bias, b_tensor, b, normalize_weight, max_out, keep, detach=False):
     return dispatch.run("linear", "forward", x, (x, weight, bias, b, b_tensor, normalize_weight, max_out, keep))
 
 
-def _linear_fake(x, weight, bias, b_tensor, b, normalize_weight, max_out, keep):
+def _linear_fake(x, weight, bias, b_tensor, b, normalize_weight, max_out, keep, detach=False):
     rows, units = x.shape[0], weight.shape[0] // max_out
     y = x.new_empty((rows, units))
     wide = reference.statistics_dtype(x.dtype)
@@ -102,7 +103,7 @@ def _linear_fake(x, weight, bias, b_tensor, b, normalize_weight, max_out, keep):
 
 _define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? b_tensor, float b, bool normalize_weight, SymInt max_out, "
-    "bool keep) -> (Tensor y, Tensor n, Tensor a, Tensor index)",
+    "bool keep, bool detach=False) -> (Tensor y, Tensor n, Tensor a, Tensor index)",
     _linear,
     _linear_fake,
     statistics=1,
@@ -144,7 +145,9 @@ _define(
 # conv2d ---------------------------------------------------------------------------------------------------------------
 
 
-def _conv2d(x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep):
+def _conv2d(
+    x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep, detach=False
+):
     return dispatch.run(
         "conv2d",
         "forward",
@@ -154,7 +157,9 @@ def _conv2d(x, weight, bias, b_tensor, stride, padding, dilation, groups, b, nor
     )  # fmt: skip
 
 
-def _conv2d_fake(x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep):
+def _conv2d_fake(
+    x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep, detach=False
+):
     size = [
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
     ]
@@ -173,7 +178,7 @@ def _conv2d_fake(x, weight, bias, b_tensor, stride, padding, dilation, groups, b
 
 _define(
     "conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? b_tensor, SymInt[2] stride, SymInt[2] padding, "
-    "SymInt[2] dilation, SymInt groups, float b, bool normalize_weight, SymInt max_out, bool keep) "
+    "SymInt[2] dilation, SymInt groups, float b, bool normalize_weight, SymInt max_out, bool keep, bool detach=False) "
     "-> (Tensor y, Tensor n, Tensor a, Tensor index)",
     _conv2d,
     _conv2d_fake,
@@ -220,13 +225,13 @@ _define(
 # batch_norm_uncentered ------------------------------------------------------------------------------------------------
 
 
-def _batch_norm(x, weight, bias, residual, running_var, training, eps, activation):
+def _batch_norm(x, weight, bias, residual, running_var, training, eps, activation, detach=False):
     return dispatch.run(
         "batch_norm_uncentered", "forward", x, (x, weight, bias, residual, running_var, training, eps, activation)
     )
 
 
-def _batch_norm_fake(x, weight, bias, residual, running_var, training, eps, activation):
+def _batch_norm_fake(x, weight, bias, residual, running_var, training, eps, activation, detach=False):
     wide = reference.statistics_dtype(x.dtype)
     channels = x.shape[1]
     return (
@@ -238,7 +243,7 @@ def _batch_norm_fake(x, weight, bias, residual, running_var, training, eps, acti
 
 _define(
     "batch_norm_uncentered(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? running_var, "
-    "bool training, float eps, str? activation) -> (Tensor y, Tensor mean, Tensor var)",
+    "bool training, float eps, str? activation, bool detach=False) -> (Tensor y, Tensor mean, Tensor var)",
     _batch_norm,
     _batch_norm_fake,
     statistics=2,
