@@ -2,6 +2,7 @@
 
 from .dispatch import backend, backends, dispatched
 from .functional import batch_norm_uncentered, conv2d, linear
+from .recompute import recomputed
 
 __version__ = "0.1.0"
-__all__ = ["backend", "backends", "batch_norm_uncentered", "conv2d", "dispatched", "linear"]
+__all__ = ["backend", "backends", "batch_norm_uncentered", "conv2d", "dispatched", "linear", "recomputed"]

@@ -21,6 +21,7 @@ from torch import Tensor
 from . import dispatch, ops, reference
 from .layouts import canonical
 from .ops import functorch_active, run
+from .recompute import Recipe, recipe_of
 
 
 @cache
@@ -66,14 +67,14 @@ def backward_of(function: type[torch.autograd.Function], name: str, *arguments):
     return run(name, *arguments, fill=False)
 
 
-def _saved_tensor_hooks_active() -> bool:
+def saved_tensor_hooks_active() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _hold(ctx, y: Tensor, wanted: bool) -> None:
     """Hold the output for the backward without pinning its version (see the module docstring)."""
     ctx.held = None
-    if wanted and not functorch_active() and not _saved_tensor_hooks_active():
+    if wanted and not functorch_active() and not saved_tensor_hooks_active():
         ctx.held = y.detach()
         ctx.held_version = y._version
 
@@ -81,11 +82,37 @@ def _hold(ctx, y: Tensor, wanted: bool) -> None:
 def _release(ctx) -> Tensor | None:
     """The held output if it is unchanged. It is let go with the graph's other buffers unless the graph is retained."""
     held = ctx.held
-    if held is not None and held._version != ctx.held_version:
-        held = None
+    if isinstance(held, Recipe):
+        value = held.take()
+    else:
+        value = held if held is None or held._version == ctx.held_version else None
     if not torch._C._autograd._get_current_graph_task_keep_graph():
         ctx.held = None
-    return held
+    return value
+
+
+def _kept_input(ctx, x: Tensor) -> Tensor | None:
+    """x as it is to be saved: None where its recipe is kept instead."""
+    ctx.recipe = None if ctx.compiled or saved_tensor_hooks_active() else recipe_of(x)
+    if ctx.recipe is None:
+        return x
+    ctx.recipe.holders += 1
+    return None
+
+
+def _input(ctx, saved: Tensor | None) -> Tensor:
+    """The input, saved or computed again."""
+    recipe = ctx.recipe
+    if recipe is None:
+        return saved
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "recomputed: expected a backward without create_graph, as an activation that is computed again is no part "
+            "of a graph; got one with it (memory='low' of bcosification.fuse does this: use memory='default')"
+        )
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        ctx.recipe = None
+    return recipe.take()
 
 
 def _no_autocast(device: torch.device):
@@ -214,8 +241,8 @@ class Linear(torch.autograd.Function):
     def keep(ctx, inputs, y, n, a, index, copy=None):
         x, weight, bias, b_tensor, ctx.b, ctx.normalize_weight, ctx.max_out, ctx.detach, keep = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, b_tensor, n, a, index, copy)
         ctx.compiled = torch.compiler.is_compiling()
+        ctx.save_for_backward(_kept_input(ctx, x), weight, bias, b_tensor, n, a, index, copy)
         ctx.backend = _ran_backend()
         if not ctx.compiled:
             _hold(ctx, y, _keep_y(y, ctx.b, b_tensor, keep))
@@ -225,6 +252,7 @@ class Linear(torch.autograd.Function):
         if dy is None:
             return (None,) * 9
         x, weight, bias, b_tensor, n, a, index, copy = ctx.saved_tensors
+        x = _input(ctx, x)
         y = (copy if copy.numel() else None) if ctx.compiled else _release(ctx)
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
         dx, dw, dbias, db = backward_of(
@@ -331,8 +359,8 @@ class Conv2d(torch.autograd.Function):
         ctx.window = inputs[4:8]
         ctx.b, ctx.normalize_weight, ctx.max_out, ctx.detach, keep = inputs[8:]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, b_tensor, n, a, index, copy)
         ctx.compiled = torch.compiler.is_compiling()
+        ctx.save_for_backward(_kept_input(ctx, x), weight, bias, b_tensor, n, a, index, copy)
         ctx.backend = _ran_backend()
         if not ctx.compiled:
             _hold(ctx, y, _keep_y(y, ctx.b, b_tensor, keep))
@@ -342,6 +370,7 @@ class Conv2d(torch.autograd.Function):
         if dy is None:
             return (None,) * 13
         x, weight, bias, b_tensor, n, a, index, copy = ctx.saved_tensors
+        x = _input(ctx, x)
         y = (copy if copy.numel() else None) if ctx.compiled else _release(ctx)
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
         dx, dw, dbias, db = backward_of(
@@ -419,9 +448,11 @@ class BatchNormUncentered(torch.autograd.Function):
         y, mean, var = output
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
-        # y is read for the ReLU mask only: as with torch's own ReLU, changing it in place afterwards is an error
-        mask = y if ctx.activation is not None else None
-        ctx.save_for_backward(x, weight, bias, mask, mean, var)
+        ctx.compiled = torch.compiler.is_compiling()
+        # y is read for the ReLU's mask only
+        masked = ctx.activation is not None
+        _hold(ctx, y, masked and not ctx.compiled)
+        ctx.save_for_backward(_kept_input(ctx, x), weight, bias, y if masked and ctx.held is None else None, mean, var)
         ctx.backend = _ran_backend()
 
     @staticmethod
@@ -429,6 +460,14 @@ class BatchNormUncentered(torch.autograd.Function):
         if dy is None:
             return (None,) * 9
         x, weight, bias, y, mean, var = ctx.saved_tensors
+        x = _input(ctx, x)
+        if ctx.held is not None:
+            y = _release(ctx)
+            if y is None:  # as with torch's own ReLU
+                raise RuntimeError(
+                    "batch_norm_uncentered: expected its output unchanged, as its ReLU's gradient needs it, got one "
+                    "that was modified by an inplace operation"
+                )
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
         passes_on = needs[3] and ctx.activation is None  # the residual's gradient is dy itself
         asked = [*needs[:3], needs[3] and not passes_on]

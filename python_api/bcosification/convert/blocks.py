@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..nn import BatchNormUncentered2d
+import bcos_kernels
 
-__all__ = ["FusionReport", "fuse_blocks", "norm_activation", "unfuse_blocks"]
+from ..nn import BatchNormUncentered2d, BcosConv2d
+
+__all__ = ["FusionReport", "fuse_blocks", "norm_activation", "recomputes", "set_recompute", "unfuse_blocks"]
 
 
 @dataclass
@@ -72,20 +74,54 @@ def _fusible_norm(norm: nn.Module) -> bool:
     return isinstance(norm, BatchNormUncentered2d) and not _has_hooks(norm)
 
 
-def norm_activation(norm: nn.Module, activation: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def norm_activation(
+    norm: nn.Module,
+    activation: nn.Module | None,
+    x: Tensor,
+    residual: Tensor | None = None,
+    *,
+    recompute: bool = False,
+) -> Tensor:
     """activation(norm(x) + residual), in one pass if ``norm`` is a BatchNormUncentered2d and ``activation`` an nn.ReLU.
 
     Modules of any other type, and modules with hooks, are called one after the other: the result is the same. Models
     with a forward of their own may call this where they have ``relu(bn(x))``.
 
     Args:
-        norm, activation: the modules.
+        norm, activation: the modules; activation may be None.
         x: (N, C, H, W), input of ``norm``.
         residual: of norm(x)'s shape, added before the activation; None (default) for none.
+        recompute: the result is computed again in the backward instead of being kept (not with a residual, which would
+            have to be kept in its place).
     """
+    if activation is None:
+        y = _norm_add(norm, x, residual)
+        return norm.recomputed(y, x) if recompute and residual is None and _fusible_norm(norm) else y
     if _fusible_norm(norm) and type(activation) is nn.ReLU and not _has_hooks(activation):
-        return norm(x, residual, "relu")
+        y = norm(x, residual, "relu")
+        return norm.recomputed(y, x, "relu") if recompute and residual is None else y
     return activation(_norm_add(norm, x, residual))
+
+
+def _is_cheap(conv: nn.Module) -> bool:
+    """Whether a convolution may be computed twice: one of one pixel, which writes more than it reads."""
+    return (
+        isinstance(conv, BcosConv2d)
+        and conv.kernel_size == (1, 1)
+        and conv.out_channels >= 2 * conv.in_channels
+        and conv.groups == 1
+        and conv.constant_gain is None
+        and not _has_hooks(conv)
+    )
+
+
+def _convolved(conv: nn.Module, x: Tensor, recompute: bool) -> Tensor:
+    """conv(x); its output, which only a normalisation reads, is computed again in the backward where that is cheap."""
+    y = conv(x)
+    if not recompute or not _is_cheap(conv):
+        return y
+    parameters = [p for p in (conv.weight, conv.bias) if p is not None]
+    return bcos_kernels.recomputed(y, lambda x, *_: type(conv).forward(conv, x), x, *parameters)
 
 
 def _norm_add(norm: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -95,44 +131,69 @@ def _norm_add(norm: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
 
 
 # --- forwards -------------------------------------------------------------------------------------------------------
+#
+# With `recompute_activations` (memory="low") what a pass over something kept gives again is not kept itself.
+
+
+def recomputes(self: nn.Module) -> bool:
+    """Whether a block was told by `set_recompute` to keep less."""
+    return self.__dict__.get("recompute_activations", False)
+
+
+def set_recompute(model: nn.Module, recompute: bool) -> None:
+    """Set whether the blocks of ``model`` that `fuse_blocks` or a conversion gave their forwards compute activations
+    again in the backward where a pass over something kept gives them: normalised and rectified ones, concatenations,
+    and outputs of one-pixel convolutions that widen."""
+    for module in model.modules():
+        module.__dict__.pop("recompute_activations", None)
+        if recompute and not {"_library_class", "_original_class"}.isdisjoint(vars(type(module))):
+            module.recompute_activations = True
+
+
+def _residual_of(self: Any, x: Tensor) -> Tensor:
+    return x if self.downsample is None else self.downsample(x)
 
 
 def _basic_block_forward(self: Any, x: Tensor) -> Tensor:
-    out = norm_activation(self.bn1, self.relu, self.conv1(x))
+    out = norm_activation(self.bn1, self.relu, self.conv1(x), recompute=recomputes(self))
     out = self.conv2(out)
-    identity = x if self.downsample is None else self.downsample(x)
-    return norm_activation(self.bn2, self.relu, out, identity)
+    return norm_activation(self.bn2, self.relu, out, _residual_of(self, x))
 
 
 def _bottleneck_forward(self: Any, x: Tensor) -> Tensor:
-    out = norm_activation(self.bn1, self.relu, self.conv1(x))
-    out = norm_activation(self.bn2, self.relu, self.conv2(out))
-    out = self.conv3(out)
-    identity = x if self.downsample is None else self.downsample(x)
-    return norm_activation(self.bn3, self.relu, out, identity)
+    low = recomputes(self)
+    out = norm_activation(self.bn1, self.relu, self.conv1(x), recompute=low)
+    out = norm_activation(self.bn2, self.relu, self.conv2(out), recompute=low)
+    out = _convolved(self.conv3, out, low)
+    return norm_activation(self.bn3, self.relu, out, _residual_of(self, x))
 
 
 def _peer_residual(self: Any, norm: nn.Module, out: Tensor, x: Tensor) -> Tensor:
     """norm(out) + identity; stochastic depth stands between the two."""
     if self.stochastic_depth is not None:
         out = self.stochastic_depth(norm(out))
-        return out + (x if self.downsample is None else self.downsample(x))
-    return _norm_add(norm, out, x if self.downsample is None else self.downsample(x))
+        return out + _residual_of(self, x)
+    return _norm_add(norm, out, _residual_of(self, x))
 
 
 def _peer_basic_block_forward(self: Any, x: Tensor) -> Tensor:
-    out = self.bn1(self.conv1(x))
+    out = norm_activation(self.bn1, None, self.conv1(x), recompute=recomputes(self))
     return _peer_residual(self, self.bn2, self.conv2(out), x)
 
 
 def _peer_bottleneck_forward(self: Any, x: Tensor) -> Tensor:
-    out = self.bn1(self.conv1(x))
-    out = self.bn2(self.conv2(out))
-    return _peer_residual(self, self.bn3, self.conv3(out), x)
+    low = recomputes(self)
+    out = norm_activation(self.bn1, None, self.conv1(x), recompute=low)
+    out = norm_activation(self.bn2, None, self.conv2(out), recompute=low)
+    return _peer_residual(self, self.bn3, _convolved(self.conv3, out, low), x)
 
 
 def _dense_layer_bn_function(self: Any, inputs: list[Tensor]) -> Tensor:
-    return self.conv1(norm_activation(self.norm1, self.relu1, torch.cat(inputs, 1)))
+    low = recomputes(self)
+    features = torch.cat(inputs, 1)
+    if low:
+        features = bcos_kernels.recomputed(features, lambda *parts: torch.cat(parts, 1), *inputs)
+    return self.conv1(norm_activation(self.norm1, self.relu1, features, recompute=low))
 
 
 def _dense_layer_forward(self: Any, x: Tensor | list[Tensor]) -> Tensor:
@@ -141,12 +202,12 @@ def _dense_layer_forward(self: Any, x: Tensor | list[Tensor]) -> Tensor:
         out = self.call_checkpoint_bottleneck(features)
     else:
         out = self.bn_function(features)
-    out = self.conv2(norm_activation(self.norm2, self.relu2, out))
+    out = self.conv2(norm_activation(self.norm2, self.relu2, out, recompute=recomputes(self)))
     return F.dropout(out, p=self.drop_rate, training=self.training) if self.drop_rate > 0 else out
 
 
 def _stages(self: Any, x: Tensor) -> Tensor:
-    x = self.maxpool(norm_activation(self.bn1, self.relu, self.conv1(x)))
+    x = self.maxpool(norm_activation(self.bn1, self.relu, self.conv1(x), recompute=recomputes(self)))
     return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 
@@ -162,11 +223,14 @@ def _sequential_forward(self: Any, x: Any) -> Any:
     modules = list(self._modules.values())
     following = [*modules[1:], None]
     skip = False
+    low = recomputes(self)
     for module, after in zip(modules, following, strict=True):
         if skip:
             skip = False
         elif type(after) is nn.ReLU and _fusible_norm(module):
-            x, skip = norm_activation(module, after, x), True
+            x, skip = norm_activation(module, after, x, recompute=low), True
+        elif low and isinstance(after, BatchNormUncentered2d):
+            x = _convolved(module, x, low)
         else:
             x = module(x)
     return x
@@ -318,4 +382,5 @@ def unfuse_blocks(model: nn.Module) -> nn.Module:
         library = type(module).__dict__.get("_library_class")
         if library is not None:
             module.__class__ = library
+    set_recompute(model, False)
     return model

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import GELU, BatchNormUncentered2d, BcosConv2d, BcosLinear, GroupNorm, LayerNorm, LogitBias
-from .blocks import FusionReport, fuse_blocks, unfuse_blocks
+from .blocks import FusionReport, fuse_blocks, set_recompute, unfuse_blocks
 
 __all__ = ["fuse", "unfuse"]
 
@@ -310,7 +310,9 @@ def fuse(model: nn.Module, *, blocks: bool = True, memory: str = "default") -> n
     Args:
         model: a model, changed in place and returned; make optimisers before or after.
         blocks: also fuse known blocks (default): residual and ReLU go into the BatchNorm's pass, see `fuse_blocks`.
-        memory: "default"; "low" (BatchNorm and ReLU recomputed in backward) is not built.
+        memory: "default", or "low": what a pass over something kept gives again (normalised and rectified activations,
+            concatenations, outputs of one-pixel convolutions that widen) is computed again in the backward. Same
+            numbers; needs ``blocks``; second derivatives raise. Can be changed by calling `fuse` again.
 
     Returns:
         ``model``. ``model.fusion_report`` says what was fused, what was so already, and what was left and why, at
@@ -320,7 +322,7 @@ def fuse(model: nn.Module, *, blocks: bool = True, memory: str = "default") -> n
         network: `bcosify` makes a B-cos model of it) comes back as it is, with a warning.
 
     Raises:
-        TypeError: if ``model`` is not a module. ValueError: an unknown ``memory``. NotImplementedError: memory="low".
+        TypeError: if ``model`` is not a module. ValueError: an unknown ``memory``, or "low" without ``blocks``.
 
     Example:
         >>> import bcos.models.resnet
@@ -330,8 +332,10 @@ def fuse(model: nn.Module, *, blocks: bool = True, memory: str = "default") -> n
         raise TypeError(f"fuse: expected a torch.nn.Module, got {type(model).__name__}")
     if memory not in ("default", "low"):
         raise ValueError(f"fuse: expected memory to be 'default' or 'low', got {memory!r}")
-    if memory == "low":
-        raise NotImplementedError("fuse: memory='low' is not built; memory='default' is")
+    if memory == "low" and not blocks:
+        raise ValueError(
+            "fuse: expected blocks=True with memory='low', which recomputes inside fused blocks, got False"
+        )
     report = FuseReport()
     warn: list[str] = []
     for name, module in list(model.named_modules()):
@@ -358,6 +362,7 @@ def fuse(model: nn.Module, *, blocks: bool = True, memory: str = "default") -> n
     found = bool(report.fused or report.left or report.already)
     if blocks and found:
         report.extend(fuse_blocks(model))
+        set_recompute(model, memory == "low")
         report.left = [row for row in report.left if not _has_converted_forward(model.get_submodule(row[0]))]
     model.fusion_report = report
     if not found:

@@ -132,6 +132,28 @@ class BatchNormUncentered2d(DetachableModule):
             y = y + residual
         return y if activation is None else torch.relu(y)
 
+    def recomputed(self, y: Tensor, x: Tensor, activation: str | None = None) -> Tensor:
+        """Declare that the backward may compute y = self(x, activation=activation) again from x; returns y."""
+        if self.constant_gain is not None or not self._recomputes():
+            return y
+        use_batch = self.training or self.running_var is None
+        parameters = [t for t in (self.weight, self.bias, None if use_batch else self.running_var) if t is not None]
+        affine, biased, eps = self.weight is not None, self.bias is not None, self.eps
+
+        def again(x: Tensor, *given: Tensor) -> Tensor:
+            rest = list(given)
+            weight = rest.pop(0) if affine else None
+            bias = rest.pop(0) if biased else None
+            running_var = None if use_batch else rest.pop(0)
+            return bcos_kernels.batch_norm_uncentered(
+                x, running_var, weight, bias, training=use_batch, eps=eps, activation=activation
+            )
+
+        return bcos_kernels.recomputed(y, again, x, *parameters)
+
+    def _recomputes(self) -> bool:
+        return True
+
     def _normalize(
         self,
         x: Tensor,
@@ -210,6 +232,9 @@ class SyncBatchNormUncentered2d(BatchNormUncentered2d):
                 if process_group is not None:
                     child.process_group = process_group
         return module
+
+    def _recomputes(self) -> bool:
+        return False  # the other processes would have to take part again
 
     def _normalize(self, x, running_var, bias, *, training, momentum, activation, residual) -> Tensor:
         distributed = training and dist.is_available() and dist.is_initialized()

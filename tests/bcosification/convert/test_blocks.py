@@ -12,7 +12,8 @@ from torch import nn
 from torchvision.models import densenet, resnet
 from torchvision.ops import Conv2dNormActivation
 
-from bcosification.convert.blocks import fuse_blocks, norm_activation, unfuse_blocks
+import bcosification
+from bcosification.convert.blocks import fuse_blocks, norm_activation, set_recompute, unfuse_blocks
 from bcosification.nn import BatchNormUncentered2d, BcosConv2d
 
 
@@ -309,3 +310,49 @@ def test_torchvision_models_are_what_the_rules_were_written_for():
             if type(module) is block:
                 module.__class__ = cls
     assert torch.equal(model(x), expected)
+
+
+# less memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "explaining"])
+@EVERY_MODEL
+def test_recomputed_activations_give_the_same_numbers(name, mode):
+    plain = build(name).train(mode == "train")
+    low = copy.deepcopy(plain)
+    fuse_blocks(low)
+    set_recompute(low, True)
+    assert_same(pickle.loads(pickle.dumps(copy.deepcopy(low))), plain, explaining=mode == "explaining")
+
+
+def kept_bytes(model, x):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        y = model(x)
+    events = profile.profiler.kineto_results.events()
+    total = sum(event.nbytes() for event in events if event.name() == "[memory]")
+    del y
+    return total
+
+
+@pytest.mark.parametrize("name, most", [("resnet50", 0.60), ("densenet121", 0.35), ("resnet18", 0.90)])
+def test_bytes_kept_of_whole_networks(name, most):
+    """Against the same network with block fusion alone, which keeps what the standard network keeps."""
+    torch.manual_seed(0)
+    model = bcosification.bcosify(getattr(torchvision.models, name)(weights=None)).train()
+    x = torch.rand(2, 3, 64, 64)
+    default = kept_bytes(model, x)
+    assert kept_bytes(bcosification.fuse(model, memory="low"), x) <= most * default
+    assert kept_bytes(bcosification.fuse(model, memory="default"), x) == default
+    unfuse_blocks(bcosification.fuse(model, memory="low"))
+    assert not any(
+        hasattr(module, "recompute_activations") for module in model.modules() if "Fused" in repr(type(module))
+    )
+
+
+def test_recomputation_runs_no_convolution_with_hooks_again():
+    model = bcosification.fuse(bcosification.bcosify(torchvision.models.resnet50(weights=None)).train(), memory="low")
+    conv = model.model.layer1[0].conv3
+    calls = []
+    conv.register_forward_hook(lambda *_: calls.append(1))
+    model(torch.rand(1, 3, 64, 64)).sum().backward()
+    assert len(calls) == 1

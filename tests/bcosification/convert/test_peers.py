@@ -479,8 +479,8 @@ def test_blocks_can_be_left():
 
 
 def test_bad_arguments():
-    with pytest.raises(NotImplementedError, match="memory='low' is not built; memory='default' is"):
-        fuse(nn.Identity(), memory="low")
+    with pytest.raises(ValueError, match="expected blocks=True with memory='low'"):
+        fuse(nn.Identity(), memory="low", blocks=False)
     with pytest.raises(ValueError, match="'default' or 'low', got 'tiny'"):
         fuse(nn.Identity(), memory="tiny")
     for function in (fuse, unfuse):
