@@ -1,8 +1,11 @@
 """Fused B-cos transforms as differentiable torch functions: tensors in, tensors out."""
 
+from . import flops
 from .dispatch import backend, backends, dispatched
 from .functional import batch_norm_uncentered, conv2d, linear
 from .recompute import recomputed
 
 __version__ = "0.1.0"
 __all__ = ["backend", "backends", "batch_norm_uncentered", "conv2d", "dispatched", "linear", "recomputed"]
+
+flops.register_with_counter()

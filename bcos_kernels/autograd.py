@@ -12,15 +12,16 @@ with its version, uses it while it is unchanged and recomputes from x and w othe
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from . import dispatch, ops, reference
 from .layouts import canonical
-from .ops import functorch_active, run
+from .ops import forward_mode, functorch_active, run
 from .recompute import Recipe, recipe_of
 
 
@@ -48,13 +49,34 @@ def _without_setup_context(function: type[torch.autograd.Function]) -> type[torc
 
 def apply(function: type[torch.autograd.Function], *arguments):
     """``function.apply`` in the form that serves the moment: traced or transformed, or plain eager."""
+    if forward_mode():
+        return _apply_in_forward_mode(function, *arguments)
     if torch.compiler.is_compiling() or functorch_active():
         return function.apply(*arguments)
     return _without_setup_context(function).apply(*arguments)
 
 
+def _apply_in_forward_mode(function: type[torch.autograd.Function], *arguments):
+    """``function.apply``, which serves what has no tangents; torch's message about the others names no op.
+
+    The Functions cannot say it themselves, in a ``jvp`` that raises: the compiler takes none that has one.
+    """
+    try:
+        return function.apply(*arguments)
+    except NotImplementedError as error:
+        if "jvp" not in str(error):
+            raise
+        op = re.sub("(?<!^)(?=[A-Z])", "_", function.__name__).lower()
+        raise NotImplementedError(
+            f"{op}: expected reverse-mode differentiation (backward, vjp, jacrev, jacrev of jacrev), got forward mode "
+            "(jvp, jacfwd, torch.func.hessian, forward_ad), which is not built"
+        ) from None
+
+
 def apply_layer(function: type[torch.autograd.Function], *arguments) -> Tensor:
     """The output of `Linear` or `Conv2d`."""
+    if forward_mode():
+        return _apply_in_forward_mode(function, *arguments)[0]
     if torch.compiler.is_compiling() or functorch_active():
         return function.apply(*arguments)[0]
     return _without_setup_context(function).apply(*arguments)
@@ -62,7 +84,7 @@ def apply_layer(function: type[torch.autograd.Function], *arguments) -> Tensor:
 
 def backward_of(function: type[torch.autograd.Function], name: str, *arguments):
     """A backward: through its own Function only where somebody may differentiate it again."""
-    if torch.compiler.is_compiling() or functorch_active() or torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or functorch_active() or torch.is_grad_enabled() or forward_mode():
         return apply(function, *arguments)
     return run(name, *arguments, fill=False)
 
@@ -113,6 +135,35 @@ def _input(ctx, saved: Tensor | None) -> Tensor:
     if not torch._C._autograd._get_current_graph_task_keep_graph():
         ctx.recipe = None
     return recipe.take()
+
+
+def _edges(*inputs) -> tuple[int, ...]:
+    """Which of a node's edges belongs to each input: those that are no tensors have none (−1)."""
+    edges, count = [], 0
+    for t in inputs:
+        edges.append(count if isinstance(t, Tensor) else -1)
+        count += isinstance(t, Tensor)
+    return tuple(edges)
+
+
+def _needed(ctx) -> list[bool]:
+    """Which inputs' gradients this backward is asked for: of those that require one, those that lead to what
+    ``torch.autograd.grad`` or ``backward(inputs=…)`` names. An input gradient does not pay for weight gradients."""
+    needs = [bool(ctx.needs_input_grad[i]) for i in range(len(ctx.edges))]
+    if ctx.compiled or torch.compiler.is_compiling() or functorch_active() or torch._C._current_graph_task_id() == -1:
+        return needs
+    nodes = ctx.next_functions
+    return [need and _runs(nodes[edge][0]) for need, edge in zip(needs, ctx.edges, strict=True)]
+
+
+def _runs(node) -> bool:
+    """Whether the engine, in the backward that is running, goes on to ``node``."""
+    if node is None:
+        return True
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # what torch answers of a leaf that autograd.grad was asked for
+        return True
 
 
 def _no_autocast(device: torch.device):
@@ -242,6 +293,7 @@ class Linear(torch.autograd.Function):
         x, weight, bias, b_tensor, ctx.b, ctx.normalize_weight, ctx.max_out, ctx.detach, keep = inputs
         ctx.set_materialize_grads(False)
         ctx.compiled = torch.compiler.is_compiling()
+        ctx.edges = _edges(x, weight, bias, b_tensor)
         ctx.save_for_backward(_kept_input(ctx, x), weight, bias, b_tensor, n, a, index, copy)
         ctx.backend = _ran_backend()
         if not ctx.compiled:
@@ -254,7 +306,7 @@ class Linear(torch.autograd.Function):
         x, weight, bias, b_tensor, n, a, index, copy = ctx.saved_tensors
         x = _input(ctx, x)
         y = (copy if copy.numel() else None) if ctx.compiled else _release(ctx)
-        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
+        needs = _needed(ctx)
         dx, dw, dbias, db = backward_of(
             LinearBackward, "linear_backward", dy, x, weight, bias, b_tensor, y, n, a, index, ctx.b,
             ctx.normalize_weight, ctx.max_out, ctx.detach, needs, ctx.backend,
@@ -360,6 +412,7 @@ class Conv2d(torch.autograd.Function):
         ctx.b, ctx.normalize_weight, ctx.max_out, ctx.detach, keep = inputs[8:]
         ctx.set_materialize_grads(False)
         ctx.compiled = torch.compiler.is_compiling()
+        ctx.edges = _edges(x, weight, bias, b_tensor)
         ctx.save_for_backward(_kept_input(ctx, x), weight, bias, b_tensor, n, a, index, copy)
         ctx.backend = _ran_backend()
         if not ctx.compiled:
@@ -372,7 +425,7 @@ class Conv2d(torch.autograd.Function):
         x, weight, bias, b_tensor, n, a, index, copy = ctx.saved_tensors
         x = _input(ctx, x)
         y = (copy if copy.numel() else None) if ctx.compiled else _release(ctx)
-        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
+        needs = _needed(ctx)
         dx, dw, dbias, db = backward_of(
             Conv2dBackward, "conv2d_backward", dy, x, weight, bias, b_tensor, y, n, a, index, *ctx.window, ctx.b,
             ctx.normalize_weight,
@@ -449,6 +502,7 @@ class BatchNormUncentered(torch.autograd.Function):
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
         ctx.compiled = torch.compiler.is_compiling()
+        ctx.edges = _edges(x, weight, bias, residual)
         # y is read for the ReLU's mask only
         masked = ctx.activation is not None
         _hold(ctx, y, masked and not ctx.compiled)
@@ -468,7 +522,7 @@ class BatchNormUncentered(torch.autograd.Function):
                     "batch_norm_uncentered: expected its output unchanged, as its ReLU's gradient needs it, got one "
                     "that was modified by an inplace operation"
                 )
-        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
+        needs = _needed(ctx)
         passes_on = needs[3] and ctx.activation is None  # the residual's gradient is dy itself
         asked = [*needs[:3], needs[3] and not passes_on]
         gradients = backward_of(
@@ -550,10 +604,19 @@ def _register_autograd(name: str, differentiable) -> None:
     def kernel(*arguments):
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
             return differentiable(*arguments)
+        if forward_mode() and torch._C._is_fwd_grad_enabled():  # not inside a Function's forward
+            return differentiable(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
 
     ops.library.impl(name, kernel, "Autograd")
+    # transforms of torch.func take Functions, level by level
+    ops.library.impl(name, differentiable, "FuncTorchDynamicLayerFrontMode")
+
+
+def _whole(function: type[torch.autograd.Function], *arguments) -> tuple[Tensor, ...]:
+    """All that the op returns, not y alone as `apply` does for a layer in eager code."""
+    return _apply_in_forward_mode(function, *arguments) if forward_mode() else function.apply(*arguments)
 
 
 def _constant(b_tensor: Tensor | None, detach: bool) -> Tensor | None:
@@ -562,7 +625,7 @@ def _constant(b_tensor: Tensor | None, detach: bool) -> Tensor | None:
 
 def _linear(x, weight, bias, b_tensor, b, normalize_weight, max_out, keep, detach=False):
     b_tensor = _constant(b_tensor, detach)
-    return Linear.apply(x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, True)[:4]
+    return _whole(Linear, x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, True)[:4]
 
 
 def _conv2d(
@@ -570,16 +633,16 @@ def _conv2d(
 ):
     window = (stride, padding, dilation, groups)
     b_tensor = _constant(b_tensor, detach)
-    return Conv2d.apply(x, weight, bias, b_tensor, *window, b, normalize_weight, max_out, detach, True)[:4]
+    return _whole(Conv2d, x, weight, bias, b_tensor, *window, b, normalize_weight, max_out, detach, True)[:4]
 
 
 def _batch_norm(x, weight, bias, residual, running_var, training, eps, activation, detach=False):
-    return BatchNormUncentered.apply(x, weight, bias, residual, running_var, training, eps, activation, detach)
+    return _whole(BatchNormUncentered, x, weight, bias, residual, running_var, training, eps, activation, detach)
 
 
 _register_autograd("linear", _linear)
 _register_autograd("conv2d", _conv2d)
 _register_autograd("batch_norm_uncentered", _batch_norm)
-_register_autograd("linear_backward", LinearBackward.apply)
-_register_autograd("conv2d_backward", Conv2dBackward.apply)
-_register_autograd("batch_norm_uncentered_backward", BatchNormUncenteredBackward.apply)
+_register_autograd("linear_backward", partial(_whole, LinearBackward))
+_register_autograd("conv2d_backward", partial(_whole, Conv2dBackward))
+_register_autograd("batch_norm_uncentered_backward", partial(_whole, BatchNormUncenteredBackward))

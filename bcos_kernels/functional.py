@@ -82,7 +82,7 @@ def _apply(function, op: str, x, weight, bias, b_tensor, options: tuple, detach:
     if detach and b_tensor is not None:
         b_tensor = b_tensor.detach()
     keep = _differentiates(x, weight, bias, b_tensor)
-    if not keep and not ops.functorch_active():
+    if not keep and not ops.functorch_active() and not ops.forward_mode():
         return ops.run(op, x, weight, bias, b_tensor, *options, False, detach)[0]
     return autograd.apply_layer(function, x, weight, bias, b_tensor, *options, detach, keep)
 
@@ -235,7 +235,7 @@ def batch_norm_uncentered(
         x, residual = _cast(dtype, x, residual)
     validation.check_batch_norm(x, running_var, weight, bias, training, momentum, eps, activation, residual)
     statistics = None if training else running_var.detach()
-    if _differentiates(x, weight, bias, residual) or ops.functorch_active():
+    if _differentiates(x, weight, bias, residual) or ops.functorch_active() or ops.forward_mode():
         y, _, var = autograd.apply(
             autograd.BatchNormUncentered, x, weight, bias, residual, statistics, training, eps, activation, detach
         )

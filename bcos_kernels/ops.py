@@ -11,6 +11,7 @@ from contextlib import suppress
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import dispatch, layouts, reference
 
@@ -43,6 +44,11 @@ def _define(schema: str, implementation, fake, statistics: int | None = None) ->
 def functorch_active() -> bool:
     """Whether a torch.func transform (grad, vmap, jvp, …) is being applied."""
     return torch._C._are_functorch_transforms_active()
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode differentiation is on (torch.func.jvp, torch.autograd.forward_ad), in eager code."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def _filled(results: tuple, like: Tensor) -> tuple[Tensor, ...]:

@@ -1045,3 +1045,33 @@ def test_more_than_two_billion_elements():
         tail = bcos_kernels.linear(x, weight)[-3:].clone()
     expected = reference.linear(x[-3:].double(), weight.double())
     assert_close_to_reference("y", tail, None, expected, torch.bfloat16)
+
+
+# Only what is asked for ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", ["x", "weight", "both"])
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_only_the_gradients_that_are_asked_for_are_computed(op, asked, monkeypatch):
+    """The gradient with respect to the images alone computes no weight gradients, whatever requires one."""
+    x, weight, bias = tensors_of(op)
+    expected = dict(zip("x weight bias".split(), torch.autograd.grad(
+        FUNCTIONS[op](bcos_kernels, x, weight, bias).square().sum(), (x, weight, bias)), strict=True))  # fmt: skip
+    launch, needs = getattr(bcos_kernels.cpu, f"{op}_backward"), []
+    monkeypatch.setattr(
+        bcos_kernels.cpu, f"{op}_backward", lambda *arguments: needs.append(arguments[-4:]) or launch(*arguments)
+    )
+    targets = {"x": (x,), "weight": (weight,), "both": (x, weight)}[asked]
+    # x and weight through an op of torch's each: the edge does not lead to the leaf itself
+    y = FUNCTIONS[op](bcos_kernels, x * 1, weight * 1, bias)
+    got = torch.autograd.grad(y.square().sum(), targets)
+    assert needs == [(asked != "weight", asked != "x", False, False)]
+    for name, g in zip(("x", "weight") if asked == "both" else (asked,), got, strict=True):
+        torch.testing.assert_close(g, expected[name])
+    needs.clear()
+    FUNCTIONS[op](bcos_kernels, x, weight, bias).sum().backward(inputs=list(targets))
+    assert needs == [(asked != "weight", asked != "x", False, False)]
+    assert bias.grad is None
+    needs.clear()
+    FUNCTIONS[op](bcos_kernels, x, weight, bias).sum().backward()
+    assert needs == [(True, True, True, False)]

@@ -92,7 +92,6 @@ def additive_parameters(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-
 def _target_index(logits: Tensor, samples: int, targets: Tensor | None) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != samples:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

@@ -129,9 +129,7 @@ class BcosLayer(DetachableModule):
         """y = s·(ŵ·p + β·gain): s·β·(gain − 1) is added to y, with s, a constant, as y/a."""
         weight, bias, dim = self.weight, self.bias, self._unit_dim()
         b, normalize = self.exponent(), self.normalize_weight
-        y = self.transform(
-            x, weight, bias, b=b, max_out=self.max_out, normalize_weight=normalize, detach=self.detach
-        )
+        y = self.transform(x, weight, bias, b=b, max_out=self.max_out, normalize_weight=normalize, detach=self.detach)
         with torch.no_grad():
             a = self.transform(x, weight, bias, b=1, max_out=1, normalize_weight=normalize, detach=False)
             beta = bias.detach().to(a.dtype).view(-1, *([1] * (-dim - 1)))
