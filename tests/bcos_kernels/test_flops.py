@@ -49,7 +49,7 @@ def test_groups_and_gradients_that_nobody_needs():
 
 @pytest.mark.parametrize("b, again", [(1.0, 0), (2.0, 1), (1.5, 0)])
 def test_what_is_computed_again_is_counted_again(b, again):
-    """An output changed in place; at B = 1 nothing of it is needed, at other B than 2 the pre-scale outputs are kept."""
+    """An output changed in place: at B = 1 nothing of it is needed, at B = 1.5 the pre-scale outputs are kept."""
     x, weight = leaves((4, 6), (8, 6))
     forward, both = counted(lambda x, w: bcos_kernels.linear(x, w, b=b).mul_(2.0), x, weight)
     assert both == (3 + again) * forward
