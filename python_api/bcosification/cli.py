@@ -1,4 +1,4 @@
-"""The command `bcosify`: fine-tune, explain, evaluate, convert and verify models.
+"""The command `bcosify`: fine-tune, explain, evaluate, convert, verify and benchmark models.
 
     bcosify finetune --model resnet18 --data digits --out runs/digits
     bcosify explain runs/digits IMAGE… --out pictures
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import json
 import sys
 import traceback
 import warnings
@@ -193,6 +194,48 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def _benchmark(arguments: argparse.Namespace) -> int:
+    spec = _model_spec(arguments)
+    for name, value in (("--batch", arguments.batch), ("--size", arguments.size)):
+        if value is not None and value < 1:
+            raise ValueError(f"expected {name} >= 1, got {value}")
+    file = None if arguments.json is None else Path(arguments.json)
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise FileNotFoundError(f"--json: expected a file in a folder that is there, got {file}")
+
+    import torch
+
+    import bcosification
+    from bcosification.convert.checkpoints import standard_network
+    from bcosification.evaluation.benchmarking import benchmark, check_options
+
+    contenders = [name.strip() for name in arguments.contenders.split(",") if name.strip()]
+    check_options(contenders, arguments.rounds, arguments.dtype)
+    if not arguments.compile:
+        contenders = [name for name in contenders if not name.endswith("-compiled")]
+        if not contenders:
+            raise ValueError(f"--no-compile: expected a contender that is not compiled, got {arguments.contenders}")
+    device = _device(arguments.device)
+    batch = arguments.batch or (8 if device.type == "cpu" else 64)
+    if _is_converted(spec):
+        folder = _run_folder(spec)
+        _refuse_conversion(arguments, folder)
+        converted = bcosification.load(folder)
+        original = standard_network(converted.config, folder)
+    else:
+        arguments.pretrained, arguments.weights = False, None
+        original, converted = _converted(arguments, spec)
+    height, width = (arguments.size,) * 2 if arguments.size else converted.config["input_size"] or (224, 224)
+    images = torch.rand(batch, converted.channels, height, width, generator=torch.Generator().manual_seed(0))
+    result = benchmark(
+        original, converted, images.to(device), contenders=contenders, rounds=arguments.rounds, dtype=arguments.dtype
+    )
+    print(f"{spec}, {result}")
+    if file is not None:
+        file.write_text(json.dumps({"model": spec, **result.to_dict()}, indent=1) + "\n", encoding="utf-8")
+    return 1 if any("failed" in row for row in result.rows) else 0
+
+
 # --- models, images, output -------------------------------------------------------------------------------------------
 
 
@@ -239,17 +282,22 @@ def _converted(arguments: argparse.Namespace, spec: str):
     return original, bcosification.bcosify(original, **_given(arguments, ("b", "bias", *CONVERSION)))
 
 
-def _with_original(arguments: argparse.Namespace, folder: str):
-    """The converted model in `folder`, and the standard model that it was made of."""
-    import bcosification
-    from bcosification.convert.resolver import resolve
-
+def _refuse_conversion(arguments: argparse.Namespace, folder: str) -> None:
+    """Raises if options of the conversion were given for a model that is converted already."""
     given = _given(arguments, ("b", "bias", *CONVERSION))
     if given:
         raise ValueError(
             f"expected no options of the conversion, as {folder} is converted already, got "
             + ", ".join(f"{name}=" for name in given)
         )
+
+
+def _with_original(arguments: argparse.Namespace, folder: str):
+    """The converted model in `folder`, and the standard model that it was made of."""
+    import bcosification
+    from bcosification.convert.resolver import resolve
+
+    _refuse_conversion(arguments, folder)
     converted = bcosification.load(folder)
     config = converted.config
     options = dict(arch=arguments.arch, pretrained=arguments.pretrained, weights=arguments.weights)
@@ -410,6 +458,7 @@ COMMANDS = {
     "evaluate": _evaluate,
     "convert": _convert,
     "verify": _verify,
+    "benchmark": _benchmark,
 }
 
 

@@ -44,6 +44,7 @@ bcosify COMMAND --help tells the options of a command. A first try, without a do
         ("evaluate", _add_evaluate),
         ("convert", _add_convert),
         ("verify", _add_verify),
+        ("benchmark", _add_benchmark),
     ):
         command = add(commands, name)
         command.set_defaults(run=run[name], parser=command)
@@ -213,6 +214,46 @@ def _add_verify(commands, name: str) -> argparse.ArgumentParser:
     return command
 
 
+def _add_benchmark(commands, name: str) -> argparse.ArgumentParser:
+    command = _command(
+        commands, name, "images per second and memory, on this machine",
+        "Training steps, inference and explanations in images per second, and the memory of a training step: of the\n"
+        "plain model, of its conversion with the peers' layers, and of its conversion with ours. Numbers are checked\n"
+        "before anything is timed. Weights are random (nothing is downloaded): speed does not depend on them.",
+        "examples:\n"
+        "  bcosify benchmark resnet50 --batch 64\n"
+        "  bcosify benchmark resnet18 --no-compile --rounds 9 --json resnet18.json\n"
+        "  bcosify benchmark runs/r18 --contenders plain,ours,ours-compiled,ours-low\n\n"
+        "contenders: plain; peer; ours; each of these with -compiled after it (torch.compile, which takes minutes on\n"
+        "a small machine; these train and infer, they do not explain); ours-low (fuse with memory=\"low\"). Times are\n"
+        "relative to the first. peer is peer-style: the converted model with its B-cos layers and BatchNorms computed\n"
+        "by eager formulas, as the layers of the package bcos and of B-cosification compute them; it is no run of\n"
+        "those packages. It explains one image after the other, as they do, without drawing.",
+        usage="bcosify benchmark [options] MODEL",
+    )  # fmt: skip
+    _add_model(command, f"a standard model: {STANDARD_HELP}; or {FOLDER_HELP}")
+    command.add_argument("--arch", metavar="NAME", help="architecture of a weights file, as a MODEL is named")
+    group = command.add_argument_group("measuring")
+    group.add_argument("--batch", type=int, metavar="N", help="images at once (default: 8 on a CPU, else 64)")
+    group.add_argument("--size", type=int, metavar="PIXELS", help="edge of the images (default: the model's)")
+    group.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+        help="of the activations: 16 bits by autocast (default: float32)",
+    )  # fmt: skip
+    group.add_argument(
+        "--contenders", metavar="NAMES", default="plain,peer,peer-compiled,ours",
+        help="separated by commas, see below (default: plain,peer,peer-compiled,ours)",
+    )  # fmt: skip
+    group.add_argument("--no-compile", dest="compile", action="store_false", help="leave out what has to be compiled")
+    group.add_argument("--rounds", type=int, default=5, metavar="N", help="timed calls of each (default: 5)")
+    group.add_argument("--json", metavar="FILE", help="write the numbers there, too")
+    group = command.add_argument_group("conversion, of a standard model")
+    _add_b_and_bias(group)
+    _add_conversion(group)
+    _add_common(command, device=True)
+    return command
+
+
 def _add_finetune(commands, name: str) -> argparse.ArgumentParser:
     from bcosification.train.finetuning import FinetuneConfig, recipes
 
@@ -304,7 +345,8 @@ def _add_finetune(commands, name: str) -> argparse.ArgumentParser:
 
 
 # What the library's messages begin with: the function that speaks, which the user of a command did not call.
-SPEAKERS = ("bcosify", "resolve", "load", "finetune", "explain", "evaluate", "verify", "explanation picture")
+SPEAKERS = ("bcosify", "resolve", "load", "finetune", "explain", "evaluate", "verify", "benchmark")
+SPEAKERS += ("explanation picture",)
 # Parameters that are named otherwise on the command line.
 RENAMED = {"targets": "target"}
 # Parameters that no command has an option for.

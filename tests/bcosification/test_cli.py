@@ -23,7 +23,7 @@ from bcosification.train import finetuning
 from bcosification.train.data import build_datamodule, digits
 from bcosification.train.finetuning import FinetuneConfig, load_recipe, recipes
 
-COMMANDS = ["finetune", "explain", "evaluate", "convert", "verify"]
+COMMANDS = ["finetune", "explain", "evaluate", "convert", "verify", "benchmark"]
 # A folder and a file that are there, whatever they hold: what is checked next is the options.
 HERE = [str(Path(__file__).parent), __file__, "--out", "x"]
 TINY = "--model resnet18 --no-pretrained --data digits --out x".split()
@@ -301,6 +301,30 @@ def test_verify_of_a_run(run_folder, capsys):
     assert out.startswith(f"{run_folder / 'best'}, compared with torchvision:resnet18, weights: random\n")
 
 
+def test_benchmark_prints_a_table_and_writes_it(tmp_path, capsys):
+    file = tmp_path / "numbers.json"
+    tiny = "--batch 2 --size 32 --rounds 1 --no-compile --b 1.5 --device cpu".split()
+    assert main(["benchmark", "resnet18", *tiny, "--json", str(file)]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("resnet18, batch 2 of 32 x 32 pixels, float32, on ")
+    rows = [line.split("  ")[0] for line in out.splitlines()[3:6]]
+    assert rows == ["plain", "peer-style, eager", "ours"]
+    assert "training: 1 x (plain; peer-style, eager; ours): about" in err and "Downloading" not in err
+    written = json.loads(file.read_text())
+    assert (written["model"], written["settings"]["contenders"]) == ("resnet18", ["plain", "peer", "ours"])
+    assert {(row["task"], row["contender"]) for row in written["rows"]} == {
+        (task, name) for task in ("training", "inference", "explanation") for name in ("plain", "peer", "ours")
+    }
+
+
+def test_benchmark_of_a_run(run_folder, tmp_path, capsys):
+    assert main(["benchmark", str(run_folder), "--contenders", "ours, ours-low", "--rounds", "1", "--batch", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{run_folder}, batch 2 of 32 x 32 pixels") and "relative to ours [" in out
+    assert main(["benchmark", str(run_folder), "--b", "2"]) == 2
+    assert "converted already, got --b" in capsys.readouterr().err
+
+
 # --- help and errors --------------------------------------------------------------------------------------------------
 
 
@@ -431,6 +455,19 @@ def test_every_missing_package_is_told_before_anything_is_done(command, package,
             "--device: expected a device that is usable",
         ),
         (["convert", "resnet18", "--no-pretrained", "--out", "x", "--b", "0"], "expected --b >= 1"),
+        (["benchmark", "resnet18", "--batch", "0"], "expected --batch >= 1, got 0"),
+        (["benchmark", "resnet18", "--rounds", "0"], "expected --rounds >= 1, got 0"),
+        (["benchmark", "resnet18", "--contenders", "plain,us"], "--contenders: expected different ones of plain, "),
+        (
+            ["benchmark", "resnet18", "--contenders", "ours-compiled", "--no-compile"],
+            "--no-compile: expected a contender that is not compiled, got ours-compiled",
+        ),
+        (["benchmark", "resnet18", "--json", "nowhere/x.json"], "--json: expected a file in a folder that is there"),
+        (["benchmark", "resnet18", "--device", "abacus"], "--device: expected a device that is usable"),
+        (
+            ["benchmark", "vit_b_16", "--size", "60", "--batch", "1", "--no-compile"],
+            "expected a size that the model takes, got 60 x 60: Wrong image height! Expected 224 but got 60!",
+        ),
     ],
 )
 def test_bad_input_is_told_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):

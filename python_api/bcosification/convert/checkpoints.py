@@ -154,7 +154,7 @@ def load(folder: str | os.PathLike, model: nn.Module | None = None) -> Bcosified
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"load: expected {folder / CONFIG_NAME} as save_pretrained writes it, got {error!r}") from None
     if model is None:
-        model = _build(config, folder)
+        model = standard_network(config, folder)
     check_convertible(model)
     dtype = getattr(torch, config.get("dtype", "float32"))
     if any(parameter.dtype != dtype for parameter in model.parameters()):
@@ -211,8 +211,8 @@ def _source(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _build(config: dict[str, Any], folder: Path) -> nn.Module:
-    """The standard network that config.json describes, with random weights."""
+def standard_network(config: dict[str, Any], folder: str | os.PathLike) -> nn.Module:
+    """The standard network that the config.json of ``folder`` describes, with random weights."""
     family = next((family for family in FAMILIES.values() if family.name == config.get("family")), None)
     if family is not None and config.get("architecture"):
         return family.build(config["architecture"])

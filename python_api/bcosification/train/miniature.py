@@ -25,7 +25,6 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import time
@@ -39,6 +38,7 @@ import bcosification
 from bcosification import explanation as xp
 from bcosification.convert.blocks import unfuse_blocks
 from bcosification.evaluation import energy_pointing_game, grid_pointing_game
+from bcosification.evaluation.measuring import machine
 from bcosification.train.data import ImageDataModule, ImageTensors, _Resized, scenes
 from bcosification.train.finetuning import check_writable, train
 from bcosification.train.lightning_module import ClassificationModule
@@ -344,13 +344,8 @@ def summarise(studies: Sequence[_Study], localisation: Sequence[dict], seconds: 
 
 
 def _machine() -> str:
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
-    except OSError:
-        pass
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+    told = machine()
+    return f"{told['device']}, {told['threads']} threads, torch {told['torch']}, {told['date']}"
 
 
 # --- the pictures -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,171 @@
+"""The benchmark of a user's own model: what is in its table, and that wrong numbers are never timed."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torchvision.models.vision_transformer import VisionTransformer
+
+import bcosification
+from bcosification.evaluation import benchmark, benchmarking
+from bcosification.evaluation.benchmarking import (
+    CONTENDERS,
+    Step,
+    aligned,
+    explain_one_by_one,
+    gradient_error,
+    input_gradient,
+)
+from bcosification.evaluation.measuring import bytes_kept
+from bcosification.evaluation.peer_style import EagerBcosConv2d, peer_style
+from bcosification.explanation.explaining import encode
+from bcosification.train.miniature import MEAN, STD, small_resnet
+
+IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+QUICK = dict(rounds=1, progress=False)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    torch.manual_seed(0)
+    network = small_resnet(4, num_classes=5)
+    return network, bcosification.bcosify(network, mean=MEAN, std=STD)
+
+
+@pytest.fixture
+def eager_compiler(monkeypatch):
+    """torch.compile without inductor: traced, and run as it is."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compiler(model, backend="eager"))
+
+
+def test_every_contender_has_its_rows(pair, eager_compiler):
+    network, converted = pair
+    result = benchmark(network, converted, IMAGES, contenders=tuple(CONTENDERS), **QUICK)
+    eager = {"plain", "peer", "ours"}
+    took_part = {task: {row["contender"] for row in result.rows if row["task"] == task} for task in benchmarking.TASKS}
+    compiled = {f"{name}-compiled" for name in eager}
+    assert took_part == {"training": set(CONTENDERS), "inference": eager | compiled, "explanation": eager}
+    for row in result.rows:
+        assert row["images_per_s"] == pytest.approx(3 / row["median_ms"] * 1e3)
+        base = next(r for r in result.rows if r["task"] == row["task"] and r["contender"] == "plain")
+        assert row["ratio"] == pytest.approx(row["median_ms"] / base["median_ms"])
+    kept = {row["contender"]: row["kept_MiB"] for row in result.rows if row["task"] == "training"}
+    step = Step(copy.deepcopy(converted), IMAGES, torch.arange(3))
+    assert kept["ours"] == pytest.approx(bytes_kept(step.loss) / 2**20, rel=0.02)
+    assert kept["peer"] > 1.5 * kept["ours"] > 1.5 * kept["ours-low"]
+
+
+def test_the_models_are_left_alone(pair):
+    network, converted = pair
+    before = [value.clone() for model in pair for value in model.state_dict().values()]
+    modes = [module.training for model in pair for module in model.modules()]
+    benchmark(network, converted, IMAGES, contenders=("plain", "ours"), **QUICK)
+    after = [value for model in pair for value in model.state_dict().values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert modes == [module.training for model in pair for module in model.modules()]
+    assert all(p.grad is None for model in pair for p in model.parameters())
+
+
+def test_the_table(pair, capsys):
+    network, converted = pair
+    result = benchmark(network, converted, IMAGES, contenders=("peer", "ours", "ours-low"), rounds=2, progress=True)
+    progress = capsys.readouterr().err
+    assert progress.startswith("checking numbers") and len(re.findall(r"about \d+ s$", progress, re.M)) == 3
+    text = str(result)
+    assert text.startswith("batch 3 of 32 x 32 pixels, float32, on ") and "relative to peer-style, eager [" in text
+    row = next(row for row in result.rows if row["contender"] == "ours" and row["task"] == "inference")
+    line = next(line for line in text.splitlines() if line.startswith("ours  "))
+    assert f"{row['ratio']:.2f} [{row['ratio_q1']:.2f}, {row['ratio_q3']:.2f}]" in line
+    low = next(line for line in text.splitlines() if line.startswith("ours, memory=low"))
+    assert low.count("–") == 2  # inference and explanation
+    assert result.to_dict()["rows"] == result.rows and result.to_dict()["settings"]["baseline"] == "peer"
+
+
+def test_columns_are_aligned():
+    assert aligned([["", "a"], ["long", "1"], ["x", "100"]]) == ["        a", "long    1", "x     100"]
+
+
+def test_a_transformer_under_autocast():
+    torch.manual_seed(0)
+    network = VisionTransformer(
+        image_size=32, patch_size=16, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=5
+    )
+    converted = bcosification.bcosify(network)
+    result = benchmark(network, converted, IMAGES, contenders=("plain", "peer", "ours"), dtype="bfloat16", **QUICK)
+    assert len(result.rows) == 9 and ", bfloat16, on " in str(result)
+
+
+def test_wrong_numbers_are_not_timed(pair, monkeypatch):
+    norm = EagerBcosConv2d._norm
+    monkeypatch.setattr(EagerBcosConv2d, "_norm", lambda self, x: 1.01 * norm(self, x))
+    monkeypatch.setattr(benchmarking, "interleaved", lambda *a, **o: pytest.fail("something was timed"))
+    with pytest.raises(RuntimeError, match=r"our explanations .* got an error of \d.\de-02; nothing was timed"):
+        benchmark(*pair, IMAGES, contenders=("plain", "ours"), **QUICK)
+
+
+@pytest.mark.parametrize("task", ["training", "inference"])
+def test_a_compiled_model_with_other_numbers_is_not_timed(pair, monkeypatch, task):
+    def wrong(model):
+        def forward(module, inputs, output):
+            return output * 2 if module.training == (task == "training") else output
+
+        model.register_forward_hook(forward)
+        return model
+
+    monkeypatch.setattr(torch, "compile", wrong)
+    what = "gradients" if task == "training" else "logits"
+    with pytest.raises(RuntimeError, match=f"expected the {what} of 'ours-compiled' to be those of the same model"):
+        benchmark(*pair, IMAGES, contenders=("plain", "ours-compiled"), **QUICK)
+
+
+def test_a_compiler_that_fails_ends_one_contender(pair, monkeypatch):
+    def broken(model):
+        raise RuntimeError("no C++ compiler\nat length")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    result = benchmark(*pair, IMAGES, contenders=("plain", "ours-compiled", "ours"), **QUICK)
+    failed = [(row["task"], row["failed"]) for row in result.rows if "failed" in row]
+    assert failed == [(task, "RuntimeError: no C++ compiler") for task in ("training", "inference")]
+    assert "ours, compiled, training: failed: RuntimeError: no C++ compiler" in str(result)
+    assert len([row for row in result.rows if row["contender"] == "ours"]) == 3
+
+
+def test_explanations_one_by_one_are_those_of_explain(pair):
+    converted = bcosification.bcosify(pair[0].eval(), mean=MEAN, std=STD).eval()
+    expected = bcosification.explain(converted, IMAGES).weights
+    eager = peer_style(converted)
+    got = explain_one_by_one(eager, encode(eager, IMAGES))
+    assert (got - expected).norm() < 1e-5 * expected.norm()
+    outside = input_gradient(eager, encode(eager, IMAGES))  # of the network, in which the scales depend on the image
+    assert (outside - expected).norm() > 0.1 * expected.norm()
+
+
+def test_the_error_is_relative_to_all_gradients_together():
+    a, b = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
+    assert gradient_error({"a": a, "b": b}, {"a": a, "b": b}) == 0
+    assert gradient_error({"a": a, "b": b + 0.5}, {"a": a, "b": b}) == pytest.approx(0.5**0.5 / 5)
+    assert gradient_error({"a": a}, {"a": a, "b": b}) == float("inf")
+    assert gradient_error({"a": a}, {"a": 0 * a}) == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(contenders=("plain", "mine")), "contenders: expected different ones of plain, .* got plain, mine"),
+        (dict(contenders=("ours", "ours")), "got ours, ours"),
+        (dict(contenders=()), "got none"),
+        (dict(rounds=0), "expected rounds >= 1, got 0"),
+        (dict(dtype="int8"), "dtype: expected one of float32, bfloat16, float16, got 'int8'"),
+        (dict(size=2), "expected a size that the model takes, got 2 x 2: "),
+    ],
+)
+def test_bad_input(options, message):
+    network = VisionTransformer(
+        image_size=32, patch_size=16, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=5
+    )
+    converted = bcosification.bcosify(network)
+    size = options.pop("size", 32)
+    with pytest.raises(ValueError, match=message):
+        benchmark(network, converted, torch.rand(1, 3, size, size), **{"progress": False, **options})
