@@ -19,6 +19,7 @@ from bcosification.convert.families import Family, family_of, original_class
 from bcosification.convert.preprocessing import Preprocessing, detect, with_statistics
 from bcosification.convert.rules import (
     COMPOSITES,
+    FACTORS,
     NoRule,
     Options,
     double_input_channels,
@@ -72,11 +73,12 @@ def bcosify(
         BatchNorm            ->  x / sqrt(running_var + eps) * w + bias - running_mean / sqrt(running_var + eps) * w
         max pooling          ->  average pooling; classifier -> 1x1 B-cos convolution before global pooling
 
-    With b=1, bias="keep" and pool="keep" the logits in eval mode are those of ``model`` on normalised images.
+    With b=1, bias="keep" and pool="keep" the logits in eval mode are those of ``model`` on normalised images (of a
+    ConvNeXt only with head="keep": its classifier begins with a LayerNorm, which the pooling then comes after).
 
     Args:
-        model: a standard network; torchvision's ResNet, DenseNet and VisionTransformer families and nn.Sequential are
-            known whole, other classes are converted layer by layer with head="keep".
+        model: a standard network; torchvision's ResNet, DenseNet, ConvNeXt and VisionTransformer families and
+            nn.Sequential are known whole, other classes are converted layer by layer with head="keep".
         b: exponent of all B-cos layers, a number >= 1, default 2.
         bias: "remove" all biases (default), "keep" them, or "decay": kept now, to be removed during training
             (``BcosifiedModel.remove_biases``).
@@ -225,10 +227,11 @@ class _Walk:
                 return module
             self.applied.append({"name": name, "was": kind, "becomes": type_name(type(new))})
             return new
+        known = self.additive.union(_join(name, factor) for factor in FACTORS.get(kind, ()))
         own = [
             parameter
             for parameter in module._parameters
-            if module._parameters[parameter] is not None and _join(name, parameter) not in self.additive
+            if module._parameters[parameter] is not None and _join(name, parameter) not in known
         ]
         if own:
             self.unknown.append((name, kind, f"it holds the parameters {', '.join(own)}"))

@@ -360,6 +360,13 @@ def _own_layer_norm(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
     return _layer_norm(tape, x, module.normalized_shape, module.weight, module.bias, module.eps)
 
 
+def _own_layer_norm2d(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
+    variance = tape.constant("variance", lambda: x.var(dim=1, unbiased=False, keepdim=True))
+    y = (x - x.mean(dim=1, keepdim=True)) / (variance + module.eps).sqrt()
+    y = y if module.weight is None else y * _per_channel(module.weight, x)
+    return y if module.bias is None else y + _per_channel(module.bias, x)
+
+
 def _own_group_norm(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
     return _group_norm(tape, x, module.num_groups, module.weight, module.bias, module.eps)
 
@@ -434,6 +441,7 @@ def _own_handlers() -> dict[type, Callable]:
         layers.BcosLinear: _own_linear,
         layers.BatchNormUncentered2d: _own_batch_norm,
         layers.LayerNorm: _own_layer_norm,
+        layers.LayerNorm2d: _own_layer_norm2d,
         layers.GroupNorm: _own_group_norm,
         layers.GELU: _own_gelu,
         layers.MultiheadAttention: _multi_head_attention,

@@ -150,8 +150,8 @@ def _constant_hook(module: nn.Module, gain: Tensor) -> Callable | None:
     constant = _constant_of(module)
     if constant is None:
         return None
-    # The peers' PositionNorm is an nn.LayerNorm on (N, C, H, W).
-    channels_first = isinstance(module, _CHANNELS_FIRST) or "PositionNorm" in kind
+    # The peers' PositionNorm and torchvision's LayerNorm2d are nn.LayerNorms on (N, C, H, W).
+    channels_first = isinstance(module, _CHANNELS_FIRST) or "PositionNorm" in kind or kind == "LayerNorm2d"
 
     def part(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
         extra = per_sample(gain, output.shape[0], output.dim(), kind) - 1

@@ -57,6 +57,12 @@ COMPOSITES: dict[str, str] = {
 """Modules with children that replacing the children one by one would break, and why."""
 
 
+FACTORS: dict[str, tuple[str, ...]] = {
+    "torchvision.models.convnext.CNBlock": ("layer_scale",),
+}
+"""Modules with children -> names of their own parameters that only multiply activations: linear, so they stay."""
+
+
 def type_name(kind: type) -> str:
     """The dotted name of a class, as the tables of rules and families write it."""
     return f"{kind.__module__}.{kind.__qualname__}"
@@ -171,6 +177,15 @@ def sync_batch_norm(layer: nn.SyncBatchNorm, options: Options) -> nn.Module:
 def layer_norm(layer: nn.LayerNorm, options: Options) -> nn.Module:
     """LayerNorm -> LayerNorm whose variance is a constant in explanation mode."""
     new = bnn.LayerNorm(layer.normalized_shape, eps=layer.eps, device="meta")
+    _take_over(new, "weight", layer.weight)
+    _take_over(new, "bias", layer.bias)
+    return _moved(layer, new)
+
+
+@rule("torchvision.models.convnext.LayerNorm2d")
+def layer_norm2d(layer: nn.LayerNorm, options: Options) -> nn.Module:
+    """LayerNorm2d, over the channels at every position -> the same whose variance is a constant when explaining."""
+    new = bnn.LayerNorm2d(layer.normalized_shape, eps=layer.eps, device="meta")
     _take_over(new, "weight", layer.weight)
     _take_over(new, "bias", layer.bias)
     return _moved(layer, new)

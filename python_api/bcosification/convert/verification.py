@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bcosification.convert.conversion import convert
+from bcosification.convert.families import family_of
 from bcosification.convert.frozen_replay import frozen_replay
 from bcosification.convert.linear_map import bare_model, dynamic_linear_map
 from bcosification.convert.preprocessing import Preprocessing
@@ -136,6 +137,8 @@ def verify(original: nn.Module, converted: BcosifiedModel, images: Tensor) -> Re
 
     - Equivalence: ``original`` is converted once more with b=1, biases and max pooling kept; the output of every
       converted layer and the logits have to be the original's (float64: 1e-10, float32: 1e-4, relative).
+      Where moving the head before the pooling changes the function by itself (a LayerNorm stands between them), the
+      outputs are compared with the head kept, and ``equivalence.differs_by`` says so.
     - Calls: a converted layer that the forward never calls is an error.
     - Completeness: in ``converted`` itself, contributions + constant have to be the logit of the predicted class, the
       constant being computed on its own.
@@ -189,13 +192,27 @@ def verify(original: nn.Module, converted: BcosifiedModel, images: Tensor) -> Re
             logits = original((images - mean) / std)
         with _recorded(twin.model, names) as got:
             twin_logits = twin(images)
+    change, moved = None, set()
+    if converted.config["head_before_pool"]:
+        change = family_of(original).head_move_changes(original)
+    if change is not None:
+        kept = convert(original, replace(exact, head="keep"), preprocessing, blocks=False, warn=False)
+        with torch.no_grad(), evaluation_mode(kept), _recorded(kept.model, names) as unmoved:
+            twin_logits = kept(images)
+        moved = {name for name in names if _shapes(got[name]) != _shapes(unmoved[name])}
+        # Calls are judged as the converted model makes them, outputs where they are the original's.
+        got = {name: unmoved[name] if len(unmoved[name]) == len(got[name]) else got[name] for name in names}
     tolerance = TOLERANCE[work]
     layers = [_judge_layer(entry, expected, got, tolerance) for entry in converted.conversion if entry["name"] in got]
+    for layer in layers:
+        if layer.ok and layer.name in moved:
+            layer.problem = "compared with the head kept after the pooling"
     layers += _kept_layers(converted, {layer.name for layer in layers})
     if not isinstance(logits, Tensor):
         raise TypeError(f"verify: expected the models to return a tensor of logits, got {type(logits).__name__}")
     error = _error(twin_logits, logits)
-    equivalence = Equivalence(error, tolerance, error <= tolerance, _differences(converted))
+    differs_by = _differences(converted) + ([] if change is None else [f"head='before_pool' ({change})"])
+    equivalence = Equivalence(error, tolerance, error <= tolerance, differs_by)
     completeness = _completeness(converted, images)
     explanation = _explanation(converted, images)
     ok = equivalence.ok and completeness.ok and explanation.ok and all(layer.ok for layer in layers)
@@ -283,6 +300,10 @@ def _recorded(model: nn.Module, names: list[str]) -> Iterator[dict[str, list[Ten
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _shapes(outputs: list[Any]) -> list[Any]:
+    return [getattr(output, "shape", None) for output in outputs]
 
 
 def _error(got: Tensor, expected: Tensor) -> float:

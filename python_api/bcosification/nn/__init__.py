@@ -6,6 +6,7 @@ from .encoding import AddInverse, Normalize
 from .gelu import GELU
 from .group_norm import GroupNorm
 from .layer_norm import LayerNorm
+from .layer_norm2d import LayerNorm2d
 from .linear import BcosLinear
 from .logits import LogitBias
 from .modes import DetachableModule, explanation_mode
@@ -20,6 +21,7 @@ __all__ = [
     "GELU",
     "GroupNorm",
     "LayerNorm",
+    "LayerNorm2d",
     "LogitBias",
     "MultiheadAttention",
     "Normalize",

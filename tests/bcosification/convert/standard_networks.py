@@ -5,6 +5,7 @@ Made for tests of the conversion: after ``randomize`` a mistake in any tensor sh
 
 import torch
 from torch import nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.densenet import DenseNet
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
@@ -22,6 +23,8 @@ def randomize(model, seed=0):
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.empty_like(parameter).uniform_(-0.3, 0.3, generator=generator))
+            elif name.endswith("layer_scale"):
+                parameter.uniform_(0.5, 1.5, generator=generator)
             elif parameter.dim() == 2 or "embed" in name or "token" in name:
                 parameter.add_(torch.empty_like(parameter).normal_(0, 0.1, generator=generator))
         for module in model.modules():
@@ -46,6 +49,11 @@ def dilated_resnet():
 
 def densenet():
     return DenseNet(growth_rate=8, block_config=(2, 1, 2, 1), num_init_features=12, bn_size=2, num_classes=CLASSES)
+
+
+def convnext():
+    blocks = [CNBlockConfig(8, 12, 2), CNBlockConfig(12, None, 1)]
+    return ConvNeXt(blocks, stochastic_depth_prob=0.1, num_classes=CLASSES)
 
 
 def vit():
@@ -75,6 +83,7 @@ NETWORKS = {
     "resnet, basic blocks": (basic_resnet, 33),
     "resnet, grouped bottlenecks": (bottleneck_resnet, 32),
     "densenet": (densenet, 35),
+    "convnext": (convnext, 20),
     "vit": (vit, 16),
     "vit, convolutional stem": (vit_conv_stem, 16),
     "sequential": (sequential, 17),

@@ -1,6 +1,7 @@
 """bcosify: exact at B = 1, equal at B = 2 to the same conversion with the peer's layers, and what it refuses."""
 
 import copy
+import itertools
 import math
 import pickle
 import warnings
@@ -47,8 +48,14 @@ PEERS = {
 }
 
 
-@pytest.mark.parametrize("head", ["before_pool", "keep"])
-@pytest.mark.parametrize("name", [*NETWORKS, *LARGER])
+# Pooling after the classifier's LayerNorm is another function; tests/.../families/test_torchvision_convnext.py has it.
+CHANGED = {("convnext", "before_pool")}
+
+
+@pytest.mark.parametrize(
+    "name, head",
+    [case for case in itertools.product([*NETWORKS, *LARGER], ["before_pool", "keep"]) if case not in CHANGED],
+)
 def test_exact_at_b_1_with_biases_and_max_pooling(name, head):
     network, images = make(name)
     converted = bcosify(network, **EXACT, head=head, **statistics_of(name))

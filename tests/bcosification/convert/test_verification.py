@@ -196,7 +196,10 @@ def test_attention_that_is_not_held_constant_is_found():
     assert not report.ok
 
 
-@pytest.mark.parametrize("name, kind", [("resnet, basic blocks", "BcosConv2d"), ("vit", "GELU"), ("vit", "LayerNorm")])
+@pytest.mark.parametrize(
+    "name, kind",
+    [("resnet, basic blocks", "BcosConv2d"), ("vit", "GELU"), ("vit", "LayerNorm"), ("convnext", "LayerNorm2d")],
+)
 def test_a_layer_that_forgets_explanation_mode_is_found(name, kind):
     network, images = make(name)
     converted = bcosify(network)

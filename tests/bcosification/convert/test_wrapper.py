@@ -113,7 +113,7 @@ def test_open_clip_preprocessing():
     assert Preprocessing.from_dict(p.to_dict()) == p
 
 
-@pytest.mark.parametrize("name", ["resnet, basic blocks", "vit", "densenet"])
+@pytest.mark.parametrize("name", ["resnet, basic blocks", "vit", "densenet", "convnext"])
 @pytest.mark.parametrize("bias", ["remove", "keep"])
 def test_reset_head(name, bias):
     network, images = make(name)

@@ -9,6 +9,7 @@ from bcos.models import densenet as peer_densenet
 from bcos.models import resnet as peer_resnet
 from bcos.modules import norms
 from torch import nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.densenet import DenseNet
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.vision_transformer import VisionTransformer
@@ -48,12 +49,21 @@ def vision_transformer():
     return vit
 
 
+def convnext():
+    network = ConvNeXt([CNBlockConfig(8, 12, 1), CNBlockConfig(12, None, 1)], 0.1, layer_scale=0.7, num_classes=5)
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight)
+    return network
+
+
 PeerNorm = norms.NoBias(norms.BatchNormUncentered2d)
 ORIGINALS = {
     "resnet": lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5),
     "resnext": lambda: ResNet(Bottleneck, [1, 1, 1, 1], num_classes=5, groups=2, width_per_group=16),
     "densenet": lambda: DenseNet(4, (2, 2), 8, bn_size=2, num_classes=5),
     "vit": vision_transformer,
+    "convnext": convnext,
 }
 PEERS = {
     "peer_resnet": lambda: peer_resnet.BcosResNet(
@@ -73,10 +83,11 @@ OPTIONS = {
     "general b, head kept": {"b": 1.5, "head": "keep"},
 }
 CASES = [
-    *(f"{name}: {options}" for name in ("resnet", "densenet", "vit") for options in OPTIONS),
+    *(f"{name}: {options}" for name in ("resnet", "densenet", "vit", "convnext") for options in OPTIONS),
     "resnext: default",
     *(f"{name}{fused}" for name in PEERS for fused in ("", ", fused")),
 ]
+EVERY_KIND = ["resnet: default", "densenet: default", "vit: default", "convnext: default", "peer_resnet, fused"]
 
 
 @functools.cache
@@ -110,7 +121,7 @@ def test_weights_and_constant(case):
     assert float((explanation.constant - constant).abs().max()) < 1e-9 * (1 + float(constant.abs().max()))
 
 
-@pytest.mark.parametrize("case", ["resnet: default", "densenet: default", "vit: default", "peer_resnet, fused"])
+@pytest.mark.parametrize("case", EVERY_KIND)
 def test_in_float32(case):
     """What a user gets: float32, through whatever backend is the fastest."""
     model = build(case).float()
@@ -120,7 +131,7 @@ def test_in_float32(case):
     torch.testing.assert_close(explanation.constant.double(), replay.constant(TARGETS), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["resnet: default", "densenet: default", "vit: default", "peer_resnet, fused"])
+@pytest.mark.parametrize("case", EVERY_KIND)
 def test_every_missing_detach_is_noticed(case):
     model, x = build(case), images()
     x6 = torch.cat([x, 1 - x], 1)
@@ -139,6 +150,7 @@ def test_every_missing_detach_is_noticed(case):
     expected = {
         "resnet: default": {"BcosConv2d"},
         "densenet: default": {"BcosConv2d"},
+        "convnext: default": {"BcosConv2d", "BcosLinear", "LayerNorm", "LayerNorm2d", "GELU"},
         "vit: default": {"BcosConv2d", "BcosLinear", "LayerNorm", "MultiheadAttention", "GELU"},
         "peer_resnet, fused": {"PeerBcosConv2d"},
     }

@@ -38,6 +38,10 @@ class Family:
             "global pooling: expected head='keep', or a family registered for this class, got head='before_pool'"
         )
 
+    def head_move_changes(self, model: nn.Module) -> str | None:
+        """Why a moved head gives other logits even at B = 1 with all else kept, in words; None: it gives the same."""
+        return None
+
     def prepare(self, model: nn.Module, options: Options, head_moves: bool) -> nn.Module:
         """Change the forward of the copy where replacing layers is not enough; returns the model to convert."""
         return model
