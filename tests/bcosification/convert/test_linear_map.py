@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torchvision.models.convnext import LayerNorm2d
 
 from bcosification import bcosify
 from bcosification import nn as bnn
@@ -190,3 +191,12 @@ def test_bad_arguments_are_named():
         dynamic_linear_map(model, x6, torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match=r"expected the model to return logits \(2, classes\), got \(2, 6, 16, 16\)"):
         dynamic_linear_map(nn.Identity(), x6)
+
+
+def test_the_bias_of_a_plain_layer_norm_on_channels_first_maps():
+    norm = LayerNorm2d(5)
+    nn.init.uniform_(norm.bias)
+    model = nn.Sequential(nn.Conv2d(6, 5, 1, bias=False), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    targets = torch.tensor([1, 3])
+    _, _, constant = dynamic_linear_map(model, torch.rand(2, 6, 4, 5, dtype=torch.float64), targets)
+    torch.testing.assert_close(constant, norm.bias[targets].detach())

@@ -1,6 +1,7 @@
 """ConvNeXt: what each layer becomes, both places of the head, and what else a converted model has to go through."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -189,6 +190,17 @@ def test_blocks_outside_a_convnext_convert_too():
     backbone = nn.Sequential(network.features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 3)).double()
     converted = bcosify(backbone, **EXACT, mean=0.5, std=0.25)
     assert relative_error(converted(images).detach(), backbone((images - 0.5) / 0.25).detach()) < 1e-12
+
+
+def test_copied_pickled_and_compiled():
+    network, images = make("convnext")
+    converted = bcosify(network)
+    with torch.no_grad():
+        expected = converted(images)
+        for other in (copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
+            assert torch.equal(other(images), expected) and type(other.model) is type(converted.model)
+        compiled = torch.compile(converted, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(images), expected)
 
 
 def test_grad_cam_finds_the_features():
