@@ -503,11 +503,11 @@ class BatchNormUncentered(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.compiled = torch.compiler.is_compiling()
         ctx.edges = _edges(x, weight, bias, residual)
-        # y is read for the ReLU's mask only
-        masked = ctx.activation is not None
+        ctx.backend = _ran_backend()
+        # y is read for the ReLU's mask only; without a residual the C++ kernels take that from x, which is kept anyway
+        masked = ctx.activation is not None and not (residual is None and ctx.backend.endswith("cpu"))
         _hold(ctx, y, masked and not ctx.compiled)
         ctx.save_for_backward(_kept_input(ctx, x), weight, bias, y if masked and ctx.held is None else None, mean, var)
-        ctx.backend = _ran_backend()
 
     @staticmethod
     def backward(ctx, dy, *_):
@@ -563,7 +563,7 @@ class BatchNormUncenteredBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        dy, x, y, weight, bias, _, var, ctx.training, ctx.eps, _, ctx.detach, ctx.needs, _ = inputs
+        dy, x, y, weight, bias, _, var, ctx.training, ctx.eps, ctx.activation, ctx.detach, ctx.needs, _ = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dy, x, y, weight, bias, var)
 
@@ -578,7 +578,9 @@ class BatchNormUncenteredBackward(torch.autograd.Function):
                 x, None if ctx.training else var, weight, bias, training=ctx.training, eps=ctx.eps, residual=residual,
                 detach=ctx.detach,
             )  # fmt: skip
-            return out if y is None else torch.where(y.detach() <= 0, 0.0, out)
+            if ctx.activation is None:
+                return out
+            return torch.where((out if y is None else y).detach() <= 0, 0.0, out)
 
         gradients = _second_order(definition, (x, weight, bias, residual), ctx.needs, dy, cotangents)
         # (dy, x, y, weight, bias, …); the residual enters the gradients through the mask alone

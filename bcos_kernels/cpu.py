@@ -93,10 +93,11 @@ def batch_norm_uncentered_backward(
     dy, x, y, weight, bias, mean, var, training, eps, activation, detach, need_dx, need_dweight, need_dbias,
     need_dresidual,
 ):  # fmt: skip
-    """Gradients (dx, dweight, dbias, dresidual); y is read for the ReLU mask."""
+    """Gradients (dx, dweight, dbias, dresidual); y is read for the ReLU's mask where there was a residual, else the
+    mask comes from x and y may be None."""
     needs = (need_dx, need_dweight, need_dbias, need_dresidual)
     found = _op("batch_norm_backward")(
-        dy, x, y, weight, mean, var, training, eps, activation == "relu", detach, *needs
+        dy, x, y, weight, bias, mean, var, training, eps, activation == "relu", detach, *needs
     )  # fmt: skip
     dx, dweight, dbias, dresidual = _gradients(found, needs)
     if need_dweight:

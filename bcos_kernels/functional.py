@@ -81,6 +81,8 @@ def _apply(function, op: str, x, weight, bias, b_tensor, options: tuple, detach:
     """The op alone where nothing is differentiated or transformed, else its autograd Function."""
     if detach and b_tensor is not None:
         b_tensor = b_tensor.detach()
+    if torch.compiler.is_exporting():
+        return ops.traced(op, x, weight, bias, b_tensor, *options, False, detach)[0]
     keep = _differentiates(x, weight, bias, b_tensor)
     if not keep and not ops.functorch_active() and not ops.forward_mode():
         return ops.run(op, x, weight, bias, b_tensor, *options, False, detach)[0]
@@ -235,7 +237,11 @@ def batch_norm_uncentered(
         x, residual = _cast(dtype, x, residual)
     validation.check_batch_norm(x, running_var, weight, bias, training, momentum, eps, activation, residual)
     statistics = None if training else running_var.detach()
-    if _differentiates(x, weight, bias, residual) or ops.functorch_active() or ops.forward_mode():
+    if torch.compiler.is_exporting():
+        y, _, var = ops.traced(
+            "batch_norm_uncentered", x, weight, bias, residual, statistics, training, eps, activation, detach
+        )
+    elif _differentiates(x, weight, bias, residual) or ops.functorch_active() or ops.forward_mode():
         y, _, var = autograd.apply(
             autograd.BatchNormUncentered, x, weight, bias, residual, statistics, training, eps, activation, detach
         )

@@ -419,11 +419,15 @@ def batch_norm_uncentered_backward(
     dy, x, y, weight, bias, mean, var, training, eps, activation, detach, need_dx, need_dweight, need_dbias,
     need_dresidual,
 ):  # fmt: skip
-    """Backend form of the gradient of `batch_norm_uncentered`; y is the output, read for the ReLU mask only."""
+    """Backend form of the gradient of `batch_norm_uncentered`; y is the output, read for the ReLU mask only
+    (None where there was no residual: it is computed again)."""
     dtype = statistics_dtype(x.dtype)
     dims = [d for d in range(x.dim()) if d != 1]
     g, wide = dy.to(dtype), x.to(dtype)
     if activation == "relu":
+        if y is None:  # there was no residual
+            statistics = var.to(dtype)
+            y = batch_norm_uncentered(x, statistics, weight, bias, training=False, eps=eps)
         # as torch's own ReLU: a NaN output lets the gradient pass
         g = torch.where(y <= 0, torch.zeros_like(g), g)
     inverse_std = (var.to(dtype) + eps).rsqrt()

@@ -66,6 +66,19 @@ void moments(const Tensor& x, const Layout& l, W* mean, W* var) {
   }
 }
 
+// y = x scale + shift; the backward's mask takes them from here too, so that it is the forward's.
+template <class W>
+void forward_factors(
+    const OptionalTensor& weight, const OptionalTensor& bias, const W* var, double eps, int64_t channels,
+    std::vector<W>* scale, std::vector<W>* shift) {
+  scale->resize(channels);
+  shift->assign(channels, W(0));
+  for (int64_t c = 0; c < channels; c++) {
+    (*scale)[c] = (weight.has_value() ? data<W>(weight)[c] : W(1)) / std::sqrt(var[c] + static_cast<W>(eps));
+    if (bias.has_value()) (*shift)[c] = data<W>(bias)[c];
+  }
+}
+
 template <class W>
 void batch_norm_of(
     const Tensor& x, const Tensor& y, const OptionalTensor& residual, const OptionalTensor& weight,
@@ -74,11 +87,8 @@ void batch_norm_of(
   const Kernels& k = kernels(type_of(x));
   W* pvar = static_cast<W*>(var.data_ptr());
   if (training) moments<W>(x, l, data<W>(mean), pvar);
-  std::vector<W> scale(l.channels), shift(l.channels, W(0));
-  for (int64_t c = 0; c < l.channels; c++) {
-    scale[c] = (weight.has_value() ? data<W>(weight)[c] : W(1)) / std::sqrt(pvar[c] + static_cast<W>(eps));
-    if (bias.has_value()) shift[c] = data<W>(bias)[c];
-  }
+  std::vector<W> scale, shift;
+  forward_factors(weight, bias, pvar, eps, l.channels, &scale, &shift);
   const BatchNormArguments s{x.data_ptr(), y.data_ptr(), data(residual), scale.data(), shift.data(), l, relu};
   if (l.rows) {
     in_parallel(l.images * l.pixels, l.channels, [&](int64_t begin, int64_t end) { k.batch_norm_rows(s, begin, end); });
@@ -89,8 +99,8 @@ void batch_norm_of(
 
 template <class W>
 void batch_norm_backward_of(
-    const Tensor& dy, const Tensor& x, const OptionalTensor& y, const OptionalTensor& weight, const OptionalTensor& mean,
-    const Tensor& var, double eps, bool var_term, const OptionalTensor& dx, const OptionalTensor& dweight,
+    const Tensor& dy, const Tensor& x, const OptionalTensor& y, bool mask_from_x, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& mean, const Tensor& var, double eps, bool var_term, const OptionalTensor& dx, const OptionalTensor& dweight,
     const OptionalTensor& dbias, const OptionalTensor& dresidual, const Layout& l) {
   const Kernels& k = kernels(type_of(x));
   const int64_t C = l.channels, rows = l.images * l.pixels;
@@ -100,8 +110,18 @@ void batch_norm_backward_of(
     inverse_std[c] = 1 / std::sqrt(pvar[c] + static_cast<W>(eps));
     scale[c] = inverse_std[c] * (weight.has_value() ? data<W>(weight)[c] : W(1));
   }
-  BatchNormBackwardArguments s{dy.data_ptr(), x.data_ptr(), data(y), data(dresidual), nullptr, data(dx),
-                               scale.data(),  nullptr,      nullptr, l};
+  std::vector<W> mask_scale, mask_shift;
+  if (mask_from_x) forward_factors(weight, bias, pvar, eps, C, &mask_scale, &mask_shift);
+  BatchNormBackwardArguments s{};
+  s.dy = dy.data_ptr();
+  s.x = x.data_ptr();
+  s.y = data(y);
+  s.dresidual = data(dresidual);
+  s.dx = data(dx);
+  s.scale = scale.data();
+  s.mask_scale = mask_from_x ? mask_scale.data() : nullptr;
+  s.mask_shift = mask_from_x ? mask_shift.data() : nullptr;
+  s.layout = l;
   if (var_term || dweight.has_value() || dbias.has_value() || dresidual.has_value()) {
     const Chunks chunks(rows, C);
     std::vector<double> sums((l.rows ? chunks.count : 1) * 2 * C);
@@ -172,8 +192,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
-    const Tensor& dy, const Tensor& x, const OptionalTensor& y, const OptionalTensor& weight, const Tensor& mean,
-    const Tensor& var, bool training, double eps, bool relu, bool detach, bool need_dx, bool need_dweight,
+    const Tensor& dy, const Tensor& x, const OptionalTensor& y, const OptionalTensor& weight, const OptionalTensor& bias,
+    const Tensor& mean, const Tensor& var, bool training, double eps, bool relu, bool detach, bool need_dx, bool need_dweight,
     bool need_dbias, bool need_dresidual) {
   const Dense d(x);
   const ScalarType type = wide(x.scalar_type());
@@ -189,17 +209,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   if (need_dweight) dweight = zeros();
   if (need_dbias) dbias = zeros();
   if (need_dresidual) dresidual = relu ? empty_like(d.x, x.scalar_type()) : in_layout(torch::stable::clone(g), d.channels_last);
+  const bool mask_from_x = relu && !y.has_value();
+  STD_TORCH_CHECK(
+      !(mask_from_x && need_dresidual), "bcos_kernels_cpp: expected y where there was a residual before the ReLU");
   if (relu) mask = d.like(y);
   if (d.x.numel() != 0) {
-    const OptionalTensor w = d.vector(weight), m = training ? OptionalTensor(in_layout(mean, false)) : std::nullopt;
+    const OptionalTensor w = d.vector(weight), b = d.vector(bias), m = training ? OptionalTensor(in_layout(mean, false)) : std::nullopt;
     const Tensor v = in_layout(var, false);
     check_type(v, type, "var");
     const bool var_term = training && !detach && need_dx;
     const OptionalTensor masked = relu ? dresidual : std::nullopt;
     if (type == ScalarType::Double) {
-      batch_norm_backward_of<double>(g, d.x, mask, w, m, v, eps, var_term, dx, dweight, dbias, masked, d.layout);
+      batch_norm_backward_of<double>(
+          g, d.x, mask, mask_from_x, w, b, m, v, eps, var_term, dx, dweight, dbias, masked, d.layout);
     } else {
-      batch_norm_backward_of<float>(g, d.x, mask, w, m, v, eps, var_term, dx, dweight, dbias, masked, d.layout);
+      batch_norm_backward_of<float>(
+          g, d.x, mask, mask_from_x, w, b, m, v, eps, var_term, dx, dweight, dbias, masked, d.layout);
     }
   }
   const auto or_nothing = [&](const OptionalTensor& t) { return t.has_value() ? *t : nothing(type); };

@@ -130,11 +130,33 @@ void batch_norm_planes(const BatchNormArguments& s, int64_t begin, int64_t end) 
   return s.relu ? forward_planes<S, false, true>(s, begin, end) : forward_planes<S, false, false>(s, begin, end);
 }
 
-template <class S, bool masked, bool writes>
+// Where the ReLU's mask comes from: nowhere, the output, or the input by the forward's own formula, which saves reading
+// the output (not with a residual).
+enum class Mask { none, output, input };
+
+inline Mask mask_of(const BatchNormBackwardArguments& s) {
+  return s.mask_scale != nullptr ? Mask::input : s.y != nullptr ? Mask::output : Mask::none;
+}
+
+// The gradient behind the ReLU. A NaN passes it on, as in torch's.
+template <class S, Mask mask>
+inline Wide<S> masked(Wide<S> g, S x, S y, Wide<S> scale, Wide<S> shift) {
+  using W = Wide<S>;
+  if constexpr (mask == Mask::output) return load(y) <= 0 ? W(0) : g;
+  if constexpr (mask == Mask::input) {
+    const W v = load(x) * scale + shift;
+    return load(store<S>(relu(v))) <= 0 ? W(0) : g;  // as it was stored: float16 rounds small values to 0
+  }
+  return g;
+}
+
+template <class S, Mask mask, bool writes>
 void reduce_rows(const BatchNormBackwardArguments& s, int64_t chunk, int64_t begin, int64_t end) {
   using W = Wide<S>;
   const int64_t C = s.layout.channels;
   double* sums = s.sums + chunk * 2 * C;
+  const W* __restrict scale = static_cast<const W*>(mask == Mask::input ? s.mask_scale : s.scale);
+  const W* __restrict shift = static_cast<const W*>(mask == Mask::input ? s.mask_shift : s.scale);
   W first[kChannels], second[kChannels];
   for (int64_t c = 0; c < 2 * C; c++) sums[c] = 0;
   for (int64_t r0 = begin; r0 < end; r0 += kRows) {
@@ -145,12 +167,11 @@ void reduce_rows(const BatchNormBackwardArguments& s, int64_t chunk, int64_t beg
       for (int64_t r = r0; r < r1; r++) {
         const S* __restrict dy = static_cast<const S*>(s.dy) + r * C + c0;
         const S* __restrict x = static_cast<const S*>(s.x) + r * C + c0;
-        const S* __restrict y = masked ? static_cast<const S*>(s.y) + r * C + c0 : dy;
+        const S* __restrict y = mask == Mask::output ? static_cast<const S*>(s.y) + r * C + c0 : dy;
         S* __restrict out = writes ? static_cast<S*>(s.dresidual) + r * C + c0 : nullptr;
 #pragma omp simd
         for (int64_t c = 0; c < count; c++) {
-          W g = load(dy[c]);
-          if constexpr (masked) g = load(y[c]) <= 0 ? W(0) : g;
+          const W g = masked<S, mask>(load(dy[c]), x[c], y[c], scale[c0 + c], shift[c0 + c]);
           if constexpr (writes) out[c] = store<S>(g);
           first[c] += g;
           second[c] += g * load(x[c]);
@@ -166,47 +187,38 @@ void reduce_rows(const BatchNormBackwardArguments& s, int64_t chunk, int64_t beg
 
 template <class S>
 void batch_norm_reduce_rows(const BatchNormBackwardArguments& s, int64_t chunk, int64_t begin, int64_t end) {
-  if (s.y == nullptr) return reduce_rows<S, false, false>(s, chunk, begin, end);
-  if (s.dresidual == nullptr) return reduce_rows<S, true, false>(s, chunk, begin, end);
-  return reduce_rows<S, true, true>(s, chunk, begin, end);
+  switch (mask_of(s)) {
+    case Mask::none: return reduce_rows<S, Mask::none, false>(s, chunk, begin, end);
+    case Mask::input: return reduce_rows<S, Mask::input, false>(s, chunk, begin, end);
+    case Mask::output: break;
+  }
+  if (s.dresidual == nullptr) return reduce_rows<S, Mask::output, false>(s, chunk, begin, end);
+  return reduce_rows<S, Mask::output, true>(s, chunk, begin, end);
 }
 
-template <class S>
-void batch_norm_reduce_planes(const BatchNormBackwardArguments& s, int64_t begin, int64_t end) {
+template <class S, Mask mask, bool writes>
+void reduce_planes(const BatchNormBackwardArguments& s, int64_t begin, int64_t end) {
   using W = Wide<S>;
   const int64_t P = s.layout.pixels, C = s.layout.channels;
   for (int64_t c = begin; c < end; c++) {
+    const W scale = mask == Mask::input ? static_cast<const W*>(s.mask_scale)[c] : W(0);
+    const W shift = mask == Mask::input ? static_cast<const W*>(s.mask_shift)[c] : W(0);
     double first = 0, second = 0;
     for (int64_t image = 0; image < s.layout.images; image++) {
       const int64_t at = (image * C + c) * P;
       const S* __restrict dy = static_cast<const S*>(s.dy) + at;
       const S* __restrict x = static_cast<const S*>(s.x) + at;
-      const S* __restrict y = s.y == nullptr ? nullptr : static_cast<const S*>(s.y) + at;
-      S* __restrict out = s.dresidual == nullptr ? nullptr : static_cast<S*>(s.dresidual) + at;
+      const S* __restrict y = mask == Mask::output ? static_cast<const S*>(s.y) + at : dy;
+      S* __restrict out = writes ? static_cast<S*>(s.dresidual) + at : nullptr;
       for (int64_t p0 = 0; p0 < P; p0 += 1024) {
         const int64_t p1 = p0 + 1024 < P ? p0 + 1024 : P;
         W a = 0, b = 0;
-        if (y == nullptr) {
 #pragma omp simd reduction(+ : a, b)
-          for (int64_t p = p0; p < p1; p++) {
-            a += load(dy[p]);
-            b += load(dy[p]) * load(x[p]);
-          }
-        } else if (out == nullptr) {
-#pragma omp simd reduction(+ : a, b)
-          for (int64_t p = p0; p < p1; p++) {
-            const W g = load(y[p]) <= 0 ? W(0) : W(load(dy[p]));
-            a += g;
-            b += g * load(x[p]);
-          }
-        } else {
-#pragma omp simd reduction(+ : a, b)
-          for (int64_t p = p0; p < p1; p++) {
-            const W g = load(y[p]) <= 0 ? W(0) : W(load(dy[p]));
-            out[p] = store<S>(g);
-            a += g;
-            b += g * load(x[p]);
-          }
+        for (int64_t p = p0; p < p1; p++) {
+          const W g = masked<S, mask>(load(dy[p]), x[p], y[p], scale, shift);
+          if constexpr (writes) out[p] = store<S>(g);
+          a += g;
+          b += g * load(x[p]);
         }
         first += a;
         second += b;
@@ -217,22 +229,34 @@ void batch_norm_reduce_planes(const BatchNormBackwardArguments& s, int64_t begin
   }
 }
 
-template <class S, bool masked, bool with_x>
+template <class S>
+void batch_norm_reduce_planes(const BatchNormBackwardArguments& s, int64_t begin, int64_t end) {
+  switch (mask_of(s)) {
+    case Mask::none: return reduce_planes<S, Mask::none, false>(s, begin, end);
+    case Mask::input: return reduce_planes<S, Mask::input, false>(s, begin, end);
+    case Mask::output: break;
+  }
+  if (s.dresidual == nullptr) return reduce_planes<S, Mask::output, false>(s, begin, end);
+  return reduce_planes<S, Mask::output, true>(s, begin, end);
+}
+
+template <class S, Mask mask, bool with_x>
 void apply_rows(const BatchNormBackwardArguments& s, int64_t begin, int64_t end) {
   using W = Wide<S>;
   const int64_t C = s.layout.channels;
   const W* __restrict scale = static_cast<const W*>(s.scale);
   const W* __restrict factor = static_cast<const W*>(s.factor);
   const W* __restrict mean = static_cast<const W*>(s.mean);
+  const W* __restrict mask_scale = static_cast<const W*>(mask == Mask::input ? s.mask_scale : s.scale);
+  const W* __restrict mask_shift = static_cast<const W*>(mask == Mask::input ? s.mask_shift : s.scale);
   for (int64_t r = begin; r < end; r++) {
     const S* __restrict dy = static_cast<const S*>(s.dy) + r * C;
-    const S* __restrict x = with_x ? static_cast<const S*>(s.x) + r * C : dy;
-    const S* __restrict y = masked ? static_cast<const S*>(s.y) + r * C : dy;
+    const S* __restrict x = with_x || mask == Mask::input ? static_cast<const S*>(s.x) + r * C : dy;
+    const S* __restrict y = mask == Mask::output ? static_cast<const S*>(s.y) + r * C : dy;
     S* __restrict dx = static_cast<S*>(s.dx) + r * C;
 #pragma omp simd
     for (int64_t c = 0; c < C; c++) {
-      W g = load(dy[c]);
-      if constexpr (masked) g = load(y[c]) <= 0 ? W(0) : g;
+      const W g = masked<S, mask>(load(dy[c]), x[c], y[c], mask_scale[c], mask_shift[c]);
       W v = g * scale[c];
       if constexpr (with_x) v += factor[c] * (load(x[c]) - mean[c]);
       dx[c] = store<S>(v);
@@ -240,14 +264,21 @@ void apply_rows(const BatchNormBackwardArguments& s, int64_t begin, int64_t end)
   }
 }
 
-template <class S>
-void batch_norm_backward_rows(const BatchNormBackwardArguments& s, int64_t begin, int64_t end) {
-  const bool masked = s.y != nullptr, with_x = s.factor != nullptr;
-  if (masked) return with_x ? apply_rows<S, true, true>(s, begin, end) : apply_rows<S, true, false>(s, begin, end);
-  return with_x ? apply_rows<S, false, true>(s, begin, end) : apply_rows<S, false, false>(s, begin, end);
+template <class S, Mask mask>
+void apply_rows_of(const BatchNormBackwardArguments& s, int64_t begin, int64_t end) {
+  s.factor != nullptr ? apply_rows<S, mask, true>(s, begin, end) : apply_rows<S, mask, false>(s, begin, end);
 }
 
-template <class S, bool masked, bool with_x>
+template <class S>
+void batch_norm_backward_rows(const BatchNormBackwardArguments& s, int64_t begin, int64_t end) {
+  switch (mask_of(s)) {
+    case Mask::none: return apply_rows_of<S, Mask::none>(s, begin, end);
+    case Mask::output: return apply_rows_of<S, Mask::output>(s, begin, end);
+    case Mask::input: return apply_rows_of<S, Mask::input>(s, begin, end);
+  }
+}
+
+template <class S, Mask mask, bool with_x>
 void apply_planes(const BatchNormBackwardArguments& s, int64_t begin, int64_t end) {
   using W = Wide<S>;
   const int64_t P = s.layout.pixels;
@@ -257,13 +288,14 @@ void apply_planes(const BatchNormBackwardArguments& s, int64_t begin, int64_t en
     const W factor = with_x ? static_cast<const W*>(s.factor)[c] : W(0);
     const W mean = with_x ? static_cast<const W*>(s.mean)[c] : W(0);
     const S* __restrict dy = static_cast<const S*>(s.dy) + at;
-    const S* __restrict x = with_x ? static_cast<const S*>(s.x) + at : dy;
-    const S* __restrict y = masked ? static_cast<const S*>(s.y) + at : dy;
+    const W mask_scale = mask == Mask::input ? static_cast<const W*>(s.mask_scale)[c] : W(0);
+    const W mask_shift = mask == Mask::input ? static_cast<const W*>(s.mask_shift)[c] : W(0);
+    const S* __restrict x = with_x || mask == Mask::input ? static_cast<const S*>(s.x) + at : dy;
+    const S* __restrict y = mask == Mask::output ? static_cast<const S*>(s.y) + at : dy;
     S* __restrict dx = static_cast<S*>(s.dx) + at;
 #pragma omp simd
     for (int64_t p = 0; p < P; p++) {
-      W g = load(dy[p]);
-      if constexpr (masked) g = load(y[p]) <= 0 ? W(0) : g;
+      const W g = masked<S, mask>(load(dy[p]), x[p], y[p], mask_scale, mask_shift);
       W v = g * scale;
       if constexpr (with_x) v += factor * (load(x[p]) - mean);
       dx[p] = store<S>(v);
@@ -271,11 +303,18 @@ void apply_planes(const BatchNormBackwardArguments& s, int64_t begin, int64_t en
   }
 }
 
+template <class S, Mask mask>
+void apply_planes_of(const BatchNormBackwardArguments& s, int64_t begin, int64_t end) {
+  s.factor != nullptr ? apply_planes<S, mask, true>(s, begin, end) : apply_planes<S, mask, false>(s, begin, end);
+}
+
 template <class S>
 void batch_norm_backward_planes(const BatchNormBackwardArguments& s, int64_t begin, int64_t end) {
-  const bool masked = s.y != nullptr, with_x = s.factor != nullptr;
-  if (masked) return with_x ? apply_planes<S, true, true>(s, begin, end) : apply_planes<S, true, false>(s, begin, end);
-  return with_x ? apply_planes<S, false, true>(s, begin, end) : apply_planes<S, false, false>(s, begin, end);
+  switch (mask_of(s)) {
+    case Mask::none: return apply_planes_of<S, Mask::none>(s, begin, end);
+    case Mask::output: return apply_planes_of<S, Mask::output>(s, begin, end);
+    case Mask::input: return apply_planes_of<S, Mask::input>(s, begin, end);
+  }
 }
 
 }  // namespace

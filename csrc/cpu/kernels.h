@@ -74,6 +74,8 @@ struct BatchNormBackwardArguments {
   const void* scale;   // (C): weight / sqrt(var + eps)
   const void* factor;  // (C) of (x - mean), or null
   const void* mean;    // (C), or null
+  const void* mask_scale;  // (C): with mask_shift, the ReLU's mask from x instead of y; or null
+  const void* mask_shift;
   Layout layout;
 };
 

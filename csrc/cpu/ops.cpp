@@ -20,8 +20,8 @@ STABLE_TORCH_LIBRARY(bcos_kernels_cpp, m) {
         BCOS_NEEDS ")" BCOS_OUTPUTS);
   m.def("batch_norm_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? running_var, "
         "bool training, float eps, bool relu) -> (Tensor, Tensor, Tensor)");
-  m.def("batch_norm_backward(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor mean, Tensor var, bool training, "
-        "float eps, bool relu, bool detach, bool need_dx, bool need_dweight, bool need_dbias, bool need_dresidual)"
+  m.def("batch_norm_backward(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
+        "bool training, float eps, bool relu, bool detach, bool need_dx, bool need_dweight, bool need_dbias, bool need_dresidual)"
         BCOS_OUTPUTS);
 }
 

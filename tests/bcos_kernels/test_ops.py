@@ -522,12 +522,18 @@ def test_changed_inputs_are_an_error():
 
 
 def test_a_relu_fused_into_the_norm_guards_its_output():
-    """y is saved for the mask, as torch's own ReLU does."""
+    """y is kept for the mask, as torch's own ReLU does, where it was added to; else x gives the mask."""
     x = leaf(4, 3, 2, 2, seed=1)
-    y = bcos_kernels.batch_norm_uncentered(x, None, training=True, activation="relu")
+    residual = leaf(4, 3, 2, 2, seed=2)
+    y = bcos_kernels.batch_norm_uncentered(x, None, training=True, activation="relu", residual=residual)
     y += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+    expected = torch.autograd.grad(bcos_kernels.batch_norm_uncentered(x, None, training=True).relu().square().sum(), x)
+    y = bcos_kernels.batch_norm_uncentered(x, None, training=True, activation="relu")
+    square = y * y.detach().clone() * 2  # the gradient of the square, without y itself
+    y.detach().zero_()
+    torch.testing.assert_close(torch.autograd.grad(square.sum(), x), expected)
     y = bcos_kernels.batch_norm_uncentered(x, None, training=True)
     y += 1  # without it nothing of y is needed
     y.sum().backward()
