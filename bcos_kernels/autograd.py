@@ -166,8 +166,8 @@ def _runs(node) -> bool:
         return True
 
 
-def _no_autocast(device: torch.device):
-    """A derivative is computed in its forward's types, also inside an autocast region."""
+def no_autocast(device: torch.device):
+    """For what is computed in its tensors' types: a derivative in its forward's, also inside an autocast region."""
     enabled = dispatch.autocast_enabled(device)
     return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
@@ -180,7 +180,7 @@ def _second_order(definition, inputs: tuple, needs, dy: Tensor, cotangents: tupl
     wanted = [i for i, need in enumerate(needs) if need and cotangents[i] is not None]
     if not wanted:
         return (None,) * (1 + len(inputs))
-    with _no_autocast(dy.device):
+    with no_autocast(dy.device):
         if functorch_active():
             return _second_order_transformed(definition, inputs, wanted, dy, cotangents)
         return _second_order_by_graph(definition, inputs, wanted, dy, cotangents)

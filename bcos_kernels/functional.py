@@ -77,14 +77,21 @@ def linear(
     return y if x.dim() == 2 else y.view(x.shape[:-1] + y.shape[-1:])
 
 
+def _op_alone(differentiates: bool) -> bool:
+    """Whether the op is called itself: nothing is differentiated or transformed, or the graph being made is an exported
+    program's. There the op is differentiable all the same, and keeps what that takes when it is; of a Function, strict
+    export would put the forward into a graph without gradients."""
+    if torch.compiler.is_exporting():
+        return True
+    return not (differentiates or ops.functorch_active() or ops.forward_mode())
+
+
 def _apply(function, op: str, x, weight, bias, b_tensor, options: tuple, detach: bool) -> Tensor:
     """The op alone where nothing is differentiated or transformed, else its autograd Function."""
     if detach and b_tensor is not None:
         b_tensor = b_tensor.detach()
-    if torch.compiler.is_exporting():
-        return ops.traced(op, x, weight, bias, b_tensor, *options, False, detach)[0]
     keep = _differentiates(x, weight, bias, b_tensor)
-    if not keep and not ops.functorch_active() and not ops.forward_mode():
+    if _op_alone(keep):
         return ops.run(op, x, weight, bias, b_tensor, *options, False, detach)[0]
     return autograd.apply_layer(function, x, weight, bias, b_tensor, *options, detach, keep)
 
@@ -184,7 +191,8 @@ def _padded(x, kernel, stride, padding, dilation, padding_mode) -> tuple[Tensor,
         limit = (x.shape[2], x.shape[3]) if mode == "circular" else (x.shape[2] - 1, x.shape[3] - 1)
         if max(top, bottom) > limit[0] or max(left, right) > limit[1]:
             raise ValueError(f"conv2d: expected {mode} padding of at most {limit}, got {(bottom, right)}")
-    return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
+    with autograd.no_autocast(x.device):  # on CPUs it would pad in float32, and return that
+        return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
 
 
 def batch_norm_uncentered(
@@ -237,17 +245,13 @@ def batch_norm_uncentered(
         x, residual = _cast(dtype, x, residual)
     validation.check_batch_norm(x, running_var, weight, bias, training, momentum, eps, activation, residual)
     statistics = None if training else running_var.detach()
-    if torch.compiler.is_exporting():
-        y, _, var = ops.traced(
-            "batch_norm_uncentered", x, weight, bias, residual, statistics, training, eps, activation, detach
-        )
-    elif _differentiates(x, weight, bias, residual) or ops.functorch_active() or ops.forward_mode():
-        y, _, var = autograd.apply(
-            autograd.BatchNormUncentered, x, weight, bias, residual, statistics, training, eps, activation, detach
-        )
-    else:
+    if _op_alone(_differentiates(x, weight, bias, residual)):
         y, _, var = ops.run(
             "batch_norm_uncentered", x, weight, bias, residual, statistics, training, eps, activation, detach
+        )
+    else:
+        y, _, var = autograd.apply(
+            autograd.BatchNormUncentered, x, weight, bias, residual, statistics, training, eps, activation, detach
         )
     if training and running_var is not None and x.numel():
         with torch.no_grad():

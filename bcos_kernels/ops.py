@@ -68,12 +68,6 @@ def run(name: str, x: Tensor, *arguments, fill: bool = True):
     return _filled(results, x) if fill else results
 
 
-def traced(name: str, x: Tensor, *arguments) -> tuple[Tensor, ...]:
-    """The op, for torch.export: a program holds it itself, not its autograd Function, whose forward strict export would
-    put into a graph without gradients. The op is differentiable, and keeps what that takes when it is."""
-    return getattr(torch.ops.bcos_kernels, name).default(x, *arguments)
-
-
 def _empty_layout(x: Tensor, shape, memory_format: torch.memory_format, dtype=None) -> Tensor:
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format)
 
