@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-aot test-install bench demo clean
+.PHONY: help setup lint test test-aot test-install bench bench-render demo clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -54,8 +54,12 @@ test-install:  ## pip install . as a new user does it: fresh environment, build 
 	cd build && fresh/bin/python -P -m bcos_kernels
 	rm -rf build/fresh
 
-bench: $(VENV)/.built  ## the benchmark suites (benchmarks/), nothing else running
+bench: $(VENV)/.built  ## the benchmark suites, about two hours on two cores with nothing else running, then their tables
 	$(BIN)/python -m pytest -q -s benchmarks $(PYTEST_ARGS)
+	$(BIN)/python -m benchmarks.render
+
+bench-render: $(VENV)/.built  ## only: tables and plots of README and docs from the rows in benchmarks/results
+	$(BIN)/python -m benchmarks.render
 
 demo: $(VENV)/.built  ## the paper in miniature: tables and pictures into demo_output/
 	$(BIN)/python -m bcosification.train.miniature

@@ -1,84 +1,103 @@
-"""Training steps of whole networks: plain torchvision, the peer, the peer fused, the converted network.
+"""Training steps and inference of whole networks: plain, the package bcos, that fused, and the converted network.
 
-pytest -q -s benchmarks/bench_models.py
+    pytest -q -s benchmarks/bench_models.py                         # everything
+    pytest -q -s benchmarks/bench_models.py -k "training and resnet50"
+
+A training step is zero_grad, forward, binary cross-entropy, backward, SGD, in training mode. Rows of training.json and
+inference.json: median_ms, ratio of times to plain's with the quartiles of the rounds; gradient_error, how far the
+parameters' gradients (of inference: the logits) are from those that they have to equal; of compiled contenders also
+compile_s, the first call minus a later one, with nothing cached.
 """
 
 from __future__ import annotations
 
-import copy
-import os
+import time
 
 import pytest
 import torch
-import torch.nn.functional as F
-import torchvision
+from torch import nn
 
-import bcosification
+from bcosification.evaluation.benchmarking import Step, gradient_error, inference
+from bcosification.evaluation.measuring import interleaved, summarized
+from bcosification.evaluation.peer_style import peer_style
 
-from .protocol import Results, bytes_kept, interleaved, summarized
+from .networks import NETWORKS, Models, NotHere, inputs
+from .protocol import Results, Settings, chosen
 
-ROUNDS = int(os.environ.get("BCOS_BENCH_ROUNDS", "7"))
-
-
-class Step:
-    """zero_grad, forward, loss, backward, optimiser step."""
-
-    def __init__(self, model, images, labels):
-        self.model, self.images = model.train(), images
-        self.targets = F.one_hot(labels, 1000).float()
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-
-    def loss(self):
-        return F.binary_cross_entropy_with_logits(self.model(self.images), self.targets)
-
-    def __call__(self):
-        self.optimizer.zero_grad(set_to_none=True)
-        self.loss().backward()
-        self.optimizer.step()
+TRAINING = (
+    "plain", "plain-compiled", "peer", "peer-compiled", "fused-peer", "fused-peer-nchw", "ours", "ours-compiled",
+    "ours-low",
+)  # fmt: skip
+INFERENCE = ("plain", "plain-compiled", "peer", "peer-compiled", "fused-peer", "ours", "ours-compiled")
+TOLERANCE = 1e-2  # of a whole network's gradients in float32, whose ReLUs near zero tip this way or that
 
 
-def channels_last(t):
-    return t.to(memory_format=torch.channels_last)
+class Inference:
+    """Logits in eval mode, with the gradients' interface of a Step."""
+
+    def __init__(self, model: nn.Module, images: torch.Tensor):
+        self.model, self.images = model.eval(), images
+
+    def __call__(self) -> torch.Tensor:
+        return inference(self.model, self.images)
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        return {"logits": self()}
 
 
-def peer_resnet(name):
-    """The peer's ResNet as its ImageNet recipe builds it: uncentered BatchNorm without bias."""
-    import bcos.models.resnet as resnets
-    from bcos.modules import norms
-
-    return getattr(resnets, name)(
-        pretrained=False, num_classes=1000, norm_layer=norms.NoBias(norms.BatchNormUncentered2d)
-    )
+def _step(model: nn.Module, images: torch.Tensor) -> Step:
+    return Step(model, images, torch.arange(len(images)) * 7 % 1000)
 
 
-@pytest.mark.parametrize("name, batch", [("resnet50", 8), ("resnet18", 16)])
-def test_training_step(name, batch):
-    torch.manual_seed(0)
-    images = channels_last(torch.rand(batch, 3, 224, 224))
-    six = channels_last(torch.cat([images, 1 - images], dim=1))
-    labels = torch.randint(1000, (batch,))
-    plain = getattr(torchvision.models, name)(weights=None)
-    converted = bcosification.bcosify(plain)
-    peer = peer_resnet(name)
-    fused = bcosification.fuse(peer_resnet(name))
-    contenders = {
-        "plain": Step(channels_last(plain), images, labels),
-        "plain compiled": Step(torch.compile(channels_last(copy.deepcopy(plain))), images, labels),
-        "peer": Step(channels_last(peer), six, labels),
-        "peer compiled": Step(torch.compile(channels_last(copy.deepcopy(peer))), six, labels),
-        "fused peer": Step(channels_last(fused), six, labels),
-        "ours": Step(channels_last(converted), images, labels),
-    }
-    results = Results(f"training_{name}")
-    # numbers before times: the fused peer is the peer
-    fused.load_state_dict(peer.state_dict())
-    expected, got = contenders["peer"].loss().item(), contenders["fused peer"].loss().item()
-    assert abs(got - expected) <= 1e-4 * abs(expected), (got, expected)
-    assert all(torch.isfinite(step.loss()) for step in contenders.values())
-    kept = {label: bytes_kept(step.loss) for label, step in contenders.items()}
-    for label, values in summarized(interleaved(contenders, rounds=ROUNDS)).items():
-        results.add(name, label, batch=batch, dtype="float32", kept_MiB=kept[label] / 2**20,
-                    kept_ratio=kept[label] / kept["plain"], **values)  # fmt: skip
-        print(f"{name:10s} {label:14s} {values['median_ms']:8.1f} ms  {values['ratio']:.3f} "
-              f"[{values['ratio_q1']:.2f}, {values['ratio_q3']:.2f}]  kept {kept[label] / 2**20:.0f} MiB "
-              f"({kept[label] / kept['plain']:.3f})", flush=True)  # fmt: skip
+def _expected(models: Models, name: str, make, images) -> dict[str, torch.Tensor] | None:
+    """What a contender's gradients (or logits) have to be: the eager model's; of ours, those of the eager formulas."""
+    if name == "ours":
+        return make(peer_style(models.converted()), images).gradients()
+    eager = models.eager(name)
+    return None if eager is None else make(models.build(eager), images).gradients()
+
+
+def _measure(suite: str, name: str, contenders, settings: Settings, make) -> None:
+    results, case = Results(suite), name + settings.label
+    models = Models(name, settings.size)
+    runs, extra = {}, {}
+    torch.compiler.reset()
+    for contender in contenders:
+        images = inputs(contender, settings.batch, settings.size)
+        try:
+            run = make(models.build(contender), images)
+        except NotHere as error:
+            results.cannot(case, contender, error.status, error)
+            continue
+        start = time.perf_counter()
+        with torch.compiler.config.patch(force_disable_caches=True):
+            got = run.gradients()
+        first = time.perf_counter() - start
+        extra[contender] = {}
+        expected = _expected(models, contender, make, images)
+        if expected is not None:
+            error = gradient_error(got, expected)
+            assert error < TOLERANCE, (case, contender, error)
+            extra[contender]["gradient_error"] = error
+        assert all(bool(value.isfinite().all()) for value in got.values()), (case, contender)
+        if contender.endswith("-compiled"):
+            run()
+            start = time.perf_counter()
+            run()
+            extra[contender]["compile_s"] = first - (time.perf_counter() - start)
+        runs[contender] = run
+    for contender, values in summarized(interleaved(runs, rounds=settings.rounds)).items():
+        results.add(case, contender, batch=settings.batch, dtype="float32", **values, **extra[contender])
+        compiled = f"  compiled in {extra[contender]['compile_s']:.0f} s" if "compile_s" in extra[contender] else ""
+        print(f"{suite} {case:16s} {contender:16s} {values['median_ms']:8.1f} ms  {values['ratio']:.3f} "
+              f"[{values['ratio_q1']:.2f}, {values['ratio_q3']:.2f}]{compiled}", flush=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_training(name):
+    _measure("training", name, chosen(TRAINING), Settings.read(NETWORKS[name].batch, rounds=7), _step)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_inference(name):
+    _measure("inference", name, chosen(INFERENCE), Settings.read(NETWORKS[name].batch, rounds=9), Inference)

@@ -26,14 +26,14 @@ def _inputs(model: nn.Module, size: tuple[int, ...], kind: type) -> dict[tuple, 
     return found
 
 
-def convolutions(name: str) -> list[dict]:
-    """Every distinct convolution of torchvision's resnet50 or densenet121 at 224²."""
+def convolutions(name: str, size: int = 224) -> list[dict]:
+    """Every distinct convolution of torchvision's resnet50 or densenet121 on images of `size`² pixels."""
     import torchvision
 
     with torch.device("meta"):
         model = getattr(torchvision.models, name)(weights=None).eval()
     cases = []
-    for (settings, shape), _ in _inputs(model, (1, 3, 224, 224), nn.Conv2d).items():
+    for (settings, shape), _ in _inputs(model, (1, 3, size, size), nn.Conv2d).items():
         c, o, kernel, stride, padding, groups = settings
         label = f"{name} {kernel[0]}x{kernel[1]} {c}->{o} at {shape[1]}^2" + (f" /{stride[0]}" if stride[0] > 1 else "")
         cases.append(
