@@ -1,4 +1,4 @@
-"""DistributedDataParallel and FSDP2 (fully_shard), two processes on gloo: a step is that of one with the whole batch."""
+"""DistributedDataParallel and FSDP2 (fully_shard) with two processes on gloo, against one with the whole batch."""
 
 import pytest
 import torch
