@@ -115,7 +115,7 @@ def _network_table(suite: str, folder: Path, columns: list[str], show: Callable[
     lines = []
     for name, rows in found.items():
         shown = [column for column in columns if cells[name, column] != "–"]
-        if shown:
+        if set(shown) - {"plain"}:
             title = f"{NETWORKS[name].title}, batch {NETWORKS[name].batch}"
             lines.append(([title, *(cells[name, column] for column in columns)], [rows[column] for column in shown]))
     return _table(["", *(TITLES[column] for column in columns)], lines)
@@ -250,7 +250,7 @@ def rendered(text: str, folder: Path = RESULTS) -> str:
     def replace(match: re.Match) -> str:
         if match["name"] not in TABLES:
             raise ValueError(f"benchmark:{match['name']}: expected one of {', '.join(TABLES)}")
-        return f"{match[1]}{TABLES[match['name']](folder)}\n{match[3]}"
+        return f"{match[1]}\n{TABLES[match['name']](folder)}\n\n{match[3]}"
 
     if len(re.findall(r"<!-- benchmark:", text)) != len(MARKED.findall(text)):
         raise ValueError("expected <!-- /benchmark --> after every <!-- benchmark:NAME -->")
@@ -323,6 +323,7 @@ def draw_layers(path: Path, folder: Path = RESULTS) -> bool:
         axis.set_yscale("log", base=2)
         axis.set_yticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
         axis.set(title=LAYERS[suite], xlabel="shapes, sorted", ylabel="forward + backward / plain")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
