@@ -54,7 +54,7 @@ test-install:  ## pip install . as a new user does it: fresh environment, build 
 	cd build && fresh/bin/python -P -m bcos_kernels
 	rm -rf build/fresh
 
-bench: $(VENV)/.built  ## the benchmark suites, about two hours on two cores with nothing else running, then their tables
+bench: $(VENV)/.built  ## the benchmark suites, two to three hours on two cores with nothing else running, then their tables
 	$(BIN)/python -m pytest -q -s benchmarks $(PYTEST_ARGS)
 	$(BIN)/python -m benchmarks.render
 
