@@ -2,10 +2,19 @@
 
 from . import flops
 from .dispatch import backend, backends, dispatched
-from .functional import batch_norm_uncentered, conv2d, linear
+from .functional import batch_norm_uncentered, conv2d, conv2d_batch_norm, linear
 from .recompute import recomputed
 
 __version__ = "0.1.0"
-__all__ = ["backend", "backends", "batch_norm_uncentered", "conv2d", "dispatched", "linear", "recomputed"]
+__all__ = [
+    "backend",
+    "backends",
+    "batch_norm_uncentered",
+    "conv2d",
+    "conv2d_batch_norm",
+    "dispatched",
+    "linear",
+    "recomputed",
+]
 
 flops.register_with_counter()

@@ -113,6 +113,17 @@ def _release(ctx) -> Tensor | None:
     return value
 
 
+def _unchanged(ctx, op: str) -> Tensor:
+    """The held output of a ReLU, which has to be as it was."""
+    output = _release(ctx)
+    if output is None:  # as with torch's own ReLU
+        raise RuntimeError(
+            f"{op}: expected its output unchanged, as its ReLU's gradient needs it, got one that was modified by an "
+            "inplace operation"
+        )
+    return output
+
+
 def _kept_input(ctx, x: Tensor) -> Tensor | None:
     """x as it is to be saved: None where its recipe is kept instead."""
     ctx.recipe = None if ctx.compiled or saved_tensor_hooks_active() else recipe_of(x)
@@ -124,16 +135,19 @@ def _kept_input(ctx, x: Tensor) -> Tensor | None:
 
 def _input(ctx, saved: Tensor | None) -> Tensor:
     """The input, saved or computed again."""
-    recipe = ctx.recipe
-    if recipe is None:
-        return saved
+    return saved if ctx.recipe is None else _again(ctx, "recipe")
+
+
+def _again(ctx, name: str) -> Tensor:
+    """What the recipe under this name in the context gives."""
+    recipe = getattr(ctx, name)
     if torch.is_grad_enabled():
         raise RuntimeError(
             "recomputed: expected a backward without create_graph, as an activation that is computed again is no part "
             "of a graph; got one with it (memory='low' of bcosification.fuse does this: use memory='default')"
         )
     if not torch._C._autograd._get_current_graph_task_keep_graph():
-        ctx.recipe = None
+        setattr(ctx, name, None)
     return recipe.take()
 
 
@@ -272,15 +286,17 @@ def _unfold(results, size: int) -> tuple:
 
 
 class Linear(torch.autograd.Function):
-    """(x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, keep) → y, n, a, index, copy of y."""
+    """(x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, keep, squares) → y, n, a, index, copy of y."""
 
     @staticmethod
-    def launch(x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, keep):
-        return run("linear", x, weight, bias, b_tensor, b, normalize_weight, max_out, keep, detach)
+    def launch(x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, keep, squares):
+        return run("linear", x, weight, bias, b_tensor, b, normalize_weight, max_out, keep, detach, squares)
 
     @staticmethod
-    def forward(x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, keep):
-        y, n, a, index = run("linear", x, weight, bias, b_tensor, b, normalize_weight, max_out, keep, detach)
+    def forward(x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, keep, squares):
+        y, n, a, index = Linear.launch(
+            x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, keep, squares
+        )
         return y, n, a, index, _compiled_copy(y, _keep_y(y, b, b_tensor, keep))
 
     @staticmethod
@@ -290,7 +306,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def keep(ctx, inputs, y, n, a, index, copy=None):
-        x, weight, bias, b_tensor, ctx.b, ctx.normalize_weight, ctx.max_out, ctx.detach, keep = inputs
+        x, weight, bias, b_tensor, ctx.b, ctx.normalize_weight, ctx.max_out, ctx.detach, keep, _ = inputs
         ctx.set_materialize_grads(False)
         ctx.compiled = torch.compiler.is_compiling()
         ctx.edges = _edges(x, weight, bias, b_tensor)
@@ -302,7 +318,7 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, *_):
         if dy is None:
-            return (None,) * 9
+            return (None,) * 10
         x, weight, bias, b_tensor, n, a, index, copy = ctx.saved_tensors
         x = _input(ctx, x)
         y = (copy if copy.numel() else None) if ctx.compiled else _release(ctx)
@@ -312,7 +328,7 @@ class Linear(torch.autograd.Function):
             ctx.normalize_weight, ctx.max_out, ctx.detach, needs, ctx.backend,
         )  # fmt: skip
         grads = [g if need else None for g, need in zip((dx, dw, dbias, db), needs, strict=True)]
-        return (*grads, None, None, None, None, None)
+        return (*grads, *(None,) * 6)
 
     @staticmethod
     def vmap(info, in_dims, x, weight, bias, b_tensor, *options):
@@ -379,24 +395,24 @@ class LinearBackward(torch.autograd.Function):
 
 
 class Conv2d(torch.autograd.Function):
-    """(x, weight, bias, b_tensor, stride, …, detach, keep) → y, n, a, index, copy of y."""
+    """(x, weight, bias, b_tensor, stride, …, detach, keep, squares) → y, n, a, index, copy of y."""
 
     @staticmethod
     def launch(
-        x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, detach, keep
+        x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, detach, keep, squares
     ):
         return run(
             "conv2d", x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep,
-            detach,
+            detach, squares,
         )  # fmt: skip
 
     @staticmethod
     def forward(
-        x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, detach, keep
+        x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, detach, keep, squares
     ):
-        y, n, a, index = run(
-            "conv2d", x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep,
-            detach,
+        y, n, a, index = Conv2d.launch(
+            x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, detach, keep,
+            squares,
         )  # fmt: skip
         return y, n, a, index, _compiled_copy(y, _keep_y(y, b, b_tensor, keep))
 
@@ -409,7 +425,7 @@ class Conv2d(torch.autograd.Function):
     def keep(ctx, inputs, y, n, a, index, copy=None):
         x, weight, bias, b_tensor = inputs[:4]
         ctx.window = inputs[4:8]
-        ctx.b, ctx.normalize_weight, ctx.max_out, ctx.detach, keep = inputs[8:]
+        ctx.b, ctx.normalize_weight, ctx.max_out, ctx.detach, keep, _ = inputs[8:]
         ctx.set_materialize_grads(False)
         ctx.compiled = torch.compiler.is_compiling()
         ctx.edges = _edges(x, weight, bias, b_tensor)
@@ -421,7 +437,7 @@ class Conv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, *_):
         if dy is None:
-            return (None,) * 13
+            return (None,) * 14
         x, weight, bias, b_tensor, n, a, index, copy = ctx.saved_tensors
         x = _input(ctx, x)
         y = (copy if copy.numel() else None) if ctx.compiled else _release(ctx)
@@ -432,7 +448,7 @@ class Conv2d(torch.autograd.Function):
             ctx.max_out, ctx.detach, needs, ctx.backend,
         )  # fmt: skip
         grads = [g if need else None for g, need in zip((dx, dw, dbias, db), needs, strict=True)]
-        return (*grads, *(None,) * 9)
+        return (*grads, *(None,) * 10)
 
     @staticmethod
     def vmap(info, in_dims, x, weight, bias, b_tensor, *options):
@@ -489,17 +505,21 @@ class Conv2dBackward(torch.autograd.Function):
 
 
 class BatchNormUncentered(torch.autograd.Function):
-    """(x, weight, bias, residual, running_var, training, eps, activation, detach) → y, mean, var."""
+    """(x, weight, bias, residual, running_var, training, eps, activation, detach, emits_squares) → y, mean, var,
+    squares."""
 
     @staticmethod
-    def forward(x, weight, bias, residual, running_var, training, eps, activation, detach):
-        return run("batch_norm_uncentered", x, weight, bias, residual, running_var, training, eps, activation, detach)
+    def forward(x, weight, bias, residual, running_var, training, eps, activation, detach, emits_squares):
+        return run(
+            "batch_norm_uncentered", x, weight, bias, residual, running_var, training, eps, activation, detach,
+            emits_squares,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, residual, running_var, ctx.training, ctx.eps, ctx.activation, ctx.detach = inputs
-        y, mean, var = output
-        ctx.mark_non_differentiable(mean, var)
+        x, weight, bias, residual, running_var, ctx.training, ctx.eps, ctx.activation, ctx.detach, _ = inputs
+        y, mean, var, squares = output
+        ctx.mark_non_differentiable(mean, var, squares)
         ctx.set_materialize_grads(False)
         ctx.compiled = torch.compiler.is_compiling()
         ctx.edges = _edges(x, weight, bias, residual)
@@ -512,16 +532,11 @@ class BatchNormUncentered(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, *_):
         if dy is None:
-            return (None,) * 9
+            return (None,) * 10
         x, weight, bias, y, mean, var = ctx.saved_tensors
         x = _input(ctx, x)
         if ctx.held is not None:
-            y = _release(ctx)
-            if y is None:  # as with torch's own ReLU
-                raise RuntimeError(
-                    "batch_norm_uncentered: expected its output unchanged, as its ReLU's gradient needs it, got one "
-                    "that was modified by an inplace operation"
-                )
+            y = _unchanged(ctx, "batch_norm_uncentered")
         needs = _needed(ctx)
         passes_on = needs[3] and ctx.activation is None  # the residual's gradient is dy itself
         asked = [*needs[:3], needs[3] and not passes_on]
@@ -532,7 +547,7 @@ class BatchNormUncentered(torch.autograd.Function):
         grads = [g if need else None for g, need in zip(gradients, asked, strict=True)]
         if passes_on:
             grads[3] = dy
-        return (*grads, *(None,) * 5)
+        return (*grads, *(None,) * 6)
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
@@ -591,6 +606,149 @@ class BatchNormUncenteredBackward(torch.autograd.Function):
         return _sliced_keeping_empty(BatchNormUncenteredBackward.apply, info, in_dims, arguments)
 
 
+RECOMPUTES = {None: (False, False), "output": (True, False), "inner": (False, True), "both": (True, True)}
+
+
+def _declare_recipes(ctx, inputs, output, recompute: str | None) -> None:
+    """Leave with z how to compute it again from y, and with the context how to compute y again from x, where wanted.
+
+    Nothing of it where `recomputed` does nothing either.
+    """
+    ctx.y_recipe = None
+    of_z, of_y = RECOMPUTES[recompute]
+    x, weight, bias, b_tensor, norm_weight, norm_bias = inputs[:6]
+    squares, layer, (eps, activation) = inputs[8], inputs[9:16], inputs[17:19]
+    z, _, y, *_, var = output
+    if not (of_z or of_y) or ctx.compiled or functorch_active() or saved_tensor_hooks_active():
+        return
+    if ctx.detach and not ctx.training:
+        return  # the slope is kept instead of y
+    if of_y:
+
+        def convolved(x, weight, *given):
+            bias, b_tensor, squares = _fill(given, (inputs[2], inputs[3], inputs[8]))
+            return run("conv2d", x, weight, bias, b_tensor, *layer, False, False, squares)[0]
+
+        present = [t for t in (bias, b_tensor, squares) if t is not None]
+        ctx.y_recipe = Recipe(convolved, (x, weight, *present))
+        ctx.y_recipe.holders += 1
+        y._bcos_recipe = (ctx.y_recipe, y._version)
+    if of_z:
+
+        def normalized(y, var, *given):
+            norm_weight, norm_bias = _fill(given, (inputs[4], inputs[5]))
+            return run("batch_norm_uncentered", y, norm_weight, norm_bias, None, var, False, eps, activation)[0]
+
+        present = [t for t in (norm_weight, norm_bias) if t is not None]
+        z._bcos_recipe = (Recipe(normalized, (y, var, *present)), z._version)
+
+
+def _fill(present: tuple[Tensor, ...], pattern: tuple) -> list[Tensor | None]:
+    """The tensors that are there, with None where ``pattern`` has it."""
+    rest = iter(present)
+    return [None if t is None else next(rest) for t in pattern]
+
+
+class Conv2dBatchNorm(torch.autograd.Function):
+    """(x, weight, bias, b_tensor, norm_weight, norm_bias, residual, running_var, squares, stride, padding, dilation,
+    groups, b, normalize_weight, max_out, training, eps, activation, keep, detach, emits_squares, recompute) → z, squares,
+    y, n, a, index, mean, var. y stays inside, so it is simply saved; `recompute` (RECOMPUTES) says what is not kept."""
+
+    @staticmethod
+    def forward(*arguments):
+        return run("conv2d_batch_norm", *arguments[:-1])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, b_tensor, norm_weight, norm_bias, residual = inputs[:7]
+        ctx.layer = inputs[9:16]  # stride … max_out
+        ctx.training, ctx.eps, ctx.activation, _, ctx.detach, _, recompute = inputs[16:]
+        z, squares, y, n, a, index, mean, var = output
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.compiled = torch.compiler.is_compiling()
+        ctx.edges = _edges(x, weight, bias, b_tensor, norm_weight, norm_bias, residual)
+        ctx.backend = _ran_backend()
+        # z is read for the ReLU's mask only; without a residual the C++ kernels take that from y
+        masked = ctx.activation is not None and not (residual is None and ctx.backend.endswith("cpu"))
+        _hold(ctx, z, masked and not ctx.compiled)
+        _declare_recipes(ctx, inputs, output, recompute)
+        ctx.save_for_backward(
+            _kept_input(ctx, x), weight, bias, b_tensor, norm_weight, norm_bias,
+            z if masked and ctx.held is None else None, y if ctx.y_recipe is None else None, n, a, index, mean, var,
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(ctx, dz, *_):
+        if dz is None:
+            return (None,) * 23
+        x, weight, bias, b_tensor, norm_weight, norm_bias, z, y, n, a, index, mean, var = ctx.saved_tensors
+        x = _input(ctx, x)
+        if ctx.y_recipe is not None:
+            y = _again(ctx, "y_recipe")
+        if ctx.held is not None:
+            z = _unchanged(ctx, "conv2d_batch_norm")
+        needs = _needed(ctx)
+        passes_on = needs[6] and ctx.activation is None  # the residual's gradient is dz itself
+        asked = [*needs[:6], needs[6] and not passes_on]
+        gradients = backward_of(
+            Conv2dBatchNormBackward, "conv2d_batch_norm_backward", dz, x, weight, bias, b_tensor, norm_weight,
+            norm_bias, z, y, n, a, index, mean, var, *ctx.layer, ctx.training, ctx.eps, ctx.activation, ctx.detach,
+            asked, ctx.backend,
+        )  # fmt: skip
+        grads = [g if need else None for g, need in zip(gradients, asked, strict=True)]
+        if passes_on:
+            grads[6] = dz
+        return (*grads, *(None,) * 16)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _sliced_keeping_empty(Conv2dBatchNorm.apply, info, in_dims, arguments)
+
+
+class Conv2dBatchNormBackward(torch.autograd.Function):
+    """Gradients of `Conv2dBatchNorm`; differentiable through the definition, from x and the parameters."""
+
+    @staticmethod
+    def forward(*arguments):
+        return run("conv2d_batch_norm_backward", *arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dz, x, weight, bias, b_tensor, norm_weight, norm_bias, z = inputs[:8]
+        var = inputs[13]
+        ctx.window, (ctx.b, ctx.normalize_weight, ctx.max_out) = inputs[14:18], inputs[18:21]
+        ctx.training, ctx.eps, ctx.activation, ctx.detach, ctx.needs, _ = inputs[21:]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dz, x, weight, bias, b_tensor, norm_weight, norm_bias, z, var)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        dz, x, weight, bias, b_tensor, norm_weight, norm_bias, z, var = ctx.saved_tensors
+        residual = torch.zeros_like(dz) if ctx.needs[6] else None
+
+        def definition(x, weight, bias, b_tensor, norm_weight, norm_bias, residual):
+            y = reference.conv2d(
+                canonical(x), canonical(weight), bias, *ctx.window, b=_exponent(ctx.b, b_tensor),
+                normalize_weight=ctx.normalize_weight, max_out=ctx.max_out, detach=ctx.detach,
+            )  # fmt: skip
+            out = reference.batch_norm_uncentered(
+                y, None if ctx.training else var, norm_weight, norm_bias, training=ctx.training, eps=ctx.eps,
+                residual=residual, detach=ctx.detach,
+            )  # fmt: skip
+            # the mask is piecewise constant; where there was a residual it is in z alone
+            return out if ctx.activation is None else torch.where((out if z is None else z).detach() <= 0, 0.0, out)
+
+        inputs = (x, weight, bias, b_tensor, norm_weight, norm_bias, residual)
+        gradients = _second_order(definition, inputs, ctx.needs, dz, cotangents)
+        # (dz, x, weight, bias, b_tensor, norm_weight, norm_bias, z, …)
+        return (*gradients[:7], *(None,) * 20)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _sliced_keeping_empty(Conv2dBatchNormBackward.apply, info, in_dims, arguments)
+
+
 def _sliced_keeping_empty(function, info, in_dims, arguments) -> tuple:
     values, dims = _sliced(function, info, in_dims, arguments, 1)
     return values, (0,) * len(values)
@@ -625,26 +783,39 @@ def _constant(b_tensor: Tensor | None, detach: bool) -> Tensor | None:
     return b_tensor.detach() if detach and b_tensor is not None else b_tensor
 
 
-def _linear(x, weight, bias, b_tensor, b, normalize_weight, max_out, keep, detach=False):
+def _linear(x, weight, bias, b_tensor, b, normalize_weight, max_out, keep, detach=False, squares=None):
     b_tensor = _constant(b_tensor, detach)
-    return _whole(Linear, x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, True)[:4]
+    return _whole(Linear, x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, True, squares)[:4]
 
 
 def _conv2d(
-    x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep, detach=False
-):
+    x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep, detach=False,
+    squares=None,
+):  # fmt: skip
     window = (stride, padding, dilation, groups)
     b_tensor = _constant(b_tensor, detach)
-    return _whole(Conv2d, x, weight, bias, b_tensor, *window, b, normalize_weight, max_out, detach, True)[:4]
+    return _whole(Conv2d, x, weight, bias, b_tensor, *window, b, normalize_weight, max_out, detach, True, squares)[:4]
 
 
-def _batch_norm(x, weight, bias, residual, running_var, training, eps, activation, detach=False):
-    return _whole(BatchNormUncentered, x, weight, bias, residual, running_var, training, eps, activation, detach)
+def _batch_norm(
+    x, weight, bias, residual, running_var, training, eps, activation, detach=False, emits_squares=False
+):
+    options = (training, eps, activation, detach, emits_squares)
+    return _whole(BatchNormUncentered, x, weight, bias, residual, running_var, *options)
+
+
+def _conv2d_batch_norm(x, weight, bias, b_tensor, *options):
+    """As the others: what a backward takes is kept whether ``keep`` says so or not."""
+    options = list(options)
+    options[15] = True
+    return _whole(Conv2dBatchNorm, x, weight, bias, _constant(b_tensor, options[16]), *options, None)
 
 
 _register_autograd("linear", _linear)
 _register_autograd("conv2d", _conv2d)
 _register_autograd("batch_norm_uncentered", _batch_norm)
+_register_autograd("conv2d_batch_norm", _conv2d_batch_norm)
+_register_autograd("conv2d_batch_norm_backward", partial(_whole, Conv2dBatchNormBackward))
 _register_autograd("linear_backward", partial(_whole, LinearBackward))
 _register_autograd("conv2d_backward", partial(_whole, Conv2dBackward))
 _register_autograd("batch_norm_uncentered_backward", partial(_whole, BatchNormUncenteredBackward))

@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import composed
+from .layouts import is_channels_last
+
 STRICT_LAYOUTS = True  # takes any strides, and returns those that the ops' fakes announce
 
 _LIBRARY = Path(__file__).parent / "_lib" / "libbcos_kernels_cpu.so"
@@ -43,9 +46,9 @@ def _mode(b: float, b_tensor: Tensor | None) -> tuple[int, float]:
     return (int(b) if b in (1, 2) else 0), b - 1.0
 
 
-def linear_forward(x, weight, bias, b, b_tensor, normalize_weight, max_out, keep):
+def linear_forward(x, weight, bias, b, b_tensor, normalize_weight, max_out, keep, squares):
     """x (M, K), weight (N·max_out, K) → y (M, N), n (M,), a (M, N) and winning units where kept."""
-    return _op("linear_forward")(x, weight, bias, *_mode(b, b_tensor), normalize_weight, max_out, keep)
+    return _op("linear_forward")(x, weight, bias, *_mode(b, b_tensor), normalize_weight, max_out, squares, keep)
 
 
 def _gradients(found: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
@@ -64,11 +67,14 @@ def linear_backward(
     return _gradients(found, needs)
 
 
-def conv2d_forward(x, weight, bias, stride, padding, dilation, groups, b, b_tensor, normalize_weight, max_out, keep):
+def conv2d_forward(
+    x, weight, bias, stride, padding, dilation, groups, b, b_tensor, normalize_weight, max_out, keep, squares
+):
     """x (N, C, H, W), weight (O·max_out, C/G, R, S) → y (N, O, P, Q), n (N, G, P, Q); a, winning units where kept."""
     return _op("conv2d_forward")(
-        x, weight, bias, *stride, *padding, *dilation, groups, *_mode(b, b_tensor), normalize_weight, max_out, keep
-    )
+        x, weight, bias, *stride, *padding, *dilation, groups, *_mode(b, b_tensor), normalize_weight, max_out, squares,
+        keep,
+    )  # fmt: skip
 
 
 def conv2d_backward(
@@ -84,9 +90,11 @@ def conv2d_backward(
     return _gradients(found, needs)
 
 
-def batch_norm_uncentered_forward(x, weight, bias, residual, running_var, training, eps, activation):
-    """y = act(x/√(var + eps)·w + bias + residual); (y, mean, var), mean empty in eval mode."""
-    return _op("batch_norm_forward")(x, weight, bias, residual, running_var, training, eps, activation == "relu")
+def batch_norm_uncentered_forward(x, weight, bias, residual, running_var, training, eps, activation, emits_squares):
+    """y = act(x/√(var + eps)·w + bias + residual); (y, mean, var, Σ_c y²), mean empty in eval mode."""
+    return _op("batch_norm_forward")(
+        x, weight, bias, residual, running_var, training, eps, activation == "relu", emits_squares
+    )
 
 
 def batch_norm_uncentered_backward(
@@ -105,3 +113,66 @@ def batch_norm_uncentered_backward(
     if need_dbias:
         dbias = dbias.to(bias.dtype)
     return dx, dweight, dbias, dresidual
+
+
+def _is_fused(x: Tensor, weight: Tensor, b: float, b_tensor: Tensor | None, max_out: int) -> bool:
+    """Whether convolution and normalisation run as one: B = 2, channels innermost, neither float16 nor empty."""
+    rows = is_channels_last(x) or is_channels_last(weight)
+    return rows and b_tensor is None and b == 2 and max_out == 1 and x.dtype != torch.float16 and x.numel() > 0
+
+
+def _here(launcher: str):
+    return globals()[launcher]
+
+
+def conv2d_batch_norm_forward(
+    x, weight, bias, norm_weight, norm_bias, residual, running_var, squares, stride, padding, dilation, groups, b,
+    b_tensor, normalize_weight, max_out, training, eps, activation, keep, detach, emits_squares,
+):  # fmt: skip
+    """(z, Σ_c z², y, n, a, index, mean, var); with known statistics in explanation mode the slope stands for y."""
+    if not _is_fused(x, weight, b, b_tensor, max_out):
+        return composed.conv2d_batch_norm_forward(
+            _here, x, weight, bias, norm_weight, norm_bias, residual, running_var, squares, stride, padding, dilation,
+            groups, b, b_tensor, normalize_weight, max_out, training, eps, activation, keep, detach, emits_squares,
+        )  # fmt: skip
+    z, emitted, y, slope, n, mean, var = _op("conv2d_batch_norm_forward")(
+        x, squares, weight, bias, running_var, norm_weight, norm_bias, residual, *stride, *padding, *dilation, groups,
+        normalize_weight, training, eps, activation == "relu", keep, detach, emits_squares,
+    )  # fmt: skip
+    nothing = x.new_empty((0,))
+    return z, emitted, slope if slope.numel() else y, n, nothing, nothing.to(torch.uint8), mean, var
+
+
+def conv2d_batch_norm_backward(
+    dz, x, weight, bias, norm_weight, norm_bias, z, y, n, a, index, mean, var, stride, padding, dilation, groups, b,
+    b_tensor, normalize_weight, max_out, training, eps, activation, detach, need_dx, need_dw, need_dbias, need_db,
+    need_dnorm_weight, need_dnorm_bias, need_dresidual,
+):  # fmt: skip
+    """Gradients (dx, dw, dbias, db, dnorm_weight, dnorm_bias, dresidual) from z, y and n, or from the slope."""
+    needs = (need_dx, need_dw, need_dbias, need_db, need_dnorm_weight, need_dnorm_bias, need_dresidual)
+    if not _is_fused(x, weight, b, b_tensor, max_out) or not dz.numel():
+        return composed.conv2d_batch_norm_backward(
+            _here, dz, x, weight, bias, norm_weight, norm_bias, z, y, n, a, index, mean, var, stride, padding, dilation,
+            groups, b, b_tensor, normalize_weight, max_out, training, eps, activation, detach, *needs,
+        )  # fmt: skip
+    from_slope = detach and not training and y.numel() > 0
+    slope = y if from_slope else y.new_empty((0,))
+    if from_slope and (need_dnorm_weight or need_dnorm_bias) or not y.numel():
+        y, n, _, _ = conv2d_forward(
+            x, weight, bias, stride, padding, dilation, groups, b, None, normalize_weight, max_out, True, None
+        )
+        slope = slope.new_empty((0,))
+    elif from_slope:
+        y = None
+    dx, dw, dbias, dnorm_weight, dnorm_bias, dresidual = _op("conv2d_batch_norm_backward")(
+        dz, x, weight, bias, norm_weight, norm_bias, z, y, slope, n, mean, var, *stride, *padding, *dilation, groups,
+        normalize_weight, training, eps, activation == "relu", detach, need_dx, need_dw, need_dbias,
+        need_dnorm_weight, need_dnorm_bias, need_dresidual,
+    )  # fmt: skip
+    found = _gradients((dx, dw, dbias, dx, dnorm_weight, dnorm_bias, dresidual), needs)
+    dx, dw, dbias, db, dnorm_weight, dnorm_bias, dresidual = found
+    if need_dnorm_weight:
+        dnorm_weight = dnorm_weight.to(norm_weight.dtype)
+    if need_dnorm_bias:
+        dnorm_bias = dnorm_bias.to(norm_bias.dtype)
+    return dx, dw, dbias, None, dnorm_weight, dnorm_bias, dresidual

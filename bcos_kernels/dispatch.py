@@ -1,7 +1,8 @@
 """Which backend runs which op on which tensors, and saying so.
 
-A backend is a module with the six launchers ``{linear,conv2d,batch_norm_uncentered}_{forward,backward}``. The choice is
-made when an op runs, inside the opaque op, so that `backend` also governs compiled graphs.
+A backend is a module with the six launchers ``{linear,conv2d,batch_norm_uncentered}_{forward,backward}``, and those of
+fused ops where it has them (composed.py puts the others together). The choice is made when an op runs, inside the opaque
+op, so that `backend` also governs compiled graphs.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import layouts
+from . import composed, layouts
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 _NAMED = "named "  # before a recorded backend
@@ -54,6 +55,8 @@ def _module(name: str) -> object:
 def _launcher(name: str, launcher: str) -> Callable:
     """A backend's launcher; one that sees to the strides of its tensors itself says so (``STRICT_LAYOUTS``)."""
     module = _module(name)
+    if launcher in composed.NAMES and not hasattr(module, launcher):
+        return partial(getattr(composed, launcher), partial(_launcher, name))
     launch = getattr(module, launcher)
     return launch if getattr(module, "STRICT_LAYOUTS", False) else layouts.strict(launcher, launch)
 

@@ -48,6 +48,17 @@ def batch_norm_uncentered(*arguments, **others) -> int:
     return 0
 
 
+def conv2d_batch_norm(x, weight, *options, out_val, **others) -> int:
+    """The convolution's."""
+    return _convolution(weight, out_val[0])
+
+
+def conv2d_batch_norm_backward(dz, x, weight, bias, b_tensor, *options, **others) -> int:
+    """dx and dw: as many as the forward each, and again where y was not kept."""
+    y, needs = options[3], options[20]
+    return (needs[0] + needs[1] + (not y.numel())) * _convolution(weight, dz)
+
+
 def _convolution(weight: torch.Tensor, y: torch.Tensor) -> int:
     return 2 * y.shape[0] * prod(y.shape[2:]) * weight.numel()
 
@@ -66,6 +77,8 @@ def _register() -> None:
         "linear_backward": linear_backward,
         "conv2d": conv2d,
         "conv2d_backward": conv2d_backward,
+        "conv2d_batch_norm": conv2d_batch_norm,
+        "conv2d_batch_norm_backward": conv2d_batch_norm_backward,
         "batch_norm_uncentered": batch_norm_uncentered,
         "batch_norm_uncentered_backward": batch_norm_uncentered,
     }

@@ -12,6 +12,8 @@ from functools import wraps
 import torch
 from torch import Tensor
 
+from .composed import sum_squares
+
 
 def is_channels_last(t: Tensor) -> bool:
     return t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
@@ -75,16 +77,21 @@ def _as(t: Tensor | None, format_: torch.memory_format) -> Tensor | None:
     return t if t is None or t.dim() < 2 else with_layout(t, format_)
 
 
+# Of the last argument of the forwards, what a producer has left or is to leave of Σ_c x² (squares.py), such launchers
+# know nothing: their kernels compute norms in the main loop, and the sums are one pass here.
+
+
 def _linear_forward(launch: Callable, *arguments) -> tuple:
+    return tuple(map(_contiguous, launch(*arguments[:-1])))
+
+
+def _linear_backward(launch: Callable, *arguments) -> tuple:
     return tuple(map(_contiguous, launch(*arguments)))
-
-
-_linear_backward = _linear_forward
 
 
 def _conv2d_forward(launch: Callable, x, weight, *options) -> tuple:
     x, weight = canonical(x), canonical(weight)
-    y, n, a, index = launch(x, weight, *options)
+    y, n, a, index = launch(x, weight, *options[:-1])
     format_ = memory_format(x, weight)
     return _as(y, format_), n.contiguous(), _as(a, format_), _as(index, format_)
 
@@ -96,8 +103,9 @@ def _conv2d_backward(launch: Callable, dy, x, weight, *options) -> tuple:
 
 
 def _batch_norm_uncentered_forward(launch: Callable, x, *options) -> tuple:
+    *options, emits_squares = options
     y, mean, var = launch(x, *options)
-    return _as(y, own_format(x)), mean, var
+    return _as(y, own_format(x)), mean, var, sum_squares(y) if emits_squares else var.new_empty((0,))
 
 
 def _batch_norm_uncentered_backward(launch: Callable, dy, x, *options) -> tuple:

@@ -92,11 +92,13 @@ def _remembered_backend(statistics: Tensor) -> str:
 # linear ---------------------------------------------------------------------------------------------------------------
 
 
-def _linear(x, weight, bias, b_tensor, b, normalize_weight, max_out, keep, detach=False):
-    return dispatch.run("linear", "forward", x, (x, weight, bias, b, b_tensor, normalize_weight, max_out, keep))
+def _linear(x, weight, bias, b_tensor, b, normalize_weight, max_out, keep, detach=False, squares=None):
+    return dispatch.run(
+        "linear", "forward", x, (x, weight, bias, b, b_tensor, normalize_weight, max_out, keep, squares)
+    )
 
 
-def _linear_fake(x, weight, bias, b_tensor, b, normalize_weight, max_out, keep, detach=False):
+def _linear_fake(x, weight, bias, b_tensor, b, normalize_weight, max_out, keep, detach=False, squares=None):
     rows, units = x.shape[0], weight.shape[0] // max_out
     y = x.new_empty((rows, units))
     wide = reference.statistics_dtype(x.dtype)
@@ -109,7 +111,7 @@ def _linear_fake(x, weight, bias, b_tensor, b, normalize_weight, max_out, keep, 
 
 _define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? b_tensor, float b, bool normalize_weight, SymInt max_out, "
-    "bool keep, bool detach=False) -> (Tensor y, Tensor n, Tensor a, Tensor index)",
+    "bool keep, bool detach=False, Tensor? squares=None) -> (Tensor y, Tensor n, Tensor a, Tensor index)",
     _linear,
     _linear_fake,
     statistics=1,
@@ -152,20 +154,22 @@ _define(
 
 
 def _conv2d(
-    x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep, detach=False
-):
+    x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep, detach=False,
+    squares=None,
+):  # fmt: skip
     return dispatch.run(
         "conv2d",
         "forward",
         x,
         (x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups, b, b_tensor, normalize_weight,
-         max_out, keep),
+         max_out, keep, squares),
     )  # fmt: skip
 
 
 def _conv2d_fake(
-    x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep, detach=False
-):
+    x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep, detach=False,
+    squares=None,
+):  # fmt: skip
     size = [
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
     ]
@@ -184,8 +188,8 @@ def _conv2d_fake(
 
 _define(
     "conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? b_tensor, SymInt[2] stride, SymInt[2] padding, "
-    "SymInt[2] dilation, SymInt groups, float b, bool normalize_weight, SymInt max_out, bool keep, bool detach=False) "
-    "-> (Tensor y, Tensor n, Tensor a, Tensor index)",
+    "SymInt[2] dilation, SymInt groups, float b, bool normalize_weight, SymInt max_out, bool keep, bool detach=False, "
+    "Tensor? squares=None) -> (Tensor y, Tensor n, Tensor a, Tensor index)",
     _conv2d,
     _conv2d_fake,
     statistics=1,
@@ -231,25 +235,39 @@ _define(
 # batch_norm_uncentered ------------------------------------------------------------------------------------------------
 
 
-def _batch_norm(x, weight, bias, residual, running_var, training, eps, activation, detach=False):
+def _batch_norm(
+    x, weight, bias, residual, running_var, training, eps, activation, detach=False, emits_squares=False
+):
     return dispatch.run(
-        "batch_norm_uncentered", "forward", x, (x, weight, bias, residual, running_var, training, eps, activation)
+        "batch_norm_uncentered",
+        "forward",
+        x,
+        (x, weight, bias, residual, running_var, training, eps, activation, emits_squares),
     )
 
 
-def _batch_norm_fake(x, weight, bias, residual, running_var, training, eps, activation, detach=False):
+def _squares_fake(y: Tensor, emits_squares: bool) -> Tensor:
+    shape = (y.shape[0], *y.shape[2:]) if emits_squares else (0,)
+    return y.new_empty(shape, dtype=reference.statistics_dtype(y.dtype))
+
+
+def _batch_norm_fake(
+    x, weight, bias, residual, running_var, training, eps, activation, detach=False, emits_squares=False
+):
     wide = reference.statistics_dtype(x.dtype)
     channels = x.shape[1]
     return (
         _empty_layout(x, x.shape, layouts.own_format(x)),
         x.new_empty((channels if training else 0,), dtype=wide),
         x.new_empty((channels,), dtype=wide),
+        _squares_fake(x, emits_squares),
     )
 
 
 _define(
     "batch_norm_uncentered(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? running_var, "
-    "bool training, float eps, str? activation, bool detach=False) -> (Tensor y, Tensor mean, Tensor var)",
+    "bool training, float eps, str? activation, bool detach=False, bool emits_squares=False) "
+    "-> (Tensor y, Tensor mean, Tensor var, Tensor squares)",
     _batch_norm,
     _batch_norm_fake,
     statistics=2,
@@ -282,4 +300,89 @@ _define(
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
     _batch_norm_backward,
     _batch_norm_backward_fake,
+)
+
+# conv2d_batch_norm ----------------------------------------------------------------------------------------------------
+
+
+def _conv2d_batch_norm(
+    x, weight, bias, b_tensor, norm_weight, norm_bias, residual, running_var, squares, stride, padding, dilation, groups,
+    b, normalize_weight, max_out, training, eps, activation, keep, detach, emits_squares,
+):  # fmt: skip
+    return dispatch.run(
+        "conv2d_batch_norm",
+        "forward",
+        x,
+        (x, weight, bias, norm_weight, norm_bias, residual, running_var, squares, tuple(stride), tuple(padding),
+         tuple(dilation), groups, b, b_tensor, normalize_weight, max_out, training, eps, activation, keep, detach,
+         emits_squares),
+    )  # fmt: skip
+
+
+def _conv2d_batch_norm_fake(
+    x, weight, bias, b_tensor, norm_weight, norm_bias, residual, running_var, squares, stride, padding, dilation, groups,
+    b, normalize_weight, max_out, training, eps, activation, keep, detach, emits_squares,
+):  # fmt: skip
+    y, n, a, index = _conv2d_fake(
+        x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep
+    )
+    z, mean, var, emitted = _batch_norm_fake(
+        y, norm_weight, norm_bias, residual, running_var, training, eps, activation, detach, emits_squares
+    )
+    return z, emitted, y if keep else x.new_empty((0,)), n, a, index, mean, var
+
+
+_define(
+    "conv2d_batch_norm(Tensor x, Tensor weight, Tensor? bias, Tensor? b_tensor, Tensor? norm_weight, "
+    "Tensor? norm_bias, Tensor? residual, Tensor? running_var, Tensor? squares, SymInt[2] stride, SymInt[2] padding, "
+    "SymInt[2] dilation, SymInt groups, float b, bool normalize_weight, SymInt max_out, bool training, float eps, "
+    "str? activation, bool keep, bool detach, bool emits_squares) "
+    "-> (Tensor z, Tensor squares, Tensor y, Tensor n, Tensor a, Tensor index, Tensor mean, Tensor var)",
+    _conv2d_batch_norm,
+    _conv2d_batch_norm_fake,
+    statistics=7,
+)
+
+
+def _conv2d_batch_norm_backward(
+    dz, x, weight, bias, b_tensor, norm_weight, norm_bias, z, y, n, a, index, mean, var, stride, padding, dilation,
+    groups, b, normalize_weight, max_out, training, eps, activation, detach, needs, backend,
+):  # fmt: skip
+    dx, dw, dbias, db, *others = dispatch.run(
+        "conv2d_batch_norm",
+        "backward",
+        x,
+        (dz, x, weight, bias, norm_weight, norm_bias, z, y, n, a, index, mean, var, tuple(stride), tuple(padding),
+         tuple(dilation), groups, b, b_tensor, normalize_weight, max_out, training, eps, activation, detach, *needs),
+        backend or _remembered_backend(var),
+    )  # fmt: skip
+    return dx, dw, dbias, None if db is None else db.to(b_tensor.dtype), *others
+
+
+def _conv2d_batch_norm_backward_fake(
+    dz, x, weight, bias, b_tensor, norm_weight, norm_bias, z, y, n, a, index, mean, var, stride, padding, dilation,
+    groups, b, normalize_weight, max_out, training, eps, activation, detach, needs, backend,
+):  # fmt: skip
+    of_layer = _conv2d_backward_fake(
+        dz, x, weight, bias, b_tensor, None, n, a, index, stride, padding, dilation, groups, b, normalize_weight,
+        max_out, detach, needs[:4], backend,
+    )  # fmt: skip
+    dresidual = _empty_layout(x, dz.shape, layouts.memory_format(x, weight)) if needs[6] else x.new_empty((0,))
+    return (
+        *of_layer,
+        norm_weight.new_empty(norm_weight.shape) if needs[4] else x.new_empty((0,)),
+        norm_bias.new_empty(norm_bias.shape) if needs[5] else x.new_empty((0,)),
+        dresidual,
+    )
+
+
+_define(
+    "conv2d_batch_norm_backward(Tensor dz, Tensor x, Tensor weight, Tensor? bias, Tensor? b_tensor, "
+    "Tensor? norm_weight, Tensor? norm_bias, Tensor? z, Tensor y, Tensor n, Tensor a, Tensor index, Tensor mean, "
+    "Tensor var, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, float b, "
+    "bool normalize_weight, SymInt max_out, bool training, float eps, str? activation, bool detach, bool[] needs, "
+    "str backend) -> (Tensor dx, Tensor dw, Tensor dbias, Tensor db, Tensor dnorm_weight, Tensor dnorm_bias, "
+    "Tensor dresidual)",
+    _conv2d_batch_norm_backward,
+    _conv2d_batch_norm_backward_fake,
 )

@@ -97,9 +97,15 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, max_out: int) -
 
 
 def check_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, padding: object, padding_mode: str, max_out: int
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    padding: object,
+    padding_mode: str,
+    max_out: int,
 ) -> None:
-    op = "conv2d"
     check_tensor(op, "x", x)
     check_floating(op, "x", x)
     check_same(op, "weight", weight, x)
@@ -135,21 +141,38 @@ def check_batch_norm(x, running_var, weight, bias, training, momentum, eps, acti
     check_floating(op, "x", x)
     if x.dim() < 2:
         raise ValueError(f"{op}: expected x of shape (N, C, ...), got {tuple(x.shape)}")
-    for name, vector in (("running_var", running_var), ("weight", weight), ("bias", bias)):
+    vectors = {"running_var": running_var, "weight": weight, "bias": bias}
+    check_normalization(op, x, x.shape, "x's shape", vectors, training, momentum, eps, activation, residual)
+
+
+def check_normalization(
+    op: str,
+    x: Tensor,
+    shape: tuple[int, ...],
+    whose: str,
+    vectors: dict[str, Tensor | None],
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+) -> None:
+    """What normalises an activation of ``shape``, with x's type and device; ``whose`` names that shape."""
+    for name, vector in vectors.items():
         if vector is None:
             continue
         check_same(op, name, vector, x, dtype=False)
         check_floating(op, name, vector)
-        if vector.dim() != 1 or vector.shape[0] != x.shape[1]:
-            raise ValueError(f"{op}: expected {name} of shape ({x.shape[1]},), got {tuple(vector.shape)}")
-    if not training and running_var is None:
+        if vector.dim() != 1 or vector.shape[0] != shape[1]:
+            raise ValueError(f"{op}: expected {name} of shape ({shape[1]},), got {tuple(vector.shape)}")
+    if not training and vectors["running_var"] is None:
         raise ValueError(f"{op}: expected running_var in eval mode (training=False), got None")
     if activation not in (None, "relu"):
         raise ValueError(f"{op}: expected activation to be None or 'relu', got {activation!r}")
     if residual is not None:
         check_same(op, "residual", residual, x)
-        if residual.shape != x.shape:
-            raise ValueError(f"{op}: expected residual of x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+        if residual.shape != torch.Size(shape):
+            raise ValueError(f"{op}: expected residual of {whose} {tuple(shape)}, got {tuple(residual.shape)}")
     for name, number in (("eps", eps), ("momentum", momentum)):
         if isinstance(number, bool) or not isinstance(number, (Real, torch.SymFloat, torch.SymInt)):
             raise TypeError(f"{op}: expected {name} to be a number, got {type(number).__name__} {number!r}")

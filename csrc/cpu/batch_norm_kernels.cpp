@@ -5,6 +5,8 @@
 //   backward  reduce: g = dy where y > 0; sum g, sum g x per channel (g written where a residual wants it);
 //             apply: dx = g scale + factor (x - mean), factor = -(sum g x) scale / (var + eps) / count in training
 //
+// squares, sum_c y^2 of a row, is what the norms of the next layer are made of.
+//
 // Sums are taken in float over blocks of 16 rows about an origin near the mean, and in double across blocks.
 #include "element.h"
 
@@ -19,7 +21,6 @@ void moments_rows(const void* x_, const void* origin_, double* sums, Layout l, i
   using W = Wide<S>;
   const int64_t C = l.channels;
   W first[kChannels], second[kChannels];
-  for (int64_t c = 0; c < 2 * C; c++) sums[c] = 0;
   for (int64_t r0 = begin; r0 < end; r0 += kRows) {
     const int64_t r1 = r0 + kRows < end ? r0 + kRows : end;
     for (int64_t c0 = 0; c0 < C; c0 += kChannels) {
@@ -79,7 +80,7 @@ inline W relu(W v) {
   return v < 0 ? W(0) : v;  // NaN stays NaN
 }
 
-template <class S, bool has_residual, bool has_relu>
+template <class S, bool has_residual, bool has_relu, bool has_squares>
 void forward_rows(const BatchNormArguments& s, int64_t begin, int64_t end) {
   using W = Wide<S>;
   const int64_t C = s.layout.channels;
@@ -89,13 +90,16 @@ void forward_rows(const BatchNormArguments& s, int64_t begin, int64_t end) {
     const S* __restrict x = static_cast<const S*>(s.x) + r * C;
     const S* __restrict residual = has_residual ? static_cast<const S*>(s.residual) + r * C : x;
     S* __restrict y = static_cast<S*>(s.y) + r * C;
-#pragma omp simd
+    W squares = 0;
+#pragma omp simd reduction(+ : squares)
     for (int64_t c = 0; c < C; c++) {
       W v = load(x[c]) * scale[c] + shift[c];
       if constexpr (has_residual) v += load(residual[c]);
       if constexpr (has_relu) v = relu(v);
       y[c] = store<S>(v);
+      if constexpr (has_squares) squares += load(y[c]) * load(y[c]);
     }
+    if constexpr (has_squares) static_cast<W*>(s.squares)[r] = squares;
   }
 }
 
@@ -119,10 +123,17 @@ void forward_planes(const BatchNormArguments& s, int64_t begin, int64_t end) {
   }
 }
 
+template <class S, bool has_residual, bool has_relu>
+void forward_rows_of(const BatchNormArguments& s, int64_t begin, int64_t end) {
+  s.squares != nullptr ? forward_rows<S, has_residual, has_relu, true>(s, begin, end)
+                       : forward_rows<S, has_residual, has_relu, false>(s, begin, end);
+}
 template <class S>
 void batch_norm_rows(const BatchNormArguments& s, int64_t begin, int64_t end) {
-  if (s.residual != nullptr) return s.relu ? forward_rows<S, true, true>(s, begin, end) : forward_rows<S, true, false>(s, begin, end);
-  return s.relu ? forward_rows<S, false, true>(s, begin, end) : forward_rows<S, false, false>(s, begin, end);
+  if (s.residual != nullptr) {
+    return s.relu ? forward_rows_of<S, true, true>(s, begin, end) : forward_rows_of<S, true, false>(s, begin, end);
+  }
+  return s.relu ? forward_rows_of<S, false, true>(s, begin, end) : forward_rows_of<S, false, false>(s, begin, end);
 }
 template <class S>
 void batch_norm_planes(const BatchNormArguments& s, int64_t begin, int64_t end) {

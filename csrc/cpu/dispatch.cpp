@@ -18,6 +18,7 @@ struct Tables {
         avx512::register_scale(table, type);
         avx512::register_norm(table, type);
         avx512::register_batch_norm(table, type);
+        avx512::register_scale_norm(table, type);
         continue;
       }
 #endif
@@ -26,6 +27,7 @@ struct Tables {
         avx2::register_scale(table, type);
         avx2::register_norm(table, type);
         avx2::register_batch_norm(table, type);
+        avx2::register_scale_norm(table, type);
         continue;
       }
 #endif
@@ -33,6 +35,7 @@ struct Tables {
       baseline::register_scale(table, type);
       baseline::register_norm(table, type);
       baseline::register_batch_norm(table, type);
+      baseline::register_scale_norm(table, type);
     }
   }
 };

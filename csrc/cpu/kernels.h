@@ -60,6 +60,7 @@ struct BatchNormArguments {
   const void* residual;  // or null
   const void* scale;     // (C) statistics type: weight / sqrt(var + eps)
   const void* shift;     // (C) or null
+  void* squares;         // rows only: sum_c y^2 of every row, statistics type, or null
   Layout layout;
   bool relu;
 };
@@ -79,10 +80,40 @@ struct BatchNormBackwardArguments {
   Layout layout;
 };
 
+// The B-cos scaling for B = 2 with a batch normalisation of known statistics behind it.
+struct ScaleNormArguments {
+  void* z;               // (rows), may be a itself
+  const void* a;         // (rows)
+  void* kept;            // y where `keeps` is output, dz/da as it is with all scales constant where it is slope
+  const void* n;         // norms
+  const void* residual;  // or null
+  const void* scale;     // (C)
+  const void* shift;     // (C)
+  void* squares;         // sum_c z^2 of every row, or null
+  Layout layout;
+  enum class Keeps { nothing, output, slope } keeps;
+  bool relu;
+};
+
+// From dL/dz to dL/da of the convolution, and q = (dL/dn)/|p| per window: the second pass of the normalisation's
+// backward and the scaling's in one.
+struct ScaleNormBackwardArguments {
+  void* da;
+  void* q;                                // or null
+  void* dresidual;                        // with slope: the gradient behind the ReLU, or null
+  const void *dz, *y, *slope, *z, *n;     // y, or slope; z: for the ReLU's mask, or null
+  const void *scale, *factor, *mean;      // (C), as in BatchNormBackwardArguments
+  const void *mask_scale, *mask_shift;    // (C): the mask from y, or null
+  Layout layout;
+  bool detach;
+};
+
 struct Kernels {
   // norms; items are rows, (image, pixel) pairs or (image, group) planes
   // linear: |x| + 1e-12, else (a window of one pixel) sqrt(|x|^2 + 1e-6)
   void (*norm_rows)(const void* x, void* n, int64_t columns, bool linear, int64_t begin, int64_t end);
+  // the same from the rows' sums of squares
+  void (*norms_of_squares)(const void* squares, void* n, bool linear, int64_t begin, int64_t end);
   void (*sum_squares_rows)(const void* x, void* map, Layout layout, int64_t begin, int64_t end);
   void (*sum_squares_planes)(const void* x, void* map, Layout layout, int64_t begin, int64_t end);
   void (*window_norm)(const void* map, void* n, void* scratch, const Window& window, int64_t begin, int64_t end);
@@ -101,6 +132,7 @@ struct Kernels {
   void (*scale_backward_rows)(const ScaleBackwardArguments&, int64_t begin, int64_t end);
   void (*scale_backward_planes)(const ScaleBackwardArguments&, int64_t begin, int64_t end);
   // batch normalisation; items are rows for *_rows, channels for the reductions of *_planes, (image, channel) else
+  // moments_rows adds to sums (2, C): of x - origin and of its square
   void (*moments_rows)(const void* x, const void* origin, double* sums, Layout layout, int64_t begin, int64_t end);
   void (*moments_planes)(const void* x, void* mean, void* var, Layout layout, int64_t begin, int64_t end);
   void (*batch_norm_rows)(const BatchNormArguments&, int64_t begin, int64_t end);
@@ -109,6 +141,9 @@ struct Kernels {
   void (*batch_norm_reduce_planes)(const BatchNormBackwardArguments&, int64_t begin, int64_t end);
   void (*batch_norm_backward_rows)(const BatchNormBackwardArguments&, int64_t begin, int64_t end);
   void (*batch_norm_backward_planes)(const BatchNormBackwardArguments&, int64_t begin, int64_t end);
+  // scaling and batch normalisation together; items are (image, pixel) pairs
+  void (*scale_norm_rows)(const ScaleNormArguments&, int64_t begin, int64_t end);
+  void (*scale_norm_backward_rows)(const ScaleNormBackwardArguments&, int64_t begin, int64_t end);
 };
 
 constexpr int64_t kBlock = 512;  // pixels of a plane that a kernel's local buffers hold
@@ -117,12 +152,14 @@ namespace baseline {
 void register_scale(Kernels*, Type);
 void register_norm(Kernels*, Type);
 void register_batch_norm(Kernels*, Type);
+void register_scale_norm(Kernels*, Type);
 }  // namespace baseline
 #if defined(BCOS_HAVE_AVX2)
 namespace avx2 {
 void register_scale(Kernels*, Type);
 void register_norm(Kernels*, Type);
 void register_batch_norm(Kernels*, Type);
+void register_scale_norm(Kernels*, Type);
 }  // namespace avx2
 #endif
 #if defined(BCOS_HAVE_AVX512)
@@ -130,6 +167,7 @@ namespace avx512 {
 void register_scale(Kernels*, Type);
 void register_norm(Kernels*, Type);
 void register_batch_norm(Kernels*, Type);
+void register_scale_norm(Kernels*, Type);
 }  // namespace avx512
 #endif
 

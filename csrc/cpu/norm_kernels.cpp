@@ -33,6 +33,16 @@ void norm_rows(const void* x_, void* n_, int64_t columns, bool linear, int64_t b
   for (int64_t r = begin; r < end; r++) n[r] = std::sqrt(sum_squares(x + r * columns, columns) + inside) + outside;
 }
 
+template <class S>
+void norms_of_squares(const void* squares_, void* n_, bool linear, int64_t begin, int64_t end) {
+  using W = Wide<S>;
+  const W* squares = static_cast<const W*>(squares_);  // may be n itself
+  W* n = static_cast<W*>(n_);
+  const W inside = linear ? W(0) : W(kConvNormEps), outside = linear ? W(kLinearNormEps) : W(0);
+#pragma omp simd
+  for (int64_t r = begin; r < end; r++) n[r] = std::sqrt(squares[r] + inside) + outside;
+}
+
 // Rows of a few channels (images): vectors go across rows instead of along one.
 template <class S, int C>
 void sum_squares_short_rows(const S* __restrict x, Wide<S>* __restrict map, int64_t begin, int64_t end) {
@@ -263,6 +273,7 @@ void weight_norm_backward(
 void register_norm(Kernels* table, Type type) {
   BCOS_FOR_TYPE(type, S, {
     table->norm_rows = norm_rows<S>;
+    table->norms_of_squares = norms_of_squares<S>;
     table->sum_squares_rows = sum_squares_rows<S>;
     table->sum_squares_planes = sum_squares_planes<S>;
     table->window_norm = window_norm<S>;

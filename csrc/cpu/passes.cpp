@@ -49,8 +49,15 @@ struct Maps {
 
 }  // namespace
 
-void window_norms(const void* x, void* n, Type type, const Layout& l, const Window& w) {
+void window_norms(const void* x, const void* squares, void* n, Type type, const Layout& l, const Window& w) {
   const Kernels& k = kernels(type);
+  if (squares != nullptr) {
+    const int64_t work = (w.height + w.out_height) * w.out_width * w.kernel[1];
+    const Scratch sums(wide_bytes(l.images * w.height * w.out_width, type));
+    return in_parallel(l.images, work, [&](int64_t begin, int64_t end) {
+      k.window_norm(squares, n, sums.get(), w, begin, end);
+    });
+  }
   if (l.rows && l.groups == 1 && is_one_pixel(w)) return row_norms(x, n, type, l.images * l.pixels, l.channels, false);
   const int64_t maps = l.images * l.groups;
   const Maps m(l, w, type);
@@ -68,18 +75,19 @@ void window_norms(const void* x, void* n, Type type, const Layout& l, const Wind
   });
 }
 
-void window_norms_and_scale(const void* x, void* n, const ScaleArguments& s, Type type, const Layout& l, const Window& w) {
+void window_norms_and_scale(
+    const void* x, const void* squares, void* n, const ScaleArguments& s, Type type, const Layout& l, const Window& w) {
   const Maps m(l, w, type);
   const int64_t elements = l.pixels * l.channels + s.layout.pixels * s.layout.channels * s.max_out;
   const bool done = by_images(l.images, elements, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i++) {
-      sum_squares(x, m.map.get(), type, l, i, i + 1);
-      kernels(type).window_norm(m.map.get(), n, m.sums.get(), w, i * l.groups, (i + 1) * l.groups);
+      if (squares == nullptr) sum_squares(x, m.map.get(), type, l, i, i + 1);
+      kernels(type).window_norm(squares == nullptr ? m.map.get() : squares, n, m.sums.get(), w, i * l.groups, (i + 1) * l.groups);
       scale_images(s, type, i, i + 1);
     }
   });
   if (done) return;
-  window_norms(x, n, type, l, w);
+  window_norms(x, squares, n, type, l, w);
   scale(s, type);
 }
 

@@ -5,11 +5,12 @@
 
 namespace bcos::cpu {
 
-// sqrt of the box filter of sum_c x^2 + 1e-6: x (N, C, H, W) -> n (N, G, P, Q)
-void window_norms(const void* x, void* n, Type type, const Layout& input, const Window& window);
+// sqrt of the box filter of sum_c x^2 + 1e-6: x (N, C, H, W) -> n (N, G, P, Q); squares: that sum, where it is known
+// (one group), or null
+void window_norms(const void* x, const void* squares, void* n, Type type, const Layout& input, const Window& window);
 // the same, and the scaling with these norms
 void window_norms_and_scale(
-    const void* x, void* n, const ScaleArguments& s, Type type, const Layout& input, const Window& window);
+    const void* x, const void* squares, void* n, const ScaleArguments& s, Type type, const Layout& input, const Window& window);
 // dx += x * (transposed box filter of q), or per row where the window is one pixel
 void add_norm_gradient(void* dx, const void* x, const void* q, Type type, const Layout& input, const Window& window);
 void row_norms(const void* x, void* n, Type type, int64_t rows, int64_t columns, bool linear);

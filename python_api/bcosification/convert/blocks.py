@@ -103,25 +103,45 @@ def norm_activation(
     return activation(_norm_add(norm, x, residual))
 
 
-def _is_cheap(conv: nn.Module) -> bool:
+def convolution_norm_activation(
+    conv: nn.Module,
+    norm: nn.Module,
+    activation: nn.Module | None,
+    x: Tensor,
+    residual: Tensor | None = None,
+    *,
+    recompute: bool = False,
+) -> Tensor:
+    """activation(norm(conv(x)) + residual), as one op where conv is a B-cos convolution and ``norm`` uncentered.
+
+    Modules of other types, and modules with hooks, are called one after the other, as far as that takes.
+
+    Args:
+        conv, norm, activation: the modules; activation may be None.
+        x: (N, C, H, W), input of ``conv``. residual: added before the activation; None (default) for none.
+        recompute: what is between this and the next layer is computed again in the backward instead of being kept: the
+            result (not with a residual), and conv's output where that is cheap.
+    """
+    rectifies = activation is None or (type(activation) is nn.ReLU and not _has_hooks(activation))
+    if not (rectifies and _fusible_convolution(conv) and _fusible_norm(norm)):
+        return norm_activation(norm, activation, conv(x), residual, recompute=recompute)
+    again = None
+    if recompute:
+        again = {(True, True): "both", (True, False): "output", (False, True): "inner", (False, False): None}[
+            residual is None, _is_cheap(conv)
+        ]
+    return norm.behind(conv, x, residual, None if activation is None else "relu", again)
+
+
+def _fusible_convolution(conv: nn.Module) -> bool:
+    """Whether nothing but the transform happens when ``conv`` is called."""
+    plain = isinstance(conv, BcosConv2d) and type(conv).forward is BcosConv2d.forward
+    return plain and "forward" not in conv.__dict__ and not _has_hooks(conv)
+
+
+def _is_cheap(conv: BcosConv2d) -> bool:
     """Whether a convolution may be computed twice: one of one pixel, which writes more than it reads."""
-    return (
-        isinstance(conv, BcosConv2d)
-        and conv.kernel_size == (1, 1)
-        and conv.out_channels >= 2 * conv.in_channels
-        and conv.groups == 1
-        and conv.constant_gain is None
-        and not _has_hooks(conv)
-    )
-
-
-def _convolved(conv: nn.Module, x: Tensor, recompute: bool) -> Tensor:
-    """conv(x); its output, which only a normalisation reads, is computed again in the backward where that is cheap."""
-    y = conv(x)
-    if not recompute or not _is_cheap(conv):
-        return y
-    parameters = [p for p in (conv.weight, conv.bias) if p is not None]
-    return bcos_kernels.recomputed(y, lambda x, *_: type(conv).forward(conv, x), x, *parameters)
+    return conv.kernel_size == (1, 1) and conv.out_channels >= 2 * conv.in_channels and conv.groups == 1
 
 
 def _norm_add(norm: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -155,59 +175,66 @@ def _residual_of(self: Any, x: Tensor) -> Tensor:
 
 
 def _basic_block_forward(self: Any, x: Tensor) -> Tensor:
-    out = norm_activation(self.bn1, self.relu, self.conv1(x), recompute=recomputes(self))
-    out = self.conv2(out)
-    return norm_activation(self.bn2, self.relu, out, _residual_of(self, x))
+    low = recomputes(self)
+    out = convolution_norm_activation(self.conv1, self.bn1, self.relu, x, recompute=low)
+    return convolution_norm_activation(self.conv2, self.bn2, self.relu, out, _residual_of(self, x), recompute=low)
 
 
 def _bottleneck_forward(self: Any, x: Tensor) -> Tensor:
     low = recomputes(self)
-    out = norm_activation(self.bn1, self.relu, self.conv1(x), recompute=low)
-    out = norm_activation(self.bn2, self.relu, self.conv2(out), recompute=low)
-    out = _convolved(self.conv3, out, low)
-    return norm_activation(self.bn3, self.relu, out, _residual_of(self, x))
+    out = convolution_norm_activation(self.conv1, self.bn1, self.relu, x, recompute=low)
+    out = convolution_norm_activation(self.conv2, self.bn2, self.relu, out, recompute=low)
+    return convolution_norm_activation(self.conv3, self.bn3, self.relu, out, _residual_of(self, x), recompute=low)
 
 
-def _peer_residual(self: Any, norm: nn.Module, out: Tensor, x: Tensor) -> Tensor:
-    """norm(out) + identity; stochastic depth stands between the two."""
+def _peer_residual(self: Any, conv: nn.Module, norm: nn.Module, out: Tensor, x: Tensor) -> Tensor:
+    """norm(conv(out)) + identity; stochastic depth stands between the two."""
+    low = recomputes(self)
     if self.stochastic_depth is not None:
-        out = self.stochastic_depth(norm(out))
+        out = self.stochastic_depth(convolution_norm_activation(conv, norm, None, out, recompute=low))
         return out + _residual_of(self, x)
-    return _norm_add(norm, out, _residual_of(self, x))
+    return convolution_norm_activation(conv, norm, None, out, _residual_of(self, x), recompute=low)
 
 
 def _peer_basic_block_forward(self: Any, x: Tensor) -> Tensor:
-    out = norm_activation(self.bn1, None, self.conv1(x), recompute=recomputes(self))
-    return _peer_residual(self, self.bn2, self.conv2(out), x)
+    out = convolution_norm_activation(self.conv1, self.bn1, None, x, recompute=recomputes(self))
+    return _peer_residual(self, self.conv2, self.bn2, out, x)
 
 
 def _peer_bottleneck_forward(self: Any, x: Tensor) -> Tensor:
     low = recomputes(self)
-    out = norm_activation(self.bn1, None, self.conv1(x), recompute=low)
-    out = norm_activation(self.bn2, None, self.conv2(out), recompute=low)
-    return _peer_residual(self, self.bn3, _convolved(self.conv3, out, low), x)
+    out = convolution_norm_activation(self.conv1, self.bn1, None, x, recompute=low)
+    out = convolution_norm_activation(self.conv2, self.bn2, None, out, recompute=low)
+    return _peer_residual(self, self.conv3, self.bn3, out, x)
 
 
-def _dense_layer_bn_function(self: Any, inputs: list[Tensor]) -> Tensor:
+def _dense_layer_features(self: Any, inputs: list[Tensor]) -> Tensor:
+    """relu1(norm1(cat(inputs)))"""
     low = recomputes(self)
     features = torch.cat(inputs, 1)
     if low:
         features = bcos_kernels.recomputed(features, lambda *parts: torch.cat(parts, 1), *inputs)
-    return self.conv1(norm_activation(self.norm1, self.relu1, features, recompute=low))
+    return norm_activation(self.norm1, self.relu1, features, recompute=low)
+
+
+def _dense_layer_bn_function(self: Any, inputs: list[Tensor]) -> Tensor:
+    return self.conv1(_dense_layer_features(self, inputs))
 
 
 def _dense_layer_forward(self: Any, x: Tensor | list[Tensor]) -> Tensor:
     features = [x] if isinstance(x, Tensor) else x
+    low = recomputes(self)
     if self.memory_efficient and self.any_requires_grad(features):
-        out = self.call_checkpoint_bottleneck(features)
+        out = norm_activation(self.norm2, self.relu2, self.call_checkpoint_bottleneck(features), recompute=low)
     else:
-        out = self.bn_function(features)
-    out = self.conv2(norm_activation(self.norm2, self.relu2, out, recompute=recomputes(self)))
+        out = _dense_layer_features(self, features)
+        out = convolution_norm_activation(self.conv1, self.norm2, self.relu2, out, recompute=low)
+    out = self.conv2(out)
     return F.dropout(out, p=self.drop_rate, training=self.training) if self.drop_rate > 0 else out
 
 
 def _stages(self: Any, x: Tensor) -> Tensor:
-    x = self.maxpool(norm_activation(self.bn1, self.relu, self.conv1(x), recompute=recomputes(self)))
+    x = self.maxpool(convolution_norm_activation(self.conv1, self.bn1, self.relu, x, recompute=recomputes(self)))
     return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 
@@ -221,18 +248,21 @@ def _resnet_head_first_forward_impl(self: Any, x: Tensor) -> Tensor:
 
 def _sequential_forward(self: Any, x: Any) -> Any:
     modules = list(self._modules.values())
-    following = [*modules[1:], None]
-    skip = False
     low = recomputes(self)
-    for module, after in zip(modules, following, strict=True):
-        if skip:
-            skip = False
-        elif type(after) is nn.ReLU and _fusible_norm(module):
-            x, skip = norm_activation(module, after, x, recompute=low), True
-        elif low and isinstance(after, BatchNormUncentered2d):
-            x = _convolved(module, x, low)
+    i = 0
+    while i < len(modules):
+        module, *rest = modules[i:]
+        conv = module if rest and _fusible_convolution(module) and _fusible_norm(rest[0]) else None
+        norm, *rest = rest if conv is not None else (module, *rest)
+        if conv is None and not _fusible_norm(norm):
+            x, i = module(x), i + 1
+            continue
+        relu = rest[0] if rest and type(rest[0]) is nn.ReLU and not _has_hooks(rest[0]) else None
+        if conv is not None:
+            x = convolution_norm_activation(conv, norm, relu, x, recompute=low)
         else:
-            x = module(x)
+            x = norm_activation(norm, relu, x, recompute=low and relu is not None)
+        i += 1 + (conv is not None) + (relu is not None)
     return x
 
 
@@ -256,14 +286,16 @@ def _needs(relus: tuple[str, ...], norms: tuple[str, ...]) -> Callable[[nn.Modul
     return check
 
 
-_NOTHING_TO_FUSE = "no BatchNormUncentered2d followed by ReLU"
+_NOTHING_TO_FUSE = "no BatchNormUncentered2d after a B-cos convolution or before a ReLU"
 
 
 def _has_pair(module: nn.Module) -> str | None:
     parts = list(module._modules.values())
-    pairs = zip(parts, parts[1:], strict=False)
-    if any(isinstance(a, BatchNormUncentered2d) and type(b) is nn.ReLU for a, b in pairs):
-        return None
+    for a, b in zip(parts, parts[1:], strict=False):
+        if isinstance(a, BatchNormUncentered2d) and type(b) is nn.ReLU:
+            return None
+        if isinstance(a, BcosConv2d) and isinstance(b, BatchNormUncentered2d):
+            return None
     return _NOTHING_TO_FUSE
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import bcos_kernels
 
+from .conv2d import BcosConv2d
 from .modes import DetachableModule, per_sample
 
 __all__ = ["BatchNormUncentered2d", "SyncBatchNormUncentered2d"]
@@ -106,10 +107,7 @@ class BatchNormUncentered2d(DetachableModule):
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         """y = activation(norm(x) + residual), in one pass; ``activation`` None or "relu"."""
         self._check(x, activation)
-        momentum = self._momentum_of_this_batch()
-        use_batch = self.training or self.running_var is None
-        # Without tracking, training must not touch statistics that are there.
-        running_var = self.running_var if not self.training or self.track_running_stats else None
+        running_var, use_batch, momentum = self._statistics()
         constant = None
         bias = self.bias
         if self.constant_gain is not None and bias is not None:
@@ -131,6 +129,56 @@ class BatchNormUncentered2d(DetachableModule):
         if residual is not None:
             y = y + residual
         return y if activation is None else torch.relu(y)
+
+    def _statistics(self) -> tuple[Tensor | None, bool, float]:
+        """running_var as it is to be read or updated, whether the batch's variance is used, the momentum; counts it."""
+        momentum = self._momentum_of_this_batch()
+        use_batch = self.training or self.running_var is None
+        # Without tracking, training must not touch statistics that are there.
+        return self.running_var if not self.training or self.track_running_stats else None, use_batch, momentum
+
+    def behind(
+        self,
+        conv: BcosConv2d,
+        x: Tensor,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        recompute: str | None = None,
+    ) -> Tensor:
+        """activation(norm(conv(x)) + residual) as one op; where it cannot be one, the two are called in turn.
+
+        Args:
+            conv: a B-cos convolution; its hooks, and this module's, are not called.
+            recompute: as in `bcos_kernels.conv2d_batch_norm`.
+        """
+        constant = self.constant_gain is not None and self.bias is not None
+        constant = constant or (conv.constant_gain is not None and conv.bias is not None)
+        if constant or not self._recomputes() or conv.detach != self.detach:
+            return self.forward(conv.forward(x), residual, activation)
+        running_var, use_batch, momentum = self._statistics()
+        return bcos_kernels.conv2d_batch_norm(
+            x,
+            conv.weight,
+            conv.bias,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            running_var=running_var,
+            norm_weight=self.weight,
+            norm_bias=self.bias,
+            training=use_batch,
+            momentum=momentum,
+            eps=self.eps,
+            activation=activation,
+            residual=residual,
+            b=conv.exponent(),
+            padding_mode=conv.padding_mode,
+            normalize_weight=conv.normalize_weight,
+            max_out=conv.max_out,
+            detach=self.detach,
+            recompute=recompute,
+        )
 
     def recomputed(self, y: Tensor, x: Tensor, activation: str | None = None) -> Tensor:
         """Declare that the backward may compute y = self(x, activation=activation) again from x; returns y."""

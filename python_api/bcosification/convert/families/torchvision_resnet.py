@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bcosification.convert.blocks import norm_activation, recomputes
+from bcosification.convert.blocks import convolution_norm_activation, recomputes
 from bcosification.convert.families.base import Family, HeadBeforePool, change_class, register
 from bcosification.convert.rules import Options
 
@@ -16,7 +16,7 @@ class HeadBeforePoolResNet(HeadBeforePool):
     """The classifier, a 1x1 convolution, before the global pooling."""
 
     def _forward_impl(self, x: torch.Tensor) -> torch.Tensor:
-        x = norm_activation(self.bn1, self.relu, self.conv1(x), recompute=recomputes(self))
+        x = convolution_norm_activation(self.conv1, self.bn1, self.relu, x, recompute=recomputes(self))
         x = self.maxpool(x)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return torch.flatten(self.avgpool(self.fc(x)), 1)

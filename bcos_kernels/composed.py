@@ -1,0 +1,53 @@
+"""Launchers of fused ops made of a backend's other launchers: what runs where nobody has built the fused form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+NAMES = ("conv2d_batch_norm_forward", "conv2d_batch_norm_backward")
+
+
+def sum_squares(y: Tensor) -> Tensor:
+    """Σ_c y² (N, H, W) of an activation (N, C, H, W), in the norms' type."""
+    return y.to(torch.float64 if y.dtype == torch.float64 else torch.float32).square().sum(1)
+
+
+def conv2d_batch_norm_forward(
+    launcher: Callable[[str], Callable], x, weight, bias, norm_weight, norm_bias, residual, running_var, squares, stride,
+    padding, dilation, groups, b, b_tensor, normalize_weight, max_out, training, eps, activation, keep, detach,
+    emits_squares,
+):  # fmt: skip
+    """The convolution, then the normalisation: (z, squares of z, y, n, a, index, mean, var)."""
+    y, n, a, index = launcher("conv2d_forward")(
+        x, weight, bias, stride, padding, dilation, groups, b, b_tensor, normalize_weight, max_out, keep, squares
+    )
+    z, mean, var, emitted = launcher("batch_norm_uncentered_forward")(
+        y, norm_weight, norm_bias, residual, running_var, training, eps, activation, emits_squares
+    )
+    return z, emitted, y if keep else y.new_empty((0,)), n, a, index, mean, var
+
+
+def conv2d_batch_norm_backward(
+    launcher: Callable[[str], Callable], dz, x, weight, bias, norm_weight, norm_bias, z, y, n, a, index, mean, var,
+    stride, padding, dilation, groups, b, b_tensor, normalize_weight, max_out, training, eps, activation, detach,
+    need_dx, need_dw, need_dbias, need_db, need_dnorm_weight, need_dnorm_bias, need_dresidual,
+):  # fmt: skip
+    """Gradients (dx, dw, dbias, db, dnorm_weight, dnorm_bias, dresidual); y without elements is computed again."""
+    layer = (stride, padding, dilation, groups, b, b_tensor)
+    if not y.numel():
+        y, n, a, index = launcher("conv2d_forward")(x, weight, bias, *layer, normalize_weight, max_out, True, None)
+    inside = need_dx or need_dw or need_dbias or need_db
+    dy, dnorm_weight, dnorm_bias, dresidual = launcher("batch_norm_uncentered_backward")(
+        dz, y, z, norm_weight, norm_bias, mean, var, training, eps, activation, detach,
+        inside, need_dnorm_weight, need_dnorm_bias, need_dresidual,
+    )  # fmt: skip
+    dx = dw = dbias = db = None
+    if inside:
+        dx, dw, dbias, db = launcher("conv2d_backward")(
+            dy, x, weight, bias, *layer, y, n, a, index, normalize_weight, max_out, detach,
+            need_dx, need_dw, need_dbias, need_db,
+        )  # fmt: skip
+    return dx, dw, dbias, db, dnorm_weight, dnorm_bias, dresidual

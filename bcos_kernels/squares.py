@@ -1,0 +1,38 @@
+"""Σ_c x² of an activation, left behind by the pass that wrote it, for the norms of the layer that reads it next.
+
+The sums travel as an attribute of the very tensor that an op returned: whatever model code does with it, a layer that is
+given that tensor, unchanged, finds them, and any other tensor has none. They are values without a gradient: the
+gradient through the norm is taken from x, so that ∂L/∂x is whole wherever somebody asks for it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+
+def wanted(x: Tensor) -> bool:
+    """Whether an op that writes an activation like ``x`` should emit them: for backends that read them.
+
+    Not where an output's attribute cannot be trusted later: compiled code has no versions, transforms wrap tensors.
+    """
+    return x.device.type == "cpu" and x.dim() == 4 and not (torch.compiler.is_compiling() or ops.functorch_active())
+
+
+def declare(x: Tensor, squares: Tensor) -> Tensor:
+    """Leave ``squares`` with ``x``; returns ``x``."""
+    if squares.numel():
+        x._bcos_squares = (squares, x._version)
+    return x
+
+
+def squares_of(x: Tensor) -> Tensor | None:
+    """What was left with ``x``, unless it was changed in place since."""
+    if torch.compiler.is_compiling():
+        return None
+    left = getattr(x, "_bcos_squares", None)
+    if left is None or x._version != left[1] or ops.functorch_active():
+        return None
+    return left[0]

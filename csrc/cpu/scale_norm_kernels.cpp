@@ -1,0 +1,146 @@
+// The B-cos scaling (B = 2) and the batch normalisation behind it in one pass, channels innermost.
+//
+//   forward, statistics known   y = a |a|/n;  z = relu(y scale + shift + residual);  squares = sum_c z^2 per row
+//   backward                    g = dL/dz where z > 0;  dL/dy = g scale + factor (y - mean)
+//                               dL/da = 2 dL/dy |a|/n (1 in explanation mode),  q = -sum_c dL/dy y / n^2
+//   or from the slope           dL/da = dL/dz slope,  slope = scale |a|/n where z > 0: all scales constant
+//
+// Traffic: forward reads a, writes z in its place (and what is kept); backward reads dz and y, writes da.
+#include "element.h"
+
+namespace bcos::cpu::BCOS_ISA {
+namespace {
+
+using Keeps = ScaleNormArguments::Keeps;
+
+template <class S, bool has_residual, bool has_relu, Keeps keeps>
+void forward(const ScaleNormArguments& s, int64_t begin, int64_t end) {
+  using W = Wide<S>;
+  const Layout& l = s.layout;
+  const int64_t per_group = l.channels / l.groups;
+  RowPosition at_row(l, begin);
+  for (int64_t r = begin; r < end; r++, at_row.next()) {
+    W squares = 0;
+    for (int64_t g = 0; g < l.groups; g++) {
+      const W reciprocal = 1 / static_cast<const W*>(s.n)[at_row.window(g)];
+      const int64_t at = r * l.channels + g * per_group;
+      const W* __restrict scale = static_cast<const W*>(s.scale) + g * per_group;
+      const W* __restrict shift = static_cast<const W*>(s.shift) + g * per_group;
+      const S* a = static_cast<const S*>(s.a) + at;
+      S* z = static_cast<S*>(s.z) + at;
+      const S* __restrict residual = has_residual ? static_cast<const S*>(s.residual) + at : nullptr;
+      S* __restrict kept = keeps != Keeps::nothing ? static_cast<S*>(s.kept) + at : nullptr;
+#pragma omp simd reduction(+ : squares)
+      for (int64_t c = 0; c < per_group; c++) {
+        const W value = load(a[c]), ratio = absolute(value) * reciprocal;
+        const W y = value * ratio;
+        W v = y * scale[c] + shift[c];
+        if constexpr (has_residual) v += load(residual[c]);
+        if constexpr (keeps == Keeps::output) kept[c] = store<S>(y);
+        if constexpr (keeps == Keeps::slope) kept[c] = store<S>(has_relu && v <= 0 ? W(0) : ratio * scale[c]);
+        if constexpr (has_relu) v = v < 0 ? W(0) : v;  // NaN stays NaN
+        z[c] = store<S>(v);
+        squares += load(z[c]) * load(z[c]);
+      }
+    }
+    if (s.squares != nullptr) static_cast<W*>(s.squares)[r] = squares;
+  }
+}
+
+template <class S, bool has_residual, bool has_relu>
+void forward_of(const ScaleNormArguments& s, int64_t begin, int64_t end) {
+  switch (s.keeps) {
+    case Keeps::nothing: return forward<S, has_residual, has_relu, Keeps::nothing>(s, begin, end);
+    case Keeps::output: return forward<S, has_residual, has_relu, Keeps::output>(s, begin, end);
+    case Keeps::slope: return forward<S, has_residual, has_relu, Keeps::slope>(s, begin, end);
+  }
+}
+
+template <class S>
+void scale_norm_rows(const ScaleNormArguments& s, int64_t begin, int64_t end) {
+  if (s.residual != nullptr) return s.relu ? forward_of<S, true, true>(s, begin, end) : forward_of<S, true, false>(s, begin, end);
+  return s.relu ? forward_of<S, false, true>(s, begin, end) : forward_of<S, false, false>(s, begin, end);
+}
+
+enum class Mask { none, output, input };
+
+template <class S, Mask mask, bool with_variance>
+void backward(const ScaleNormBackwardArguments& s, int64_t begin, int64_t end) {
+  using W = Wide<S>;
+  const Layout& l = s.layout;
+  const int64_t per_group = l.channels / l.groups;
+  RowPosition at_row(l, begin);
+  for (int64_t r = begin; r < end; r++, at_row.next()) {
+    for (int64_t g = 0; g < l.groups; g++) {
+      const int64_t window = at_row.window(g), first = g * per_group, at = r * l.channels + first;
+      const W n = static_cast<const W*>(s.n)[window], reciprocal = 1 / n;
+      const S* __restrict dz = static_cast<const S*>(s.dz) + at;
+      const S* __restrict y = static_cast<const S*>(s.y) + at;
+      const S* __restrict z = mask == Mask::output ? static_cast<const S*>(s.z) + at : nullptr;
+      const W* __restrict scale = static_cast<const W*>(s.scale) + first;
+      const W* __restrict factor = with_variance ? static_cast<const W*>(s.factor) + first : nullptr;
+      const W* __restrict mean = with_variance ? static_cast<const W*>(s.mean) + first : nullptr;
+      const W* __restrict mask_scale = mask == Mask::input ? static_cast<const W*>(s.mask_scale) + first : nullptr;
+      const W* __restrict mask_shift = mask == Mask::input ? static_cast<const W*>(s.mask_shift) + first : nullptr;
+      S* __restrict da = static_cast<S*>(s.da) + at;
+      W n_dn = 0;
+      const bool detach = s.detach;
+#pragma omp simd reduction(+ : n_dn)
+      for (int64_t c = 0; c < per_group; c++) {
+        const W value = load(y[c]);
+        W v = load(dz[c]);
+        if constexpr (mask == Mask::output) v = load(z[c]) <= 0 ? W(0) : v;
+        if constexpr (mask == Mask::input) {
+          const W out = value * mask_scale[c] + mask_shift[c];
+          v = load(store<S>(out < 0 ? W(0) : out)) <= 0 ? W(0) : v;  // as it was stored
+        }
+        v *= scale[c];
+        if constexpr (with_variance) v += factor[c] * (value - mean[c]);
+        const auto t = gradients_b2_from_y(v, value, reciprocal, detach);
+        da[c] = store<S>(t.da);
+        n_dn += t.dn;
+      }
+      if (s.q != nullptr) static_cast<W*>(s.q)[window] = n_dn / (n * n);
+    }
+  }
+}
+
+template <class S>
+void backward_from_slope(const ScaleNormBackwardArguments& s, int64_t begin, int64_t end) {
+  const int64_t C = s.layout.channels;
+  for (int64_t r = begin; r < end; r++) {
+    const S* __restrict dz = static_cast<const S*>(s.dz) + r * C;
+    const S* __restrict slope = static_cast<const S*>(s.slope) + r * C;
+    S* __restrict da = static_cast<S*>(s.da) + r * C;
+#pragma omp simd
+    for (int64_t c = 0; c < C; c++) da[c] = store<S>(load(dz[c]) * load(slope[c]));
+    if (s.dresidual == nullptr) continue;
+    const S* __restrict z = static_cast<const S*>(s.z) + r * C;
+    S* __restrict dresidual = static_cast<S*>(s.dresidual) + r * C;
+#pragma omp simd
+    for (int64_t c = 0; c < C; c++) dresidual[c] = load(z[c]) <= 0 ? store<S>(Wide<S>(0)) : dz[c];
+  }
+}
+
+template <class S, Mask mask>
+void backward_of(const ScaleNormBackwardArguments& s, int64_t begin, int64_t end) {
+  s.factor != nullptr ? backward<S, mask, true>(s, begin, end) : backward<S, mask, false>(s, begin, end);
+}
+
+template <class S>
+void scale_norm_backward_rows(const ScaleNormBackwardArguments& s, int64_t begin, int64_t end) {
+  if (s.slope != nullptr) return backward_from_slope<S>(s, begin, end);
+  if (s.mask_scale != nullptr) return backward_of<S, Mask::input>(s, begin, end);
+  return s.z != nullptr ? backward_of<S, Mask::output>(s, begin, end) : backward_of<S, Mask::none>(s, begin, end);
+}
+
+}  // namespace
+
+void register_scale_norm(Kernels* table, Type type) {
+  BCOS_FOR_TYPE(type, S, {
+    table->scale_norm_rows = scale_norm_rows<S>;
+    table->scale_norm_backward_rows = scale_norm_backward_rows<S>;
+  })
+}
+
+}  // namespace bcos::cpu::BCOS_ISA
