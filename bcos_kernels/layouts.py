@@ -29,6 +29,12 @@ def memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
     return torch.channels_last if either else torch.contiguous_format
 
 
+def norms_format(x: Tensor, weight: Tensor, groups: int) -> torch.memory_format:
+    """The layout of a convolution's norms (N, G, P, Q): the output's, so that both are read alike; one group leaves
+    nothing to choose."""
+    return memory_format(x, weight) if groups > 1 else torch.contiguous_format
+
+
 def _strides(shape: torch.Size, format_: torch.memory_format) -> tuple[int, ...]:
     if format_ == torch.channels_last:
         _, c, h, w = shape
@@ -93,11 +99,12 @@ def _conv2d_forward(launch: Callable, x, weight, *options) -> tuple:
     x, weight = canonical(x), canonical(weight)
     y, n, a, index = launch(x, weight, *options[:-1])
     format_ = memory_format(x, weight)
-    return _as(y, format_), n.contiguous(), _as(a, format_), _as(index, format_)
+    return _as(y, format_), _as(n, norms_format(x, weight, options[4])), _as(a, format_), _as(index, format_)
 
 
 def _conv2d_backward(launch: Callable, dy, x, weight, *options) -> tuple:
     dy, x, weight = canonical(dy), canonical(x), canonical(weight)
+    options = [*options[:8], options[8].contiguous(), *options[9:]]  # the norms
     dx, dw, dbias, db = launch(dy, x, weight, *options)
     return _as(dx, memory_format(x, weight)), _as(dw, own_format(weight)), dbias, db
 

@@ -178,7 +178,9 @@ def _conv2d_fake(
     wide = reference.statistics_dtype(x.dtype)
     y = _empty_layout(x, shape, memory_format)
     has_norm = b_tensor is not None or b != 1
-    n = x.new_empty((x.shape[0], groups, *size) if has_norm else (0,), dtype=wide)
+    n = x.new_empty((0,), dtype=wide)
+    if has_norm:
+        n = _empty_layout(x, (x.shape[0], groups, *size), layouts.norms_format(x, weight, groups), wide)
     keeps_a = keep and reference.keeps_pre_scale(x.dtype, b, b_tensor)
     a = _empty_layout(x, shape, memory_format) if keeps_a else x.new_empty((0,))
     keeps_index = keep and max_out > 1

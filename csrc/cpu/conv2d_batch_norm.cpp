@@ -270,7 +270,7 @@ ConvolvedNormalizedGradients conv2d_batch_norm_backward(
   const OptionalTensor w = vector_of(norm_weight, type, channels, "norm_weight"),
                        b = vector_of(norm_bias, type, channels, "norm_bias"),
                        m = training ? OptionalTensor(in_layout(mean, false)) : std::nullopt;
-  const Tensor norms_ = in_layout(n, false), v = in_layout(var, false);
+  const Tensor norms_ = in_layout(n, l.norms_channels_last()), v = in_layout(var, false);
   const Needs needs{need_dx, need_dw, need_dbias, false};
   const NormNeeds norm_needs{need_dnorm_weight, need_dnorm_bias, need_dresidual};
   if (l.type == Type::float64) {

@@ -49,22 +49,6 @@ inline S store(Wide<S> v) {
   }
 }
 
-// Where row r of a channels-innermost layout stands in the (image, group, pixel) maps. Counted along instead of divided
-// anew: a 64-bit division costs as much as a row of 64 channels.
-struct RowPosition {
-  int64_t pixels, groups, pixel, base;
-  RowPosition(const Layout& l, int64_t row)
-      : pixels(l.pixels), groups(l.groups), pixel(l.pixels ? row % l.pixels : 0),
-        base(l.pixels ? row / l.pixels * l.groups * l.pixels : 0) {}
-  int64_t window(int64_t group) const { return base + group * pixels + pixel; }
-  void next() {
-    if (++pixel == pixels) {
-      pixel = 0;
-      base += groups * pixels;
-    }
-  }
-};
-
 }  // namespace bcos::cpu::BCOS_ISA
 
 // One entry of the table for every element type.

@@ -4,8 +4,8 @@
 // Activations come in one of two dense layouts, described by Layout:
 //   rows    channels innermost (channels_last convolutions, linear layers): element (image, pixel, channel)
 //   planes  pixels innermost (contiguous convolutions):                     element (image, channel, pixel)
-// Norms n and everything per window lie as (image, group, pixel) in either case. Work is split by the caller: a kernel
-// does items [begin, end) of what its comment names.
+// Norms n and everything per window lie likewise, with the groups in the channels' place: (image, pixel, group) or (image,
+// group, pixel). Work is split by the caller: a kernel does items [begin, end) of what its comment names.
 #pragma once
 
 #include <cstdint>
@@ -118,6 +118,13 @@ struct Kernels {
   void (*sum_squares_planes)(const void* x, void* map, Layout layout, int64_t begin, int64_t end);
   void (*window_norm)(const void* map, void* n, void* scratch, const Window& window, int64_t begin, int64_t end);
   void (*window_spread)(const void* q, void* map, void* scratch, const Window& window, int64_t begin, int64_t end);
+  // with several groups, rows; items are rows (image, p) of windows and (image, h) of pixels
+  void (*window_norm_rows)(
+      const void* map_or_x, bool of_x, void* n, void* scratch, const Window& window, int64_t groups, int64_t begin,
+      int64_t end);
+  void (*window_spread_rows)(
+      const void* q, void* dx, const void* x, void* scratch, const Window& window, Layout layout, int64_t begin,
+      int64_t end);
   void (*add_norm_term_rows)(
       void* out, const void* dx, const void* x, const void* map, Layout layout, int64_t begin, int64_t end);
   void (*add_norm_term_planes)(

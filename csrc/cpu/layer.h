@@ -148,8 +148,9 @@ struct Layer {
   }
   Tensor new_norms() const {
     if (is_linear) return empty({x.size(0)}, wide(dtype));
-    return empty({x.size(0), groups, window.out_height, window.out_width}, wide(dtype));
+    return empty({x.size(0), groups, window.out_height, window.out_width}, wide(dtype), norms_channels_last());
   }
+  bool norms_channels_last() const { return channels_last && groups > 1; }
   Tensor new_input() const {
     if (is_linear) return empty({x.size(0), x.size(1)}, dtype);
     return empty({x.size(0), x.size(1), x.size(2), x.size(3)}, dtype, channels_last);

@@ -111,7 +111,7 @@ Gradients backward(
       g.n = l.new_norms();
       norms(l, nullptr, g.n.data_ptr());
     } else {
-      g.n = in_layout(n_, false);
+      g.n = in_layout(n_, l.norms_channels_last());
     }
     check_type(g.n, wide(l.dtype), "n");
   }

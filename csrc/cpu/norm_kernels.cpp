@@ -79,10 +79,9 @@ void sum_squares_rows(const void* x_, void* map_, Layout l, int64_t begin, int64
     }
   }
   const int64_t per_group = l.channels / l.groups;
-  RowPosition at_row(l, begin);
-  for (int64_t r = begin; r < end; r++, at_row.next()) {
+  for (int64_t r = begin; r < end; r++) {
     for (int64_t g = 0; g < l.groups; g++) {
-      map[at_row.window(g)] = sum_squares(x + r * l.channels + g * per_group, per_group);
+      map[r * l.groups + g] = sum_squares(x + r * l.channels + g * per_group, per_group);
     }
   }
 }
@@ -187,6 +186,106 @@ void window_spread(const void* q_, void* map_, void* scratch_, const Window& w, 
   }
 }
 
+// Shifts a row of windows by a tap: f(first window, first pixel, number of them) for runs that lie together in both, all
+// of the row where the stride is 1.
+template <class F>
+inline void for_tap(const Window& w, int64_t tap, const F& f) {
+  const int64_t offset = tap * w.dilation[1] - w.padding[1];
+  int64_t first, last;
+  valid_range(offset, w.stride[1], w.width, w.out_width, &first, &last);
+  if (w.stride[1] == 1) {
+    if (last > first) f(first, first + offset, last - first);
+    return;
+  }
+  for (int64_t q = first; q < last; q++) f(q, q * w.stride[1] + offset, 1);
+}
+
+// Box filter with the groups innermost, so that vectors go along them. of_x: one channel a group, whose squares are taken
+// here. scratch: (width, groups).
+template <class S, class From>
+void window_norm_rows_of(
+    const From* from, bool square, Wide<S>* n, Wide<S>* __restrict sums, const Window& w, int64_t G, int64_t begin, int64_t end) {
+  using W = Wide<S>;
+  for (int64_t item = begin; item < end; item++) {  // (image, p)
+    const int64_t image = item / w.out_height, p = item % w.out_height, count = w.width * G;
+    for (int64_t i = 0; i < count; i++) sums[i] = 0;
+    for (int64_t k = 0; k < w.kernel[0]; k++) {
+      const int64_t h = p * w.stride[0] + k * w.dilation[0] - w.padding[0];
+      if (h < 0 || h >= w.height) continue;
+      const From* __restrict row = from + (image * w.height + h) * count;
+      if (square) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; i++) sums[i] += static_cast<W>(load(row[i])) * static_cast<W>(load(row[i]));
+      } else {
+#pragma omp simd
+        for (int64_t i = 0; i < count; i++) sums[i] += static_cast<W>(load(row[i]));
+      }
+    }
+    W* __restrict out = n + item * w.out_width * G;
+    for (int64_t i = 0; i < w.out_width * G; i++) out[i] = 0;
+    for (int64_t k = 0; k < w.kernel[1]; k++) {
+      for_tap(w, k, [&](int64_t q, int64_t pixel, int64_t run) {
+        W* __restrict to = out + q * G;
+        const W* __restrict add = sums + pixel * G;
+#pragma omp simd
+        for (int64_t i = 0; i < run * G; i++) to[i] += add[i];
+      });
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < w.out_width * G; i++) out[i] = std::sqrt(out[i] + W(kConvNormEps));
+  }
+}
+
+template <class S>
+void window_norm_rows(
+    const void* from, bool of_x, void* n, void* scratch, const Window& w, int64_t groups, int64_t begin, int64_t end) {
+  using W = Wide<S>;
+  W *to = static_cast<W*>(n), *sums = static_cast<W*>(scratch);
+  if (of_x) return window_norm_rows_of<S>(static_cast<const S*>(from), true, to, sums, w, groups, begin, end);
+  window_norm_rows_of<S>(static_cast<const W*>(from), false, to, sums, w, groups, begin, end);
+}
+
+// dx += x * (transposed box filter of q), groups innermost. scratch: (out_width + width, groups).
+template <class S>
+void window_spread_rows(
+    const void* q_, void* dx_, const void* x_, void* scratch, const Window& w, Layout l, int64_t begin, int64_t end) {
+  using W = Wide<S>;
+  const int64_t G = l.groups, per_group = l.channels / G, windows = w.out_width * G, pixels = w.width * G;
+  W* __restrict sums = static_cast<W*>(scratch);
+  W* __restrict map = sums + windows;
+  for (int64_t item = begin; item < end; item++) {  // (image, h)
+    const int64_t image = item / w.height, h = item % w.height;
+    for (int64_t i = 0; i < windows; i++) sums[i] = 0;
+    for (int64_t k = 0; k < w.kernel[0]; k++) {
+      const int64_t at = h + w.padding[0] - k * w.dilation[0], p = at / w.stride[0];
+      if (at < 0 || at % w.stride[0] != 0 || p >= w.out_height) continue;
+      const W* __restrict row = static_cast<const W*>(q_) + (image * w.out_height + p) * windows;
+#pragma omp simd
+      for (int64_t i = 0; i < windows; i++) sums[i] += row[i];
+    }
+    for (int64_t i = 0; i < pixels; i++) map[i] = 0;
+    for (int64_t k = 0; k < w.kernel[1]; k++) {
+      for_tap(w, k, [&](int64_t q, int64_t pixel, int64_t run) {
+        W* __restrict to = map + pixel * G;
+        const W* __restrict add = sums + q * G;
+#pragma omp simd
+        for (int64_t i = 0; i < run * G; i++) to[i] += add[i];
+      });
+    }
+    S* __restrict dx = static_cast<S*>(dx_) + item * w.width * l.channels;
+    const S* __restrict x = static_cast<const S*>(x_) + item * w.width * l.channels;
+    if (per_group == 1) {
+#pragma omp simd
+      for (int64_t i = 0; i < pixels; i++) dx[i] = store<S>(load(dx[i]) + load(x[i]) * map[i]);
+      continue;
+    }
+    for (int64_t i = 0; i < pixels; i++) {
+      const W factor = map[i];
+      for (int64_t c = i * per_group; c < (i + 1) * per_group; c++) dx[c] = store<S>(load(dx[c]) + load(x[c]) * factor);
+    }
+  }
+}
+
 template <class S>
 void add_norm_term_rows(
     void* out_, const void* dx_, const void* x_, const void* map_, Layout l, int64_t begin, int64_t end) {
@@ -203,10 +302,9 @@ void add_norm_term_rows(
     }
   }
   const int64_t per_group = l.channels / l.groups;
-  RowPosition at_row(l, begin);
-  for (int64_t r = begin; r < end; r++, at_row.next()) {
+  for (int64_t r = begin; r < end; r++) {
     for (int64_t g = 0; g < l.groups; g++) {
-      const W factor = map[at_row.window(g)];
+      const W factor = map[r * l.groups + g];
       S* out = static_cast<S*>(out_) + r * l.channels + g * per_group;  // may be dx itself
       const S* dx = static_cast<const S*>(dx_) + r * l.channels + g * per_group;
       const S* __restrict x = static_cast<const S*>(x_) + r * l.channels + g * per_group;
@@ -278,6 +376,8 @@ void register_norm(Kernels* table, Type type) {
     table->sum_squares_planes = sum_squares_planes<S>;
     table->window_norm = window_norm<S>;
     table->window_spread = window_spread<S>;
+    table->window_norm_rows = window_norm_rows<S>;
+    table->window_spread_rows = window_spread_rows<S>;
     table->add_norm_term_rows = add_norm_term_rows<S>;
     table->add_norm_term_planes = add_norm_term_planes<S>;
     table->normalize_weight = normalize_weight<S>;

@@ -40,6 +40,19 @@ void scale_images(const ScaleArguments& s, Type type, int64_t first, int64_t las
   l.rows ? k.scale_rows(s, first * l.pixels, last * l.pixels) : k.scale_planes(s, first * blocks, last * blocks);
 }
 
+// Several groups with channels innermost.
+bool by_groups(const Layout& l) { return l.rows && l.groups > 1; }
+
+// Norms of the windows of images [first, last), from their map or, with a channel a group, from x.
+void group_norms(const void* x, void* map, void* n, Type type, const Layout& l, const Window& w, int64_t first, int64_t last) {
+  const Kernels& k = kernels(type);
+  const bool of_x = l.channels == l.groups;
+  if (!of_x) k.sum_squares_rows(x, map, l, first * l.pixels, last * l.pixels);
+  const Scratch sums(wide_bytes(w.width * l.groups, type));
+  k.window_norm_rows(
+      of_x ? x : map, of_x, n, sums.get(), w, l.groups, first * w.out_height, last * w.out_height);
+}
+
 struct Maps {
   Scratch map, sums;
   Maps(const Layout& l, const Window& w, Type type)
@@ -56,6 +69,12 @@ void window_norms(const void* x, const void* squares, void* n, Type type, const 
     const Scratch sums(wide_bytes(l.images * w.height * w.out_width, type));
     return in_parallel(l.images, work, [&](int64_t begin, int64_t end) {
       k.window_norm(squares, n, sums.get(), w, begin, end);
+    });
+  }
+  if (by_groups(l)) {
+    const Scratch map(wide_bytes(l.channels == l.groups ? 0 : l.images * l.groups * l.pixels, type));
+    return in_parallel(l.images, l.pixels * l.channels, [&](int64_t first, int64_t last) {
+      group_norms(x, map.get(), n, type, l, w, first, last);
     });
   }
   if (l.rows && l.groups == 1 && is_one_pixel(w)) return row_norms(x, n, type, l.images * l.pixels, l.channels, false);
@@ -81,6 +100,11 @@ void window_norms_and_scale(
   const int64_t elements = l.pixels * l.channels + s.layout.pixels * s.layout.channels * s.max_out;
   const bool done = by_images(l.images, elements, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i++) {
+      if (by_groups(l)) {
+        group_norms(x, m.map.get(), n, type, l, w, i, i + 1);
+        scale_images(s, type, i, i + 1);
+        continue;
+      }
       if (squares == nullptr) sum_squares(x, m.map.get(), type, l, i, i + 1);
       kernels(type).window_norm(squares == nullptr ? m.map.get() : squares, n, m.sums.get(), w, i * l.groups, (i + 1) * l.groups);
       scale_images(s, type, i, i + 1);
@@ -111,6 +135,12 @@ void add_map(void* dx, const void* x, const void* map, Type type, const Layout& 
 void add_norm_gradient(void* dx, const void* x, const void* q, Type type, const Layout& l, const Window& w) {
   if (is_one_pixel(w)) return add_map(dx, x, q, type, l);
   const Kernels& k = kernels(type);
+  if (by_groups(l)) {
+    return in_parallel(l.images * w.height, w.width * l.channels, [&](int64_t begin, int64_t end) {
+      const Scratch sums(wide_bytes((w.out_width + w.width) * l.groups, type));
+      k.window_spread_rows(q, dx, x, sums.get(), w, l, begin, end);
+    });
+  }
   const Maps m(l, w, type);
   void* map = m.map.get();
   const bool done = by_images(l.images, l.pixels * l.channels, [&](int64_t first, int64_t last) {

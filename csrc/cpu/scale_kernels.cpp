@@ -57,11 +57,10 @@ void scale_rows_of(const ScaleArguments& s, int64_t begin, int64_t end) {
   const Layout& l = s.layout;
   const int64_t per_group = l.channels / l.groups;
   const W* n = static_cast<const W*>(s.n);
-  RowPosition at_row(l, begin);
-  for (int64_t r = begin; r < end; r++, at_row.next()) {
+  for (int64_t r = begin; r < end; r++) {
     for (int64_t g = 0; g < l.groups; g++) {
       W reciprocal = 0;
-      if constexpr (mode != Mode::one) reciprocal = 1 / n[at_row.window(g)];
+      if constexpr (mode != Mode::one) reciprocal = 1 / n[r * l.groups + g];
       const int64_t at = r * l.channels + g * per_group;
       scale_run<S, mode>(
           static_cast<S*>(s.y) + at, static_cast<const S*>(s.a) + at * s.max_out, offset(static_cast<S*>(s.kept), at),
@@ -140,11 +139,10 @@ void backward_rows_of(const ScaleBackwardArguments& s, int64_t begin, int64_t en
   const int64_t per_group = l.channels / l.groups;
   const W exponent = static_cast<W>(s.exponent);
   const bool detach = s.detach;
-  RowPosition at_row(l, begin);
-  for (int64_t r = begin; r < end; r++, at_row.next()) {
+  for (int64_t r = begin; r < end; r++) {
     W row_db = 0;
     for (int64_t g = 0; g < l.groups; g++) {
-      const int64_t window = at_row.window(g);
+      const int64_t window = r * l.groups + g;
       const W n = source == Source::one ? W(1) : static_cast<const W*>(s.n)[window];
       const W reciprocal = 1 / n;
       const int64_t at = r * l.channels + g * per_group;

@@ -18,11 +18,10 @@ void forward(const ScaleNormArguments& s, int64_t begin, int64_t end) {
   using W = Wide<S>;
   const Layout& l = s.layout;
   const int64_t per_group = l.channels / l.groups;
-  RowPosition at_row(l, begin);
-  for (int64_t r = begin; r < end; r++, at_row.next()) {
+  for (int64_t r = begin; r < end; r++) {
     W squares = 0;
     for (int64_t g = 0; g < l.groups; g++) {
-      const W reciprocal = 1 / static_cast<const W*>(s.n)[at_row.window(g)];
+      const W reciprocal = 1 / static_cast<const W*>(s.n)[r * l.groups + g];
       const int64_t at = r * l.channels + g * per_group;
       const W* __restrict scale = static_cast<const W*>(s.scale) + g * per_group;
       const W* __restrict shift = static_cast<const W*>(s.shift) + g * per_group;
@@ -69,10 +68,9 @@ void backward(const ScaleNormBackwardArguments& s, int64_t begin, int64_t end) {
   using W = Wide<S>;
   const Layout& l = s.layout;
   const int64_t per_group = l.channels / l.groups;
-  RowPosition at_row(l, begin);
-  for (int64_t r = begin; r < end; r++, at_row.next()) {
+  for (int64_t r = begin; r < end; r++) {
     for (int64_t g = 0; g < l.groups; g++) {
-      const int64_t window = at_row.window(g), first = g * per_group, at = r * l.channels + first;
+      const int64_t window = r * l.groups + g, first = g * per_group, at = r * l.channels + first;
       const W n = static_cast<const W*>(s.n)[window], reciprocal = 1 / n;
       const S* __restrict dz = static_cast<const S*>(s.dz) + at;
       const S* __restrict y = static_cast<const S*>(s.y) + at;

@@ -15,12 +15,12 @@ from tests.bcos_kernels import harness
 from tests.bcos_kernels.tolerances import assert_close_to_reference
 
 PUBLIC = [name for name in bcos_kernels.__all__]
-WITH_EXAMPLES = ["linear", "conv2d", "batch_norm_uncentered", "backends"]
+WITH_EXAMPLES = ["linear", "conv2d", "batch_norm_uncentered", "conv2d_batch_norm", "backends"]
 
 
 def test_the_public_names():
-    names = {"backend", "backends", "batch_norm_uncentered", "conv2d", "dispatched", "linear", "recomputed"}
-    assert set(PUBLIC) == names
+    ops = {"linear", "conv2d", "batch_norm_uncentered", "conv2d_batch_norm"}
+    assert set(PUBLIC) == {*ops, "backend", "backends", "dispatched", "recomputed"}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -104,4 +104,9 @@ def test_signatures():
     assert described("batch_norm_uncentered") == (
         "x, running_var, weight=None, bias=None, *, training, momentum=0.1, eps=1e-05, activation=None, residual=None, "
         "detach=False"
+    )
+    assert described("conv2d_batch_norm") == (
+        "x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, running_var, norm_weight=None, "
+        "norm_bias=None, training, momentum=0.1, eps=1e-05, activation=None, residual=None, b=2.0, "
+        "padding_mode='zeros', normalize_weight=False, max_out=1, detach=False, recompute=None"
     )
