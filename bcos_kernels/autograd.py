@@ -93,7 +93,7 @@ def saved_tensor_hooks_active() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def _hold(ctx, y: Tensor, wanted: bool) -> None:
+def hold(ctx, y: Tensor, wanted: bool) -> None:
     """Hold the output for the backward without pinning its version (see the module docstring)."""
     ctx.held = None
     if wanted and not functorch_active() and not saved_tensor_hooks_active():
@@ -113,7 +113,7 @@ def _release(ctx) -> Tensor | None:
     return value
 
 
-def _unchanged(ctx, op: str) -> Tensor:
+def unchanged(ctx, op: str) -> Tensor:
     """The held output of a ReLU, which has to be as it was."""
     output = _release(ctx)
     if output is None:  # as with torch's own ReLU
@@ -124,7 +124,7 @@ def _unchanged(ctx, op: str) -> Tensor:
     return output
 
 
-def _kept_input(ctx, x: Tensor) -> Tensor | None:
+def kept_input(ctx, x: Tensor) -> Tensor | None:
     """x as it is to be saved: None where its recipe is kept instead."""
     ctx.recipe = None if ctx.compiled or saved_tensor_hooks_active() else recipe_of(x)
     if ctx.recipe is None:
@@ -133,12 +133,12 @@ def _kept_input(ctx, x: Tensor) -> Tensor | None:
     return None
 
 
-def _input(ctx, saved: Tensor | None) -> Tensor:
+def input_of(ctx, saved: Tensor | None) -> Tensor:
     """The input, saved or computed again."""
-    return saved if ctx.recipe is None else _again(ctx, "recipe")
+    return saved if ctx.recipe is None else again(ctx, "recipe")
 
 
-def _again(ctx, name: str) -> Tensor:
+def again(ctx, name: str) -> Tensor:
     """What the recipe under this name in the context gives."""
     recipe = getattr(ctx, name)
     if torch.is_grad_enabled():
@@ -151,7 +151,7 @@ def _again(ctx, name: str) -> Tensor:
     return recipe.take()
 
 
-def _edges(*inputs) -> tuple[int, ...]:
+def edges(*inputs) -> tuple[int, ...]:
     """Which of a node's edges belongs to each input: those that are no tensors have none (−1)."""
     edges, count = [], 0
     for t in inputs:
@@ -160,7 +160,7 @@ def _edges(*inputs) -> tuple[int, ...]:
     return tuple(edges)
 
 
-def _needed(ctx) -> list[bool]:
+def needed(ctx) -> list[bool]:
     """Which inputs' gradients this backward is asked for: of those that require one, those that lead to what
     ``torch.autograd.grad`` or ``backward(inputs=…)`` names. An input gradient does not pay for weight gradients."""
     needs = [bool(ctx.needs_input_grad[i]) for i in range(len(ctx.edges))]
@@ -186,7 +186,7 @@ def no_autocast(device: torch.device):
     return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
-def _second_order(definition, inputs: tuple, needs, dy: Tensor, cotangents: tuple) -> tuple:
+def second_order(definition, inputs: tuple, needs, dy: Tensor, cotangents: tuple) -> tuple:
     """Gradient of a backward: autograd through ``definition(*inputs)``. Returns gradients of (dy, *inputs).
 
     Inputs that are part of a graph stay connected to it, so that gradients of any further order follow.
@@ -241,7 +241,7 @@ def _second_order_transformed(definition, inputs, wanted, dy, cotangents) -> tup
     return (of_dy, *(found.get(i) for i in range(len(inputs))))
 
 
-def _exponent(b: float, b_tensor: Tensor | None) -> float | Tensor:
+def exponent(b: float, b_tensor: Tensor | None) -> float | Tensor:
     return b if b_tensor is None else b_tensor
 
 
@@ -253,7 +253,7 @@ def _compiled_copy(y: Tensor, keep: bool) -> Tensor:
     return y.clone() if keep and torch.compiler.is_compiling() else y.new_empty((0,))
 
 
-def _ran_backend() -> str:
+def ran_backend() -> str:
     return "" if torch.compiler.is_compiling() else dispatch.last_backend()
 
 
@@ -294,9 +294,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, keep, squares):
-        y, n, a, index = Linear.launch(
-            x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, keep, squares
-        )
+        y, n, a, index = Linear.launch(x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, keep, squares)
         return y, n, a, index, _compiled_copy(y, _keep_y(y, b, b_tensor, keep))
 
     @staticmethod
@@ -309,20 +307,20 @@ class Linear(torch.autograd.Function):
         x, weight, bias, b_tensor, ctx.b, ctx.normalize_weight, ctx.max_out, ctx.detach, keep, _ = inputs
         ctx.set_materialize_grads(False)
         ctx.compiled = torch.compiler.is_compiling()
-        ctx.edges = _edges(x, weight, bias, b_tensor)
-        ctx.save_for_backward(_kept_input(ctx, x), weight, bias, b_tensor, n, a, index, copy)
-        ctx.backend = _ran_backend()
+        ctx.edges = edges(x, weight, bias, b_tensor)
+        ctx.save_for_backward(kept_input(ctx, x), weight, bias, b_tensor, n, a, index, copy)
+        ctx.backend = ran_backend()
         if not ctx.compiled:
-            _hold(ctx, y, _keep_y(y, ctx.b, b_tensor, keep))
+            hold(ctx, y, _keep_y(y, ctx.b, b_tensor, keep))
 
     @staticmethod
     def backward(ctx, dy, *_):
         if dy is None:
             return (None,) * 10
         x, weight, bias, b_tensor, n, a, index, copy = ctx.saved_tensors
-        x = _input(ctx, x)
+        x = input_of(ctx, x)
         y = (copy if copy.numel() else None) if ctx.compiled else _release(ctx)
-        needs = _needed(ctx)
+        needs = needed(ctx)
         dx, dw, dbias, db = backward_of(
             LinearBackward, "linear_backward", dy, x, weight, bias, b_tensor, y, n, a, index, ctx.b,
             ctx.normalize_weight, ctx.max_out, ctx.detach, needs, ctx.backend,
@@ -376,11 +374,11 @@ class LinearBackward(torch.autograd.Function):
 
         def definition(x, weight, bias, b_tensor):
             return reference.linear(
-                x, weight, bias, b=_exponent(ctx.b, b_tensor), normalize_weight=ctx.normalize_weight,
+                x, weight, bias, b=exponent(ctx.b, b_tensor), normalize_weight=ctx.normalize_weight,
                 max_out=ctx.max_out, detach=ctx.detach,
             )  # fmt: skip
 
-        gradients = _second_order(definition, (x, weight, bias, b_tensor), ctx.needs, dy, cotangents)
+        gradients = second_order(definition, (x, weight, bias, b_tensor), ctx.needs, dy, cotangents)
         return (*gradients, *(None,) * 10)
 
     @staticmethod
@@ -399,7 +397,20 @@ class Conv2d(torch.autograd.Function):
 
     @staticmethod
     def launch(
-        x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, detach, keep, squares
+        x,
+        weight,
+        bias,
+        b_tensor,
+        stride,
+        padding,
+        dilation,
+        groups,
+        b,
+        normalize_weight,
+        max_out,
+        detach,
+        keep,
+        squares,
     ):
         return run(
             "conv2d", x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep,
@@ -408,7 +419,20 @@ class Conv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, detach, keep, squares
+        x,
+        weight,
+        bias,
+        b_tensor,
+        stride,
+        padding,
+        dilation,
+        groups,
+        b,
+        normalize_weight,
+        max_out,
+        detach,
+        keep,
+        squares,
     ):
         y, n, a, index = Conv2d.launch(
             x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, detach, keep,
@@ -428,20 +452,20 @@ class Conv2d(torch.autograd.Function):
         ctx.b, ctx.normalize_weight, ctx.max_out, ctx.detach, keep, _ = inputs[8:]
         ctx.set_materialize_grads(False)
         ctx.compiled = torch.compiler.is_compiling()
-        ctx.edges = _edges(x, weight, bias, b_tensor)
-        ctx.save_for_backward(_kept_input(ctx, x), weight, bias, b_tensor, n, a, index, copy)
-        ctx.backend = _ran_backend()
+        ctx.edges = edges(x, weight, bias, b_tensor)
+        ctx.save_for_backward(kept_input(ctx, x), weight, bias, b_tensor, n, a, index, copy)
+        ctx.backend = ran_backend()
         if not ctx.compiled:
-            _hold(ctx, y, _keep_y(y, ctx.b, b_tensor, keep))
+            hold(ctx, y, _keep_y(y, ctx.b, b_tensor, keep))
 
     @staticmethod
     def backward(ctx, dy, *_):
         if dy is None:
             return (None,) * 14
         x, weight, bias, b_tensor, n, a, index, copy = ctx.saved_tensors
-        x = _input(ctx, x)
+        x = input_of(ctx, x)
         y = (copy if copy.numel() else None) if ctx.compiled else _release(ctx)
-        needs = _needed(ctx)
+        needs = needed(ctx)
         dx, dw, dbias, db = backward_of(
             Conv2dBackward, "conv2d_backward", dy, x, weight, bias, b_tensor, y, n, a, index, *ctx.window, ctx.b,
             ctx.normalize_weight,
@@ -486,11 +510,11 @@ class Conv2dBackward(torch.autograd.Function):
 
         def definition(x, weight, bias, b_tensor):
             return reference.conv2d(
-                canonical(x), canonical(weight), bias, *ctx.window, b=_exponent(ctx.b, b_tensor),
+                canonical(x), canonical(weight), bias, *ctx.window, b=exponent(ctx.b, b_tensor),
                 normalize_weight=ctx.normalize_weight, max_out=ctx.max_out, detach=ctx.detach,
             )  # fmt: skip
 
-        gradients = _second_order(definition, (x, weight, bias, b_tensor), ctx.needs, dy, cotangents)
+        gradients = second_order(definition, (x, weight, bias, b_tensor), ctx.needs, dy, cotangents)
         return (*gradients, *(None,) * 14)
 
     @staticmethod
@@ -522,22 +546,22 @@ class BatchNormUncentered(torch.autograd.Function):
         ctx.mark_non_differentiable(mean, var, squares)
         ctx.set_materialize_grads(False)
         ctx.compiled = torch.compiler.is_compiling()
-        ctx.edges = _edges(x, weight, bias, residual)
-        ctx.backend = _ran_backend()
+        ctx.edges = edges(x, weight, bias, residual)
+        ctx.backend = ran_backend()
         # y is read for the ReLU's mask only; without a residual the C++ kernels take that from x, which is kept anyway
         masked = ctx.activation is not None and not (residual is None and ctx.backend.endswith("cpu"))
-        _hold(ctx, y, masked and not ctx.compiled)
-        ctx.save_for_backward(_kept_input(ctx, x), weight, bias, y if masked and ctx.held is None else None, mean, var)
+        hold(ctx, y, masked and not ctx.compiled)
+        ctx.save_for_backward(kept_input(ctx, x), weight, bias, y if masked and ctx.held is None else None, mean, var)
 
     @staticmethod
     def backward(ctx, dy, *_):
         if dy is None:
             return (None,) * 10
         x, weight, bias, y, mean, var = ctx.saved_tensors
-        x = _input(ctx, x)
+        x = input_of(ctx, x)
         if ctx.held is not None:
-            y = _unchanged(ctx, "batch_norm_uncentered")
-        needs = _needed(ctx)
+            y = unchanged(ctx, "batch_norm_uncentered")
+        needs = needed(ctx)
         passes_on = needs[3] and ctx.activation is None  # the residual's gradient is dy itself
         asked = [*needs[:3], needs[3] and not passes_on]
         gradients = backward_of(
@@ -551,7 +575,7 @@ class BatchNormUncentered(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
-        return _sliced_keeping_empty(BatchNormUncentered.apply, info, in_dims, arguments)
+        return sliced_keeping_empty(BatchNormUncentered.apply, info, in_dims, arguments)
 
 
 class BatchNormUncenteredBackward(torch.autograd.Function):
@@ -597,159 +621,16 @@ class BatchNormUncenteredBackward(torch.autograd.Function):
                 return out
             return torch.where((out if y is None else y).detach() <= 0, 0.0, out)
 
-        gradients = _second_order(definition, (x, weight, bias, residual), ctx.needs, dy, cotangents)
+        gradients = second_order(definition, (x, weight, bias, residual), ctx.needs, dy, cotangents)
         # (dy, x, y, weight, bias, …); the residual enters the gradients through the mask alone
         return (gradients[0], gradients[1], None, gradients[2], gradients[3], *(None,) * 8)
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
-        return _sliced_keeping_empty(BatchNormUncenteredBackward.apply, info, in_dims, arguments)
+        return sliced_keeping_empty(BatchNormUncenteredBackward.apply, info, in_dims, arguments)
 
 
-RECOMPUTES = {None: (False, False), "output": (True, False), "inner": (False, True), "both": (True, True)}
-
-
-def _declare_recipes(ctx, inputs, output, recompute: str | None) -> None:
-    """Leave with z how to compute it again from y, and with the context how to compute y again from x, where wanted.
-
-    Nothing of it where `recomputed` does nothing either.
-    """
-    ctx.y_recipe = None
-    of_z, of_y = RECOMPUTES[recompute]
-    x, weight, bias, b_tensor, norm_weight, norm_bias = inputs[:6]
-    squares, layer, (eps, activation) = inputs[8], inputs[9:16], inputs[17:19]
-    z, _, y, *_, var = output
-    if not (of_z or of_y) or ctx.compiled or functorch_active() or saved_tensor_hooks_active():
-        return
-    if ctx.detach and not ctx.training:
-        return  # the slope is kept instead of y
-    if of_y:
-
-        def convolved(x, weight, *given):
-            bias, b_tensor, squares = _fill(given, (inputs[2], inputs[3], inputs[8]))
-            return run("conv2d", x, weight, bias, b_tensor, *layer, False, False, squares)[0]
-
-        present = [t for t in (bias, b_tensor, squares) if t is not None]
-        ctx.y_recipe = Recipe(convolved, (x, weight, *present))
-        ctx.y_recipe.holders += 1
-        y._bcos_recipe = (ctx.y_recipe, y._version)
-    if of_z:
-
-        def normalized(y, var, *given):
-            norm_weight, norm_bias = _fill(given, (inputs[4], inputs[5]))
-            return run("batch_norm_uncentered", y, norm_weight, norm_bias, None, var, False, eps, activation)[0]
-
-        present = [t for t in (norm_weight, norm_bias) if t is not None]
-        z._bcos_recipe = (Recipe(normalized, (y, var, *present)), z._version)
-
-
-def _fill(present: tuple[Tensor, ...], pattern: tuple) -> list[Tensor | None]:
-    """The tensors that are there, with None where ``pattern`` has it."""
-    rest = iter(present)
-    return [None if t is None else next(rest) for t in pattern]
-
-
-class Conv2dBatchNorm(torch.autograd.Function):
-    """(x, weight, bias, b_tensor, norm_weight, norm_bias, residual, running_var, squares, stride, padding, dilation,
-    groups, b, normalize_weight, max_out, training, eps, activation, keep, detach, emits_squares, recompute) → z, squares,
-    y, n, a, index, mean, var. y stays inside, so it is simply saved; `recompute` (RECOMPUTES) says what is not kept."""
-
-    @staticmethod
-    def forward(*arguments):
-        return run("conv2d_batch_norm", *arguments[:-1])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, bias, b_tensor, norm_weight, norm_bias, residual = inputs[:7]
-        ctx.layer = inputs[9:16]  # stride … max_out
-        ctx.training, ctx.eps, ctx.activation, _, ctx.detach, _, recompute = inputs[16:]
-        z, squares, y, n, a, index, mean, var = output
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        ctx.compiled = torch.compiler.is_compiling()
-        ctx.edges = _edges(x, weight, bias, b_tensor, norm_weight, norm_bias, residual)
-        ctx.backend = _ran_backend()
-        # z is read for the ReLU's mask only; without a residual the C++ kernels take that from y
-        masked = ctx.activation is not None and not (residual is None and ctx.backend.endswith("cpu"))
-        _hold(ctx, z, masked and not ctx.compiled)
-        _declare_recipes(ctx, inputs, output, recompute)
-        ctx.save_for_backward(
-            _kept_input(ctx, x), weight, bias, b_tensor, norm_weight, norm_bias,
-            z if masked and ctx.held is None else None, y if ctx.y_recipe is None else None, n, a, index, mean, var,
-        )  # fmt: skip
-
-    @staticmethod
-    def backward(ctx, dz, *_):
-        if dz is None:
-            return (None,) * 23
-        x, weight, bias, b_tensor, norm_weight, norm_bias, z, y, n, a, index, mean, var = ctx.saved_tensors
-        x = _input(ctx, x)
-        if ctx.y_recipe is not None:
-            y = _again(ctx, "y_recipe")
-        if ctx.held is not None:
-            z = _unchanged(ctx, "conv2d_batch_norm")
-        needs = _needed(ctx)
-        passes_on = needs[6] and ctx.activation is None  # the residual's gradient is dz itself
-        asked = [*needs[:6], needs[6] and not passes_on]
-        gradients = backward_of(
-            Conv2dBatchNormBackward, "conv2d_batch_norm_backward", dz, x, weight, bias, b_tensor, norm_weight,
-            norm_bias, z, y, n, a, index, mean, var, *ctx.layer, ctx.training, ctx.eps, ctx.activation, ctx.detach,
-            asked, ctx.backend,
-        )  # fmt: skip
-        grads = [g if need else None for g, need in zip(gradients, asked, strict=True)]
-        if passes_on:
-            grads[6] = dz
-        return (*grads, *(None,) * 16)
-
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return _sliced_keeping_empty(Conv2dBatchNorm.apply, info, in_dims, arguments)
-
-
-class Conv2dBatchNormBackward(torch.autograd.Function):
-    """Gradients of `Conv2dBatchNorm`; differentiable through the definition, from x and the parameters."""
-
-    @staticmethod
-    def forward(*arguments):
-        return run("conv2d_batch_norm_backward", *arguments)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        dz, x, weight, bias, b_tensor, norm_weight, norm_bias, z = inputs[:8]
-        var = inputs[13]
-        ctx.window, (ctx.b, ctx.normalize_weight, ctx.max_out) = inputs[14:18], inputs[18:21]
-        ctx.training, ctx.eps, ctx.activation, ctx.detach, ctx.needs, _ = inputs[21:]
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(dz, x, weight, bias, b_tensor, norm_weight, norm_bias, z, var)
-
-    @staticmethod
-    def backward(ctx, *cotangents):
-        dz, x, weight, bias, b_tensor, norm_weight, norm_bias, z, var = ctx.saved_tensors
-        residual = torch.zeros_like(dz) if ctx.needs[6] else None
-
-        def definition(x, weight, bias, b_tensor, norm_weight, norm_bias, residual):
-            y = reference.conv2d(
-                canonical(x), canonical(weight), bias, *ctx.window, b=_exponent(ctx.b, b_tensor),
-                normalize_weight=ctx.normalize_weight, max_out=ctx.max_out, detach=ctx.detach,
-            )  # fmt: skip
-            out = reference.batch_norm_uncentered(
-                y, None if ctx.training else var, norm_weight, norm_bias, training=ctx.training, eps=ctx.eps,
-                residual=residual, detach=ctx.detach,
-            )  # fmt: skip
-            # the mask is piecewise constant; where there was a residual it is in z alone
-            return out if ctx.activation is None else torch.where((out if z is None else z).detach() <= 0, 0.0, out)
-
-        inputs = (x, weight, bias, b_tensor, norm_weight, norm_bias, residual)
-        gradients = _second_order(definition, inputs, ctx.needs, dz, cotangents)
-        # (dz, x, weight, bias, b_tensor, norm_weight, norm_bias, z, …)
-        return (*gradients[:7], *(None,) * 20)
-
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return _sliced_keeping_empty(Conv2dBatchNormBackward.apply, info, in_dims, arguments)
-
-
-def _sliced_keeping_empty(function, info, in_dims, arguments) -> tuple:
+def sliced_keeping_empty(function, info, in_dims, arguments) -> tuple:
     values, dims = _sliced(function, info, in_dims, arguments, 1)
     return values, (0,) * len(values)
 
@@ -758,7 +639,7 @@ def _sliced_keeping_empty(function, info, in_dims, arguments) -> tuple:
 # Functions, and from inside their forward, where gradients are off, below autograd.
 
 
-def _register_autograd(name: str, differentiable) -> None:
+def register_autograd(name: str, differentiable) -> None:
     op = getattr(torch.ops.bcos_kernels, name).default
 
     def kernel(*arguments):
@@ -774,18 +655,18 @@ def _register_autograd(name: str, differentiable) -> None:
     ops.library.impl(name, differentiable, "FuncTorchDynamicLayerFrontMode")
 
 
-def _whole(function: type[torch.autograd.Function], *arguments) -> tuple[Tensor, ...]:
+def whole(function: type[torch.autograd.Function], *arguments) -> tuple[Tensor, ...]:
     """All that the op returns, not y alone as `apply` does for a layer in eager code."""
     return _apply_in_forward_mode(function, *arguments) if forward_mode() else function.apply(*arguments)
 
 
-def _constant(b_tensor: Tensor | None, detach: bool) -> Tensor | None:
+def constant(b_tensor: Tensor | None, detach: bool) -> Tensor | None:
     return b_tensor.detach() if detach and b_tensor is not None else b_tensor
 
 
 def _linear(x, weight, bias, b_tensor, b, normalize_weight, max_out, keep, detach=False, squares=None):
-    b_tensor = _constant(b_tensor, detach)
-    return _whole(Linear, x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, True, squares)[:4]
+    b_tensor = constant(b_tensor, detach)
+    return whole(Linear, x, weight, bias, b_tensor, b, normalize_weight, max_out, detach, True, squares)[:4]
 
 
 def _conv2d(
@@ -793,29 +674,18 @@ def _conv2d(
     squares=None,
 ):  # fmt: skip
     window = (stride, padding, dilation, groups)
-    b_tensor = _constant(b_tensor, detach)
-    return _whole(Conv2d, x, weight, bias, b_tensor, *window, b, normalize_weight, max_out, detach, True, squares)[:4]
+    b_tensor = constant(b_tensor, detach)
+    return whole(Conv2d, x, weight, bias, b_tensor, *window, b, normalize_weight, max_out, detach, True, squares)[:4]
 
 
-def _batch_norm(
-    x, weight, bias, residual, running_var, training, eps, activation, detach=False, emits_squares=False
-):
+def _batch_norm(x, weight, bias, residual, running_var, training, eps, activation, detach=False, emits_squares=False):
     options = (training, eps, activation, detach, emits_squares)
-    return _whole(BatchNormUncentered, x, weight, bias, residual, running_var, *options)
+    return whole(BatchNormUncentered, x, weight, bias, residual, running_var, *options)
 
 
-def _conv2d_batch_norm(x, weight, bias, b_tensor, *options):
-    """As the others: what a backward takes is kept whether ``keep`` says so or not."""
-    options = list(options)
-    options[15] = True
-    return _whole(Conv2dBatchNorm, x, weight, bias, _constant(b_tensor, options[16]), *options, None)
-
-
-_register_autograd("linear", _linear)
-_register_autograd("conv2d", _conv2d)
-_register_autograd("batch_norm_uncentered", _batch_norm)
-_register_autograd("conv2d_batch_norm", _conv2d_batch_norm)
-_register_autograd("conv2d_batch_norm_backward", partial(_whole, Conv2dBatchNormBackward))
-_register_autograd("linear_backward", partial(_whole, LinearBackward))
-_register_autograd("conv2d_backward", partial(_whole, Conv2dBackward))
-_register_autograd("batch_norm_uncentered_backward", partial(_whole, BatchNormUncenteredBackward))
+register_autograd("linear", _linear)
+register_autograd("conv2d", _conv2d)
+register_autograd("batch_norm_uncentered", _batch_norm)
+register_autograd("linear_backward", partial(whole, LinearBackward))
+register_autograd("conv2d_backward", partial(whole, Conv2dBackward))
+register_autograd("batch_norm_uncentered_backward", partial(whole, BatchNormUncenteredBackward))

@@ -16,8 +16,8 @@ def sum_squares(y: Tensor) -> Tensor:
 
 
 def conv2d_batch_norm_forward(
-    launcher: Callable[[str], Callable], x, weight, bias, norm_weight, norm_bias, residual, running_var, squares, stride,
-    padding, dilation, groups, b, b_tensor, normalize_weight, max_out, training, eps, activation, keep, detach,
+    launcher: Callable[[str], Callable], x, weight, bias, norm_weight, norm_bias, residual, running_var, squares,
+    stride, padding, dilation, groups, b, b_tensor, normalize_weight, max_out, training, eps, activation, keep, detach,
     emits_squares,
 ):  # fmt: skip
     """The convolution, then the normalisation: (z, squares of z, y, n, a, index, mean, var)."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd, dispatch, ops, reference, squares, validation
+from . import autograd, autograd_conv2d_batch_norm, dispatch, ops, reference, squares, validation
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -342,7 +342,9 @@ def conv2d_batch_norm(
     validation.check_normalization(
         op, x, like_y, "the output's shape", vectors, training, momentum, eps, activation, residual
     )
-    if recompute not in autograd.RECOMPUTES or (residual is not None and recompute in ("output", "both")):
+    if recompute not in autograd_conv2d_batch_norm.RECOMPUTES or (
+        residual is not None and recompute in ("output", "both")
+    ):
         allowed = "None, 'inner'" + ("" if residual is not None else ", 'output' or 'both'")
         raise ValueError(f"{op}: expected recompute to be {allowed}, got {recompute!r}")
     if detach and b_tensor is not None:
@@ -355,7 +357,7 @@ def conv2d_batch_norm(
     if _op_alone(differentiates):
         z, emitted, *_, var = ops.run("conv2d_batch_norm", *arguments)
     else:
-        z, emitted, *_, var = autograd.apply(autograd.Conv2dBatchNorm, *arguments, recompute)
+        z, emitted, *_, var = autograd.apply(autograd_conv2d_batch_norm.Conv2dBatchNorm, *arguments, recompute)
     if training and z.numel():
         _update(running_var, var, momentum)
     return squares.declare(z, emitted)

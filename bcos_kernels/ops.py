@@ -237,9 +237,7 @@ _define(
 # batch_norm_uncentered ------------------------------------------------------------------------------------------------
 
 
-def _batch_norm(
-    x, weight, bias, residual, running_var, training, eps, activation, detach=False, emits_squares=False
-):
+def _batch_norm(x, weight, bias, residual, running_var, training, eps, activation, detach=False, emits_squares=False):
     return dispatch.run(
         "batch_norm_uncentered",
         "forward",
@@ -308,8 +306,8 @@ _define(
 
 
 def _conv2d_batch_norm(
-    x, weight, bias, b_tensor, norm_weight, norm_bias, residual, running_var, squares, stride, padding, dilation, groups,
-    b, normalize_weight, max_out, training, eps, activation, keep, detach, emits_squares,
+    x, weight, bias, b_tensor, norm_weight, norm_bias, residual, running_var, squares, stride, padding, dilation,
+    groups, b, normalize_weight, max_out, training, eps, activation, keep, detach, emits_squares,
 ):  # fmt: skip
     return dispatch.run(
         "conv2d_batch_norm",
@@ -322,8 +320,8 @@ def _conv2d_batch_norm(
 
 
 def _conv2d_batch_norm_fake(
-    x, weight, bias, b_tensor, norm_weight, norm_bias, residual, running_var, squares, stride, padding, dilation, groups,
-    b, normalize_weight, max_out, training, eps, activation, keep, detach, emits_squares,
+    x, weight, bias, b_tensor, norm_weight, norm_bias, residual, running_var, squares, stride, padding, dilation,
+    groups, b, normalize_weight, max_out, training, eps, activation, keep, detach, emits_squares,
 ):  # fmt: skip
     y, n, a, index = _conv2d_fake(
         x, weight, bias, b_tensor, stride, padding, dilation, groups, b, normalize_weight, max_out, keep

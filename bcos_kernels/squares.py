@@ -1,7 +1,7 @@
 """Σ_c x² of an activation, left behind by the pass that wrote it, for the norms of the layer that reads it next.
 
-The sums travel as an attribute of the very tensor that an op returned: whatever model code does with it, a layer that is
-given that tensor, unchanged, finds them, and any other tensor has none. They are values without a gradient: the
+The sums travel as an attribute of the very tensor that an op returned: whatever model code does with it, a layer that
+is given that tensor, unchanged, finds them, and any other tensor has none. They are values without a gradient: the
 gradient through the norm is taken from x, so that ∂L/∂x is whole wherever somebody asks for it.
 """
 
