@@ -45,30 +45,35 @@ def _declare_recipes(ctx, inputs, output, recompute: str) -> None:
     z, _, y, *_, var = output
     if ctx.detach and not ctx.training:
         return  # the slope is kept instead of y
+    # the functions must not capture a tensor: they live as long as the graph
     if of_y:
+        has = tuple(t is not None for t in (bias, b_tensor, squares))
 
         def convolved(x, weight, *given):
-            bias, b_tensor, squares = _fill(given, (inputs[2], inputs[3], inputs[8]))
+            bias, b_tensor, squares = _fill(given, has)
             return run("conv2d", x, weight, bias, b_tensor, *layer, False, False, squares)[0]
 
-        present = [t for t in (bias, b_tensor, squares) if t is not None]
-        ctx.y_recipe = Recipe(convolved, (x, weight, *present))
+        ctx.y_recipe = Recipe(convolved, (x, weight, *_present(bias, b_tensor, squares)))
         ctx.y_recipe.holders += 1
         y._bcos_recipe = (ctx.y_recipe, y._version)
     if of_z:
+        affine = (norm_weight is not None, norm_bias is not None)
 
         def normalized(y, var, *given):
-            norm_weight, norm_bias = _fill(given, (inputs[4], inputs[5]))
+            norm_weight, norm_bias = _fill(given, affine)
             return run("batch_norm_uncentered", y, norm_weight, norm_bias, None, var, False, eps, activation)[0]
 
-        present = [t for t in (norm_weight, norm_bias) if t is not None]
-        z._bcos_recipe = (Recipe(normalized, (y, var, *present)), z._version)
+        z._bcos_recipe = (Recipe(normalized, (y, var, *_present(norm_weight, norm_bias))), z._version)
 
 
-def _fill(present: tuple[Tensor, ...], pattern: tuple) -> list[Tensor | None]:
-    """The tensors that are there, with None where ``pattern`` has it."""
+def _present(*tensors: Tensor | None) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
+
+
+def _fill(present: tuple[Tensor, ...], has: tuple[bool, ...]) -> list[Tensor | None]:
+    """The tensors that are there, with None where there is none."""
     rest = iter(present)
-    return [None if t is None else next(rest) for t in pattern]
+    return [next(rest) if there else None for there in has]
 
 
 class Conv2dBatchNorm(torch.autograd.Function):

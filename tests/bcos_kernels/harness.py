@@ -7,11 +7,14 @@ import inspect
 import os
 import shlex
 import shutil
+from functools import cache
 from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import bcos_kernels
 from bcos_kernels import dispatch, reference
@@ -122,3 +125,32 @@ def gradients(y: Tensor, leaves: dict[str, Tensor | None], dy: Tensor) -> dict[s
     present = {name: t for name, t in leaves.items() if t is not None}
     found = torch.autograd.grad(y, list(present.values()), dy.to(y.dtype), allow_unused=True)
     return {f"d{name}": g for name, g in zip(present, found, strict=True)}
+
+
+def second_derivatives(function, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """First derivatives of a nonlinear function of the outputs, and the second ones along random directions; zeros
+    where nothing flows."""
+    y = function(*tensors)
+    dy = randn(tuple(y.shape), 20, y.dtype).requires_grad_()
+    first = torch.autograd.grad(y, tensors, dy, create_graph=True, allow_unused=True)
+    first = [torch.zeros_like(t) if g is None else g for g, t in zip(first, tensors, strict=True)]
+    along = sum((g * randn(tuple(g.shape), 30 + i, g.dtype)).sum() for i, g in enumerate(first))
+    second = torch.autograd.grad(along, [*tensors, dy], allow_unused=True)
+    return first, [torch.zeros_like(t) if g is None else g for g, t in zip(second, [*tensors, dy], strict=True)]
+
+
+@cache
+def convolutions_have_second_derivatives_of_symbolic_sizes() -> bool:
+    """Whether torch's own do, in graphs with sizes left open. Those of 2.11 raise."""
+
+    def second(x, weight):
+        (first,) = torch.autograd.grad(F.conv2d(x, weight).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), (x, weight))
+
+    tensors = [torch.ones(shape, requires_grad=True) for shape in ((2, 3, 4, 4), (2, 3, 2, 2))]
+    try:
+        make_fx(second, tracing_mode="symbolic")(*tensors)
+    except RuntimeError as error:
+        assert "symbolic sizes" in str(error)
+        return False
+    return True

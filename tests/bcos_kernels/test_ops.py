@@ -6,13 +6,11 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import bcos_kernels
@@ -134,22 +132,6 @@ def test_opcheck_conv2d(options, grad):
     torch.library.opcheck(OPS.conv2d.default, (*tensors, *window, *rest), **_tolerance(tensors[0].dtype))
 
 
-@cache
-def _convolutions_have_second_derivatives_of_symbolic_sizes() -> bool:
-    """Whether torch's own do, in graphs with sizes left open. Those of 2.11 raise."""
-
-    def second(x, weight):
-        (first,) = torch.autograd.grad(F.conv2d(x, weight).square().sum(), x, create_graph=True)
-        return torch.autograd.grad(first.square().sum(), (x, weight))
-
-    try:
-        make_fx(second, tracing_mode="symbolic")(leaf(2, 3, 4, 4), leaf(2, 3, 2, 2))
-    except RuntimeError as error:
-        assert "symbolic sizes" in str(error)
-        return False
-    return True
-
-
 @pytest.mark.parametrize("detach", [False, True])
 @pytest.mark.parametrize("grad", [False, True], ids=["constant", "leaf"])
 @pytest.mark.parametrize("options", list(CONV2D_OPTIONS)[:-1])
@@ -161,7 +143,7 @@ def test_opcheck_conv2d_backward(options, grad, detach):
     needs = [True, True, bias is not None, exponent is not None]
     held = (y if b == 2 else None, n, a, index)
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if not grad or _convolutions_have_second_derivatives_of_symbolic_sizes():
+    if not grad or harness.convolutions_have_second_derivatives_of_symbolic_sizes():
         checks.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(
         OPS.conv2d_backward.default,
@@ -384,18 +366,6 @@ def test_gradcheck_batch_norm(training, activation):
     assert torch.autograd.gradgradcheck(function, (x, *parameters, residual))
 
 
-def second_derivatives(function, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """First derivatives of a nonlinear function of the outputs, and the second ones along random directions; zeros
-    where nothing flows."""
-    y = function(*tensors)
-    dy = randn(*y.shape, seed=20, dtype=y.dtype).requires_grad_()
-    first = torch.autograd.grad(y, tensors, dy, create_graph=True, allow_unused=True)
-    first = [torch.zeros_like(t) if g is None else g for g, t in zip(first, tensors, strict=True)]
-    along = sum((g * randn(*g.shape, seed=30 + i, dtype=g.dtype)).sum() for i, g in enumerate(first))
-    second = torch.autograd.grad(along, [*tensors, dy], allow_unused=True)
-    return first, [torch.zeros_like(t) if g is None else g for g, t in zip(second, [*tensors, dy], strict=True)]
-
-
 @pytest.mark.parametrize("dtype", ["fp64", "fp32"])
 @pytest.mark.parametrize("options", ["plain", "normalized", "max_out"])
 @pytest.mark.parametrize("b", [1.0, 2.0, 1.5, "tensor"])
@@ -414,10 +384,10 @@ def test_second_derivatives_are_the_definition_s(op, detach, b, options, dtype):
             detach=detach,
         )  # fmt: skip
 
-    got = second_derivatives(function(bcos_kernels), tensors)
+    got = harness.second_derivatives(function(bcos_kernels), tensors)
     exact = [t.detach().double().requires_grad_() for t in tensors]
     # the same directions, rounded to the dtype under test
-    expected = second_derivatives(function(reference), exact)
+    expected = harness.second_derivatives(function(reference), exact)
     tolerance = 1e-10 if dtype == torch.float64 else 2e-4
     for order in (0, 1):
         for mine, theirs in zip(got[order], expected[order], strict=True):
@@ -455,7 +425,7 @@ def test_second_derivatives_of_batch_norm(training, detach):
             residual=residual, detach=detach,
         )  # fmt: skip
 
-    got, expected = (second_derivatives(function(m), tensors) for m in (bcos_kernels, reference))
+    got, expected = (harness.second_derivatives(function(m), tensors) for m in (bcos_kernels, reference))
     for order in (0, 1):
         assert_same(got[order], expected[order], 1e-10)
 

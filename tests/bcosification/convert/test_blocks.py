@@ -40,8 +40,11 @@ def small_resnet(block):
 
 
 MODELS = {
-    "basic": (lambda: small_resnet(resnet.BasicBlock), {"FusedResNet": 1, "FusedBasicBlock": 2}),
-    "bottleneck": (lambda: small_resnet(resnet.Bottleneck), {"FusedResNet": 1, "FusedBottleneck": 2}),
+    "basic": (lambda: small_resnet(resnet.BasicBlock), {"FusedResNet": 1, "FusedBasicBlock": 2, "FusedSequential": 1}),
+    "bottleneck": (
+        lambda: small_resnet(resnet.Bottleneck),
+        {"FusedResNet": 1, "FusedBottleneck": 2, "FusedSequential": 2},
+    ),
     "densenet": (
         lambda: densenet.DenseNet(4, (2, 2), 8, num_classes=5),
         {"FusedSequential": 1, "FusedDenseLayer": 4, "FusedTransition": 1},
@@ -111,22 +114,36 @@ def test_same_numbers(name, mode):
 
 @EVERY_MODEL
 def test_passes_are_really_fused(name, monkeypatch):
-    """Every BatchNorm before a ReLU gets it, and no ReLU module runs."""
+    """Every BatchNorm before a ReLU gets it, every one behind a convolution is one op with it, no ReLU module runs."""
     fused = build(name).eval()
     fuse_blocks(fused)
-    activations, relus = [], []
-    original = BatchNormUncentered2d.forward
+    activations, behind, relus = [], [], []
+    original, original_behind = BatchNormUncentered2d.forward, BatchNormUncentered2d.behind
 
     def spy(self, x, residual=None, activation=None):
         activations.append(activation)
         return original(self, x, residual, activation)
 
+    def spy_behind(self, conv, x, residual=None, activation=None, recompute=None):
+        behind.append(activation)
+        return original_behind(self, conv, x, residual, activation, recompute)
+
     relu = nn.ReLU.forward
     monkeypatch.setattr(BatchNormUncentered2d, "forward", spy)
+    monkeypatch.setattr(BatchNormUncentered2d, "behind", spy_behind)
     monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: relus.append(self) or relu(self, x))
     fused(torch.rand(1, 3, 32, 32, dtype=torch.float64))
-    alone = {"basic": 1, "bottleneck": 2, "sequential": 1}.get(name, 1)  # shortcuts, norm5, the one without ReLU
+    alone = {"basic": 0, "bottleneck": 0}.get(name, 1)  # norm5, the one without ReLU
     assert activations.count(None) == alone
+    shortcuts = {"basic": 1, "bottleneck": 2}.get(name, 0)
+    assert behind.count(None) == shortcuts
+    layers = sum(isinstance(module, BcosConv2d) for module in fused.modules())
+    after_norm = sum(
+        type(module) is densenet._DenseLayer or "FusedDenseLayer" in repr(type(module)) for module in fused.modules()
+    )
+    after_norm += sum("Transition" in repr(type(module)) for module in fused.modules())
+    if name != "checkpointed densenet":
+        assert len(behind) == layers - after_norm
     assert len(relus) == (1 if name == "sequential" else 0)
 
 
@@ -226,7 +243,7 @@ def test_unknown_and_changed_blocks_are_left_with_a_reason():
         "extra": "relu is GELU, not ReLU",
         "forwarded": "has a forward of its own",
     }
-    assert [name for name, _, _ in report.fused] == [""]
+    assert [name for name, _, _ in report.fused] == ["", "layer2.0.downsample"]
     assert "layer1: Mine (subclass of" in str(report)
     assert str(fuse_blocks(nn.Linear(2, 2))) == "nothing to fuse"
 

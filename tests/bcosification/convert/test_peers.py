@@ -458,7 +458,8 @@ def test_reports_count_what_is_the_same():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a converted model is fused already: no reason to warn
         converted = fuse(bcosify(torchvision.models.resnet18(num_classes=2)))
-    expected = "already on the fused kernels: 21 x BcosConv2d, 20 x BatchNormUncentered2d, 8 x FusedBasicBlock"
+    expected = "already on the fused kernels: 21 x BcosConv2d, 20 x BatchNormUncentered2d, 8 x FusedBasicBlock, "
+    expected += "3 x FusedSequential"
     assert str(converted.fusion_report) == expected
     peer = fuse(build("basic"))
     fused = Counter(entry[1:] for entry in peer.fusion_report.fused)
