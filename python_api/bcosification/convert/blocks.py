@@ -25,6 +25,7 @@ from torch.nn.modules import module as torch_module
 import bcos_kernels
 
 from ..nn import BatchNormUncentered2d, BcosConv2d
+from .tracing import NotTraceable, has_parts, traced_class
 
 __all__ = ["FusionReport", "fuse_blocks", "norm_activation", "recomputes", "set_recompute", "unfuse_blocks"]
 
@@ -367,45 +368,64 @@ def __getattr__(name: str) -> type:
 
 
 def fuse_blocks(model: nn.Module) -> FusionReport:
-    """Give every known block in ``model`` its fused forward, in place; what is unknown stays as it is.
+    """Give every block in ``model`` whose forward is known its fused forward, in place; what is unknown stays as it is.
+
+    A forward is known where it is the one of a class in `BLOCK_RULES`, with the parts that it was written for, or from
+    its trace (tracing.py), in which chains of convolution, BatchNorm, addition and ReLU are found whatever they are
+    called. A traced forward is the one that the block has now: parts may be replaced, but `unfuse_blocks` before
+    changing what decides between its branches (setting ``downsample`` to None).
 
     Args:
         model: any model, possibly itself a block.
 
     Returns:
-        A FusionReport. Left with a reason are blocks of a known class whose parts are something else, that have a
-        forward of their own, or that are of an unknown subclass of a known block.
+        A FusionReport. Left with a reason are blocks that have a forward of their own on the instance, and those whose
+        trace would not be all that their forward does.
     """
     report = FusionReport()
     for name, module in list(model.named_modules()):
         cls = type(module)
         rule = BLOCK_RULES.get(_qualified(cls))
-        if rule is None:
-            base = _known_base(cls)
-            if base is not None and BLOCK_RULES[base].check(module) is None:
-                report.left.append((name, cls.__name__, f"subclass of {base}"))
-            continue
-        reason = rule.check(module)
-        if reason is None and any(method in module.__dict__ for method in rule.methods):
-            reason = "has a forward of its own"
-        if reason is None:
+        if rule is not None and not _is_the_librarys(cls, rule):
+            rule = None
+        reason = None if rule is None else rule.check(module)
+        own = next((m for m in ("forward", *(rule.methods if rule else ())) if m in module.__dict__), None)
+        if rule is not None and reason is None and own is None:
             module.__class__ = _fused_class(rule, cls)
             report.fused.append((name, cls.__name__, rule.name))
-        elif reason != _NOTHING_TO_FUSE:
+            continue
+        if _may_be_traced(module):
+            try:
+                if own is None and fuse_traced(module):
+                    report.fused.append((name, cls.__name__, type(module).__name__))
+                    continue
+                reason = reason if own is None else "has a forward of its own"
+            except NotTraceable as error:
+                reason = str(error)
+        if reason not in (None, _NOTHING_TO_FUSE):
             report.left.append((name, cls.__name__, reason))
     return report
 
 
-def _known_base(cls: type) -> str | None:
-    if "_library_class" in cls.__dict__:  # fused already
-        return None
-    for base in cls.__mro__[1:]:
-        name = _qualified(base)
-        if name in BLOCK_RULES:
-            rule = BLOCK_RULES[name]
-            # Containers with a forward of their own use Sequential as a list: nothing to say about them.
-            return name if rule.methods is not _SEQUENTIAL or cls.forward is base.forward else None
-    return None
+def fuse_traced(module: nn.Module) -> bool:
+    """Give a block the fused form of its forward's trace; False where there is no chain in it. Raises NotTraceable."""
+    cls = traced_class(module, convolution_norm_activation)
+    if cls is not None:
+        module.__class__ = cls
+    return cls is not None
+
+
+def _is_the_librarys(cls: type, rule: BlockRule) -> bool:
+    """Whether the methods that a rule replaces are those that the class's own library defines, and nobody's patches."""
+    bases = {(base.__module__, base.__qualname__) for base in cls.__mro__}
+    methods = (getattr(cls, name) for name in rule.methods)
+    return all((m.__module__, m.__qualname__.rpartition(".")[0]) in bases for m in methods)
+
+
+def _may_be_traced(module: nn.Module) -> bool:
+    cls = type(module)
+    ours = cls.__module__.partition(".")[0] == __name__.partition(".")[0] or "_library_class" in cls.__dict__
+    return not ours and not isinstance(module, nn.Sequential) and has_parts(module)
 
 
 def unfuse_blocks(model: nn.Module) -> nn.Module:

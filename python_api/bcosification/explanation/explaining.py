@@ -218,8 +218,9 @@ def explain(model: nn.Module, images: Tensor, targets: Targets = None, *, batch_
         for start in range(0, images.size(0), batch_size):
             stop = start + batch_size
             parts.append(_explain_batch(model, images[start:stop], None if targets is None else targets[start:stop]))
-    explanation = Explanation(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-    _check_sum(explanation)
+    *tensors, sizes = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    explanation = Explanation(*tensors)
+    _check_sum(explanation, sizes)
     return explanation
 
 
@@ -227,8 +228,10 @@ def _explain_batch(model: nn.Module, images: Tensor, targets: Tensor | None) -> 
     x6 = encode(model, images)
     logits, weights, constant = dynamic_linear_map(model, x6, targets)
     targets = logits.argmax(1) if targets is None else targets
-    contributions = (x6 * weights).sum(1)
-    return tuple(t.detach().to(images.device) for t in (x6, logits, targets, weights, contributions, constant))
+    summands = x6 * weights
+    contributions = summands.sum(1)
+    sizes = summands.abs_().sum((1, 2, 3))
+    return tuple(t.detach().to(images.device) for t in (x6, logits, targets, weights, contributions, constant, sizes))
 
 
 def encode(model: nn.Module, images: Tensor) -> Tensor:
@@ -274,18 +277,19 @@ def _targets(targets: Targets, count: int) -> Tensor | None:
     return tensor.to(torch.int64, copy=True)
 
 
-def _check_sum(explanation: Explanation) -> None:
-    """Warn where contributions + constant is not the logit: something adds to it that nobody accounts for."""
-    contributions = (explanation.images * explanation.weights).double().flatten(1)
+def _check_sum(explanation: Explanation, sizes: Tensor) -> None:
+    """Warn where contributions + constant is not the logit: something adds to it that nobody accounts for. sizes (N,):
+    Σ |x6 ⊙ W|, which rounding is measured against."""
+    contributions = explanation.contributions.double().sum((1, 2))
     logit = explanation.logits.gather(1, explanation.targets[:, None]).squeeze(1).double()
     constant = explanation.constant.double()
-    off = (contributions.sum(1) + constant - logit).abs()
-    size = contributions.abs().sum(1) + constant.abs() + logit.abs()
+    off = (contributions + constant - logit).abs()
+    size = sizes.double() + constant.abs() + logit.abs()
     tolerance = 1e-3 if torch.finfo(explanation.weights.dtype).eps < 1e-4 else 5e-2
     worst = int((off - tolerance * size).argmax())
     if not off[worst] <= tolerance * size[worst]:
         warnings.warn(
-            f"explain: expected contributions + constant = logit, got {contributions[worst].sum():.4g} + "
+            f"explain: expected contributions + constant = logit, got {contributions[worst]:.4g} + "
             f"{constant[worst]:.4g} and {logit[worst]:.4g} for image {worst}; the model has a layer that is not "
             "linear in explanation mode, or adds a constant outside its layers (parameters can be named in "
             "model.additive_parameters)",

@@ -228,8 +228,13 @@ def test_unknown_and_changed_blocks_are_left_with_a_reason():
         def forward(self, x):
             return super().forward(x) * 2
 
+    class ByMode(resnet.BasicBlock):
+        def forward(self, x):
+            return super().forward(x) if self.training else x
+
     model = small_resnet(resnet.BasicBlock)
     model.layer1 = Mine(64, 64)
+    model.by_mode = ByMode(8, 8)
     model = uncentered(model)
     model.layer2[0].bn1 = nn.BatchNorm2d(128).double()
     model.extra = resnet.BasicBlock(8, 8)
@@ -238,13 +243,18 @@ def test_unknown_and_changed_blocks_are_left_with_a_reason():
     model.forwarded.forward = lambda x: x
     report = fuse_blocks(model)
     assert {name: reason for name, _, reason in report.left} == {
-        "layer1": "subclass of torchvision.models.resnet.BasicBlock",
-        "layer2.0": "bn1 is BatchNorm2d, not BatchNormUncentered2d",
         "extra": "relu is GELU, not ReLU",
         "forwarded": "has a forward of its own",
+        "by_mode": "its forward does other things in training than in eval mode",
     }
-    assert [name for name, _, _ in report.fused] == ["", "layer2.0.downsample"]
-    assert "layer1: Mine (subclass of" in str(report)
+    # a subclass and a block with other parts are fused as far as their traces have chains
+    assert [(name, after) for name, _, after in report.fused] == [
+        ("", "FusedResNet"),
+        ("layer1", "FusedMine"),
+        ("layer2.0", "FusedBasicBlock"),
+        ("layer2.0.downsample", "FusedSequential"),
+    ]
+    assert "forwarded: BasicBlock (has a forward of its own)" in str(report)
     assert str(fuse_blocks(nn.Linear(2, 2))) == "nothing to fuse"
 
 
