@@ -2,7 +2,7 @@
 
 from . import flops
 from .dispatch import backend, backends, dispatched
-from .functional import batch_norm_uncentered, conv2d, conv2d_batch_norm, linear
+from .functional import batch_norm_uncentered, conv2d, conv2d_batch_norm, linear, linear_gelu
 from .recompute import recomputed
 
 __version__ = "0.1.0"
@@ -14,6 +14,7 @@ __all__ = [
     "conv2d_batch_norm",
     "dispatched",
     "linear",
+    "linear_gelu",
     "recomputed",
 ]
 

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-NAMES = ("conv2d_batch_norm_forward", "conv2d_batch_norm_backward")
+NAMES = (
+    "conv2d_batch_norm_forward",
+    "conv2d_batch_norm_backward",
+    "linear_gelu_forward",
+    "linear_gelu_backward",
+)
 
 
-def sum_squares(y: Tensor) -> Tensor:
-    """Σ_c y² (N, H, W) of an activation (N, C, H, W), in the norms' type."""
-    return y.to(torch.float64 if y.dtype == torch.float64 else torch.float32).square().sum(1)
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.float64 if t.dtype == torch.float64 else torch.float32)
+
+
+def sum_squares(y: Tensor, dim: int = 1) -> Tensor:
+    """Σ y² over a dimension, of an activation (N, C, H, W) over its channels, in the norms' type."""
+    return _wide(y).square().sum(dim)
 
 
 def conv2d_batch_norm_forward(
@@ -51,3 +62,29 @@ def conv2d_batch_norm_backward(
             need_dx, need_dw, need_dbias, need_db,
         )  # fmt: skip
     return dx, dw, dbias, db, dnorm_weight, dnorm_bias, dresidual
+
+
+def linear_gelu_forward(
+    launcher: Callable[[str], Callable], x, weight, bias, squares, b, b_tensor, normalize_weight, max_out, keep,
+    emits_squares,
+):  # fmt: skip
+    """The linear layer, then the GELU: (h, squares of h, y, n, a, index)."""
+    y, n, a, index = launcher("linear_forward")(x, weight, bias, b, b_tensor, normalize_weight, max_out, keep, squares)
+    h = F.gelu(y)
+    return h, sum_squares(h, -1) if emits_squares else n.new_empty((0,)), y if keep else y.new_empty((0,)), n, a, index
+
+
+def linear_gelu_backward(
+    launcher: Callable[[str], Callable], dh, x, weight, bias, y, n, a, index, b, b_tensor, normalize_weight, max_out,
+    detach, need_dx, need_dw, need_dbias, need_db,
+):  # fmt: skip
+    """Gradients (dx, dw, dbias, db); the gate is a constant in explanation mode."""
+    v = _wide(y)
+    slope = 0.5 * (1 + torch.erf(v * math.sqrt(0.5)))
+    if not detach:
+        slope = slope + v * torch.exp(-0.5 * v.square()) / math.sqrt(2 * math.pi)
+    dy = (_wide(dh) * slope).to(y.dtype)
+    return launcher("linear_backward")(
+        dy, x, weight, bias, b, b_tensor, y, n, a, index, normalize_weight, max_out, detach,
+        need_dx, need_dw, need_dbias, need_db,
+    )  # fmt: skip

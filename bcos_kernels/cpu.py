@@ -176,3 +176,30 @@ def conv2d_batch_norm_backward(
     if need_dnorm_bias:
         dnorm_bias = dnorm_bias.to(norm_bias.dtype)
     return dx, dw, dbias, None, dnorm_weight, dnorm_bias, dresidual
+
+
+def linear_gelu_forward(x, weight, bias, squares, b, b_tensor, normalize_weight, max_out, keep, emits_squares):
+    """(h, Σ h² per row, y, n, a, index)."""
+    if b_tensor is not None or b != 2 or max_out != 1 or x.dtype == torch.float16:
+        return composed.linear_gelu_forward(
+            _here, x, weight, bias, squares, b, b_tensor, normalize_weight, max_out, keep, emits_squares
+        )
+    h, emitted, y, n = _op("linear_gelu_forward")(x, weight, bias, squares, normalize_weight, keep, emits_squares)
+    nothing = x.new_empty((0,))
+    return h, emitted, y, n, nothing, nothing.to(torch.uint8)
+
+
+def linear_gelu_backward(
+    dh, x, weight, bias, y, n, a, index, b, b_tensor, normalize_weight, max_out, detach,
+    need_dx, need_dw, need_dbias, need_db,
+):  # fmt: skip
+    """Gradients (dx, dw, dbias, db) from y and n."""
+    needs = (need_dx, need_dw, need_dbias, need_db)
+    if b_tensor is not None or b != 2 or max_out != 1 or x.dtype == torch.float16:
+        return composed.linear_gelu_backward(
+            _here, dh, x, weight, bias, y, n, a, index, b, b_tensor, normalize_weight, max_out, detach, *needs
+        )
+    dx, dw, dbias = _op("linear_gelu_backward")(
+        dh, x, weight, bias, y, n, normalize_weight, detach, need_dx, need_dw, need_dbias
+    )
+    return _gradients((dx, dw, dbias, dx), needs)

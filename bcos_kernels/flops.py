@@ -59,6 +59,17 @@ def conv2d_batch_norm_backward(dz, x, weight, bias, b_tensor, *options, **others
     return (needs[0] + needs[1] + (not y.numel())) * _convolution(weight, dz)
 
 
+def linear_gelu(x, weight, *options, **others) -> int:
+    """The linear layer's."""
+    return linear(x, weight)
+
+
+def linear_gelu_backward(dh, x, weight, *options, **others) -> int:
+    """dx and dw: as many as the forward each."""
+    needs = options[-2]
+    return (needs[0] + needs[1]) * linear(x, weight)
+
+
 def _convolution(weight: torch.Tensor, y: torch.Tensor) -> int:
     return 2 * y.shape[0] * prod(y.shape[2:]) * weight.numel()
 
@@ -79,6 +90,8 @@ def _register() -> None:
         "conv2d_backward": conv2d_backward,
         "conv2d_batch_norm": conv2d_batch_norm,
         "conv2d_batch_norm_backward": conv2d_batch_norm_backward,
+        "linear_gelu": linear_gelu,
+        "linear_gelu_backward": linear_gelu_backward,
         "batch_norm_uncentered": batch_norm_uncentered,
         "batch_norm_uncentered_backward": batch_norm_uncentered,
     }

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd, autograd_conv2d_batch_norm, dispatch, ops, reference, squares, validation
+from . import autograd, autograd_conv2d_batch_norm, autograd_linear_gelu, dispatch, ops, reference, squares, validation
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -69,12 +69,79 @@ def linear(
     dtype = _autocast_dtype(x) if isinstance(x, Tensor) else None
     if dtype is not None:
         x, weight, bias = _cast(dtype, x, weight, bias)
-    validation.check_linear(x, weight, bias, max_out)
+    validation.check_linear("linear", x, weight, bias, max_out)
     exponent, b_tensor = validation.check_b("linear", b, x)
     rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
     options = (exponent, normalize_weight, max_out)
-    y = _apply(autograd.Linear, "linear", rows, weight, bias, b_tensor, options, detach, squares.squares_of(x))
+    y = _apply(
+        autograd.Linear,
+        "linear",
+        rows,
+        weight,
+        bias,
+        b_tensor,
+        options,
+        detach,
+        squares.squares_of(x, squares.FEATURES),
+    )
     return y if x.dim() == 2 else y.view(x.shape[:-1] + y.shape[-1:])
+
+
+def linear_gelu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    b: float | Tensor = 2.0,
+    normalize_weight: bool = False,
+    max_out: int = 1,
+    detach: bool = False,
+) -> Tensor:
+    """B-cos linear transform with a GELU behind it, as one op where a backend fuses them.
+
+    Equivalent to::
+
+        y = linear(x, weight, bias, b=b, normalize_weight=normalize_weight, max_out=max_out)
+        h = torch.nn.functional.gelu(y)             # detach: y * Phi(y).detach()
+
+    Nothing is seen of y: scaling and GELU are one pass, and so are their gradients. Fused on CPUs for b = 2, float32,
+    bfloat16 and float64; everything else runs as the two ops.
+
+    Args:
+        x, weight, bias, b, normalize_weight, max_out: as in `linear`.
+        detach: explanation mode of both: scale and gate are constants.
+
+    Returns:
+        (..., out_features), x's dtype (under autocast: autocast's).
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `linear`.
+
+    Source: B-cosification, https://arxiv.org/abs/2411.00715, section 3; GELU, https://arxiv.org/abs/1606.08415.
+
+    >>> import torch, bcos_kernels
+    >>> bcos_kernels.linear_gelu(torch.ones(2, 4), torch.ones(3, 4)).shape
+    torch.Size([2, 3])
+    """
+    dtype = _autocast_dtype(x) if isinstance(x, Tensor) else None
+    if dtype is not None:
+        x, weight, bias = _cast(dtype, x, weight, bias)
+    validation.check_linear("linear_gelu", x, weight, bias, max_out)
+    exponent, b_tensor = validation.check_b("linear_gelu", b, x)
+    if detach and b_tensor is not None:
+        b_tensor = b_tensor.detach()
+    rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    differentiates = _differentiates(x, weight, bias, b_tensor)
+    arguments = (
+        rows, weight, bias, b_tensor, squares.squares_of(x, squares.FEATURES), exponent, normalize_weight, max_out,
+        differentiates, detach, squares.wanted(x),
+    )  # fmt: skip
+    if _op_alone(differentiates):
+        h, emitted, *_ = ops.run("linear_gelu", *arguments)
+    else:
+        h, emitted, *_ = autograd.apply(autograd_linear_gelu.LinearGelu, *arguments)
+    h = h if x.dim() == 2 else h.view(x.shape[:-1] + h.shape[-1:])
+    return squares.declare(h, emitted, squares.FEATURES)
 
 
 def _op_alone(differentiates: bool) -> bool:
@@ -150,7 +217,7 @@ def conv2d(
     batched, b_tensor, options = _convolution(
         "conv2d", x, weight, bias, stride, padding, dilation, groups, b, padding_mode, normalize_weight, max_out
     )
-    squares_of_x = squares.squares_of(batched)
+    squares_of_x = squares.squares_of(batched, squares.CHANNELS)
     y = _apply(autograd.Conv2d, "conv2d", batched, weight, bias, b_tensor, options, detach, squares_of_x)
     return y if x.dim() == 4 else y.squeeze(0)
 
@@ -247,7 +314,7 @@ def batch_norm_uncentered(
         x, residual = _cast(dtype, x, residual)
     validation.check_batch_norm(x, running_var, weight, bias, training, momentum, eps, activation, residual)
     statistics = None if training else running_var.detach()
-    options = (training, eps, activation, detach, squares.wanted(x))
+    options = (training, eps, activation, detach, x.dim() == 4 and squares.wanted(x))
     if _op_alone(_differentiates(x, weight, bias, residual)):
         y, _, var, emitted = ops.run("batch_norm_uncentered", x, weight, bias, residual, statistics, *options)
     else:
@@ -256,7 +323,7 @@ def batch_norm_uncentered(
         )
     if training and x.numel():
         _update(running_var, var, momentum)
-    return squares.declare(y, emitted)
+    return squares.declare(y, emitted, squares.CHANNELS)
 
 
 def _update(running_var: Tensor | None, var: Tensor, momentum: float) -> None:
@@ -352,7 +419,7 @@ def conv2d_batch_norm(
     differentiates = _differentiates(x, weight, bias, b_tensor, norm_weight, norm_bias, residual)
     arguments = (
         batched, weight, bias, b_tensor, norm_weight, norm_bias, residual, None if training else running_var.detach(),
-        squares.squares_of(batched), *options, training, eps, activation, differentiates, detach, squares.wanted(x),
+        squares.squares_of(batched, squares.CHANNELS), *options, training, eps, activation, differentiates, detach, squares.wanted(x),
     )  # fmt: skip
     if _op_alone(differentiates):
         z, emitted, *_, var = ops.run("conv2d_batch_norm", *arguments)
@@ -360,4 +427,4 @@ def conv2d_batch_norm(
         z, emitted, *_, var = autograd.apply(autograd_conv2d_batch_norm.Conv2dBatchNorm, *arguments, recompute)
     if training and z.numel():
         _update(running_var, var, momentum)
-    return squares.declare(z, emitted)
+    return squares.declare(z, emitted, squares.CHANNELS)

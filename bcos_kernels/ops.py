@@ -386,3 +386,52 @@ _define(
     _conv2d_batch_norm_backward,
     _conv2d_batch_norm_backward_fake,
 )
+
+# linear_gelu ----------------------------------------------------------------------------------------------------------
+
+
+def _linear_gelu(x, weight, bias, b_tensor, squares, b, normalize_weight, max_out, keep, detach, emits_squares):
+    return dispatch.run(
+        "linear_gelu",
+        "forward",
+        x,
+        (x, weight, bias, squares, b, b_tensor, normalize_weight, max_out, keep, emits_squares),
+    )
+
+
+def _linear_gelu_fake(x, weight, bias, b_tensor, squares, b, normalize_weight, max_out, keep, detach, emits_squares):
+    y, n, a, index = _linear_fake(x, weight, bias, b_tensor, b, normalize_weight, max_out, keep)
+    emitted = x.new_empty((x.shape[0] if emits_squares else 0,), dtype=reference.statistics_dtype(x.dtype))
+    return torch.empty_like(y), emitted, y if keep else x.new_empty((0,)), n, a, index
+
+
+_define(
+    "linear_gelu(Tensor x, Tensor weight, Tensor? bias, Tensor? b_tensor, Tensor? squares, float b, "
+    "bool normalize_weight, SymInt max_out, bool keep, bool detach, bool emits_squares) "
+    "-> (Tensor h, Tensor squares, Tensor y, Tensor n, Tensor a, Tensor index)",
+    _linear_gelu,
+    _linear_gelu_fake,
+    statistics=3,
+)
+
+
+def _linear_gelu_backward(
+    dh, x, weight, bias, b_tensor, y, n, a, index, b, normalize_weight, max_out, detach, needs, backend
+):
+    dx, dw, dbias, db = dispatch.run(
+        "linear_gelu",
+        "backward",
+        x,
+        (dh, x, weight, bias, y, n, a, index, b, b_tensor, normalize_weight, max_out, detach, *needs),
+        backend or _remembered_backend(n),
+    )
+    return dx, dw, dbias, None if db is None else db.to(b_tensor.dtype)
+
+
+_define(
+    "linear_gelu_backward(Tensor dh, Tensor x, Tensor weight, Tensor? bias, Tensor? b_tensor, Tensor y, Tensor n, "
+    "Tensor a, Tensor index, float b, bool normalize_weight, SymInt max_out, bool detach, bool[] needs, str backend) "
+    "-> (Tensor dx, Tensor dw, Tensor dbias, Tensor db)",
+    _linear_gelu_backward,
+    _linear_backward_fake,
+)

@@ -96,6 +96,14 @@ def linear(
     return _apply_scale(a, n, b, detach)
 
 
+def gelu(y: Tensor, *, detach: bool = False) -> Tensor:
+    """y·Φ(y); with ``detach`` the gate Φ(y) is a constant."""
+    if not detach:
+        return F.gelu(y)
+    gate = y.detach().to(statistics_dtype(y.dtype))
+    return y * (0.5 * (1 + torch.erf(gate * 0.5**0.5))).to(y.dtype)
+
+
 def _is_one(b: float | Tensor) -> bool:
     return not isinstance(b, Tensor) and b == 1
 

@@ -12,27 +12,30 @@ from torch import Tensor
 
 from . import ops
 
+CHANNELS, FEATURES = 1, -1
+"""The dimension that was summed over: a convolution's channels, a linear layer's features."""
+
 
 def wanted(x: Tensor) -> bool:
     """Whether an op that writes an activation like ``x`` should emit them: for backends that read them.
 
     Not where an output's attribute cannot be trusted later: compiled code has no versions, transforms wrap tensors.
     """
-    return x.device.type == "cpu" and x.dim() == 4 and not (torch.compiler.is_compiling() or ops.functorch_active())
+    return x.device.type == "cpu" and not (torch.compiler.is_compiling() or ops.functorch_active())
 
 
-def declare(x: Tensor, squares: Tensor) -> Tensor:
-    """Leave ``squares`` with ``x``; returns ``x``."""
+def declare(x: Tensor, squares: Tensor, dim: int) -> Tensor:
+    """Leave ``squares``, summed over ``dim``, with ``x``; returns ``x``."""
     if squares.numel():
-        x._bcos_squares = (squares, x._version)
+        x._bcos_squares = (squares, dim, x._version)
     return x
 
 
-def squares_of(x: Tensor) -> Tensor | None:
-    """What was left with ``x``, unless it was changed in place since."""
+def squares_of(x: Tensor, dim: int) -> Tensor | None:
+    """What was left with ``x`` for a layer that sums over ``dim``, unless x was changed in place since."""
     if torch.compiler.is_compiling():
         return None
     left = getattr(x, "_bcos_squares", None)
-    if left is None or x._version != left[1] or ops.functorch_active():
+    if left is None or left[1:] != (dim, x._version) or ops.functorch_active():
         return None
     return left[0]

@@ -82,8 +82,7 @@ def check_bias(op: str, bias: Tensor | None, weight: Tensor, x: Tensor) -> None:
         raise ValueError(f"{op}: expected bias of shape ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
-def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, max_out: int) -> None:
-    op = "linear"
+def check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, max_out: int) -> None:
     check_tensor(op, "x", x)
     check_floating(op, "x", x)
     check_same(op, "weight", weight, x)

@@ -19,6 +19,7 @@ struct Tables {
         avx512::register_norm(table, type);
         avx512::register_batch_norm(table, type);
         avx512::register_scale_norm(table, type);
+        avx512::register_scale_gelu(table, type);
         continue;
       }
 #endif
@@ -28,6 +29,7 @@ struct Tables {
         avx2::register_norm(table, type);
         avx2::register_batch_norm(table, type);
         avx2::register_scale_norm(table, type);
+        avx2::register_scale_gelu(table, type);
         continue;
       }
 #endif
@@ -36,6 +38,7 @@ struct Tables {
       baseline::register_norm(table, type);
       baseline::register_batch_norm(table, type);
       baseline::register_scale_norm(table, type);
+      baseline::register_scale_gelu(table, type);
     }
   }
 };

@@ -108,6 +108,23 @@ struct ScaleNormBackwardArguments {
   bool detach;
 };
 
+// The B-cos scaling for B = 2 with a GELU behind it; backward as ScaleNormBackwardArguments.
+struct ScaleGeluArguments {
+  void* h;          // (rows), may be a itself
+  const void* a;    // (rows)
+  void* y;          // what is kept: a itself or other memory than h's, or null
+  const void* n;    // one a row
+  void* squares;    // sum of h^2 of every row, or null
+  int64_t columns;
+};
+struct ScaleGeluBackwardArguments {
+  void* da;
+  void* q;  // or null
+  const void *dh, *y, *n;
+  int64_t columns;
+  bool detach;
+};
+
 struct Kernels {
   // norms; items are rows, (image, pixel) pairs or (image, group) planes
   // linear: |x| + 1e-12, else (a window of one pixel) sqrt(|x|^2 + 1e-6)
@@ -148,6 +165,9 @@ struct Kernels {
   void (*batch_norm_reduce_planes)(const BatchNormBackwardArguments&, int64_t begin, int64_t end);
   void (*batch_norm_backward_rows)(const BatchNormBackwardArguments&, int64_t begin, int64_t end);
   void (*batch_norm_backward_planes)(const BatchNormBackwardArguments&, int64_t begin, int64_t end);
+  // scaling and GELU together; items are rows
+  void (*scale_gelu_rows)(const ScaleGeluArguments&, int64_t begin, int64_t end);
+  void (*scale_gelu_backward_rows)(const ScaleGeluBackwardArguments&, int64_t begin, int64_t end);
   // scaling and batch normalisation together; items are (image, pixel) pairs
   void (*scale_norm_rows)(const ScaleNormArguments&, int64_t begin, int64_t end);
   void (*scale_norm_backward_rows)(const ScaleNormBackwardArguments&, int64_t begin, int64_t end);
@@ -160,6 +180,7 @@ void register_scale(Kernels*, Type);
 void register_norm(Kernels*, Type);
 void register_batch_norm(Kernels*, Type);
 void register_scale_norm(Kernels*, Type);
+void register_scale_gelu(Kernels*, Type);
 }  // namespace baseline
 #if defined(BCOS_HAVE_AVX2)
 namespace avx2 {
@@ -167,6 +188,7 @@ void register_scale(Kernels*, Type);
 void register_norm(Kernels*, Type);
 void register_batch_norm(Kernels*, Type);
 void register_scale_norm(Kernels*, Type);
+void register_scale_gelu(Kernels*, Type);
 }  // namespace avx2
 #endif
 #if defined(BCOS_HAVE_AVX512)
@@ -175,6 +197,7 @@ void register_scale(Kernels*, Type);
 void register_norm(Kernels*, Type);
 void register_batch_norm(Kernels*, Type);
 void register_scale_norm(Kernels*, Type);
+void register_scale_gelu(Kernels*, Type);
 }  // namespace avx512
 #endif
 

@@ -2,6 +2,7 @@
 #include "batch_norm.h"
 #include "conv2d_batch_norm.h"
 #include "layers.h"
+#include "linear_gelu.h"
 
 #define BCOS_LAYER "int mode, float exponent, "
 #define BCOS_WINDOW "int s0, int s1, int p0, int p1, int d0, int d1, int groups, "
@@ -24,6 +25,10 @@ STABLE_TORCH_LIBRARY(bcos_kernels_cpp, m) {
   m.def("batch_norm_backward(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
         "bool training, float eps, bool relu, bool detach, bool need_dx, bool need_dweight, bool need_dbias, bool need_dresidual)"
         BCOS_OUTPUTS);
+  m.def("linear_gelu_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? squares, bool normalize_weight, bool keep, "
+        "bool emits_squares)" BCOS_OUTPUTS);
+  m.def("linear_gelu_backward(Tensor dh, Tensor x, Tensor weight, Tensor? bias, Tensor y, Tensor n, "
+        "bool normalize_weight, bool detach, bool need_dx, bool need_dw, bool need_dbias) -> (Tensor, Tensor, Tensor)");
   m.def("conv2d_batch_norm_forward(Tensor x, Tensor? squares, Tensor weight, Tensor? bias, Tensor? running_var, "
         "Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, " BCOS_WINDOW "bool normalize_weight, bool training, "
         "float eps, bool relu, bool keep, bool detach, bool emits_squares) "
@@ -42,6 +47,8 @@ STABLE_TORCH_LIBRARY_IMPL(bcos_kernels_cpp, CPU, m) {
   m.impl("conv2d_backward", TORCH_BOX(&bcos::cpu::conv2d_backward));
   m.impl("batch_norm_forward", TORCH_BOX(&bcos::cpu::batch_norm_forward));
   m.impl("batch_norm_backward", TORCH_BOX(&bcos::cpu::batch_norm_backward));
+  m.impl("linear_gelu_forward", TORCH_BOX(&bcos::cpu::linear_gelu_forward));
+  m.impl("linear_gelu_backward", TORCH_BOX(&bcos::cpu::linear_gelu_backward));
   m.impl("conv2d_batch_norm_forward", TORCH_BOX(&bcos::cpu::conv2d_batch_norm_forward));
   m.impl("conv2d_batch_norm_backward", TORCH_BOX(&bcos::cpu::conv2d_batch_norm_backward));
 }

@@ -24,7 +24,7 @@ from torch.nn.modules import module as torch_module
 
 import bcos_kernels
 
-from ..nn import BatchNormUncentered2d, BcosConv2d
+from ..nn import GELU, BatchNormUncentered2d, BcosConv2d, BcosLinear
 from .tracing import NotTraceable, has_parts, traced_class
 
 __all__ = ["FusionReport", "fuse_blocks", "norm_activation", "recomputes", "set_recompute", "unfuse_blocks"]
@@ -140,6 +140,15 @@ def _fusible_convolution(conv: nn.Module) -> bool:
     return plain and "forward" not in conv.__dict__ and not _has_hooks(conv)
 
 
+def _fusible_linear(linear: nn.Module) -> bool:
+    plain = isinstance(linear, BcosLinear) and type(linear).forward is BcosLinear.forward
+    return plain and "forward" not in linear.__dict__ and not _has_hooks(linear)
+
+
+def _fusible_gelu(gelu: nn.Module) -> bool:
+    return type(gelu) is GELU and "forward" not in gelu.__dict__ and not _has_hooks(gelu)
+
+
 def _is_cheap(conv: BcosConv2d) -> bool:
     """Whether a convolution may be computed twice: one of one pixel, which writes more than it reads."""
     return conv.kernel_size == (1, 1) and conv.out_channels >= 2 * conv.in_channels and conv.groups == 1
@@ -253,6 +262,9 @@ def _sequential_forward(self: Any, x: Any) -> Any:
     i = 0
     while i < len(modules):
         module, *rest = modules[i:]
+        if rest and _fusible_linear(module) and _fusible_gelu(rest[0]):
+            x, i = rest[0].behind(module, x), i + 2
+            continue
         conv = module if rest and _fusible_convolution(module) and _fusible_norm(rest[0]) else None
         norm, *rest = rest if conv is not None else (module, *rest)
         if conv is None and not _fusible_norm(norm):
@@ -287,7 +299,9 @@ def _needs(relus: tuple[str, ...], norms: tuple[str, ...]) -> Callable[[nn.Modul
     return check
 
 
-_NOTHING_TO_FUSE = "no BatchNormUncentered2d after a B-cos convolution or before a ReLU"
+_NOTHING_TO_FUSE = (
+    "no BatchNormUncentered2d after a B-cos convolution or before a ReLU, no GELU after a B-cos linear layer"
+)
 
 
 def _has_pair(module: nn.Module) -> str | None:
@@ -296,6 +310,8 @@ def _has_pair(module: nn.Module) -> str | None:
         if isinstance(a, BatchNormUncentered2d) and type(b) is nn.ReLU:
             return None
         if isinstance(a, BcosConv2d) and isinstance(b, BatchNormUncentered2d):
+            return None
+        if isinstance(a, BcosLinear) and type(b) is GELU:
             return None
     return _NOTHING_TO_FUSE
 
@@ -330,6 +346,8 @@ BLOCK_RULES: dict[str, BlockRule] = {
     ),
     "torchvision.models.densenet._Transition": BlockRule("FusedTransition", _SEQUENTIAL, _has_pair),
     "torchvision.ops.misc.Conv2dNormActivation": BlockRule("FusedConv2dNormActivation", _SEQUENTIAL, _has_pair),
+    "torchvision.ops.misc.MLP": BlockRule("FusedMLP", _SEQUENTIAL, _has_pair),
+    "torchvision.models.vision_transformer.MLPBlock": BlockRule("FusedMLPBlock", _SEQUENTIAL, _has_pair),
     "torch.nn.modules.container.Sequential": BlockRule("FusedSequential", _SEQUENTIAL, _has_pair),
     "bcos.modules.common.BcosSequential": BlockRule("FusedBcosSequential", _SEQUENTIAL, _has_pair),
     "bcos.models.resnet.BasicBlock": BlockRule(

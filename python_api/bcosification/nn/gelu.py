@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import bcos_kernels
+
+from .linear import BcosLinear
 from .modes import DetachableModule
 
 __all__ = ["GELU"]
@@ -39,6 +42,21 @@ class GELU(DetachableModule, nn.GELU):
         if approximate not in ("none", "tanh"):
             raise ValueError(f"GELU: expected approximate to be 'none' or 'tanh', got {approximate!r}")
         super().__init__(approximate)
+
+    def behind(self, linear: BcosLinear, x: Tensor) -> Tensor:
+        """self(linear(x)) as one op; where it cannot be one, the two are called in turn. No hooks are called."""
+        constant = linear.constant_gain is not None and linear.bias is not None
+        if constant or self.approximate != "none" or linear.detach != self.detach:
+            return self.forward(linear.forward(x))
+        return bcos_kernels.linear_gelu(
+            x,
+            linear.weight,
+            linear.bias,
+            b=linear.exponent(),
+            normalize_weight=linear.normalize_weight,
+            max_out=linear.max_out,
+            detach=self.detach,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.detach:
