@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import reference
+from . import dispatch, reference
 from .autograd import (
     again,
     backward_of,
@@ -45,13 +45,15 @@ def _declare_recipes(ctx, inputs, output, recompute: str) -> None:
     z, _, y, *_, var = output
     if ctx.detach and not ctx.training:
         return  # the slope is kept instead of y
+    name = dispatch.backend_of(ctx.backend)  # where the forward ran, for the same bits
     # the functions must not capture a tensor: they live as long as the graph
     if of_y:
         has = tuple(t is not None for t in (bias, b_tensor, squares))
 
         def convolved(x, weight, *given):
             bias, b_tensor, squares = _fill(given, has)
-            return run("conv2d", x, weight, bias, b_tensor, *layer, False, False, squares)[0]
+            with dispatch.backend(name):
+                return run("conv2d", x, weight, bias, b_tensor, *layer, False, False, squares)[0]
 
         ctx.y_recipe = Recipe(convolved, (x, weight, *_present(bias, b_tensor, squares)))
         ctx.y_recipe.holders += 1
@@ -61,7 +63,8 @@ def _declare_recipes(ctx, inputs, output, recompute: str) -> None:
 
         def normalized(y, var, *given):
             norm_weight, norm_bias = _fill(given, affine)
-            return run("batch_norm_uncentered", y, norm_weight, norm_bias, None, var, False, eps, activation)[0]
+            with dispatch.backend(name):
+                return run("batch_norm_uncentered", y, norm_weight, norm_bias, None, var, False, eps, activation)[0]
 
         z._bcos_recipe = (Recipe(normalized, (y, var, *_present(norm_weight, norm_bias))), z._version)
 

@@ -28,8 +28,8 @@ from .ops import run
 
 
 class LinearGelu(torch.autograd.Function):
-    """(x, weight, bias, b_tensor, squares, b, normalize_weight, max_out, keep, detach, emits_squares) → h, squares, y, n,
-    a, index."""
+    """(x, weight, bias, b_tensor, squares, b, normalize_weight, max_out, keep, detach, emits_squares) → h, squares, y,
+    n, a, index."""
 
     @staticmethod
     def forward(x, weight, bias, b_tensor, squares, b, normalize_weight, max_out, keep, detach, emits_squares):

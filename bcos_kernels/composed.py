@@ -21,6 +21,11 @@ def _wide(t: Tensor) -> Tensor:
     return t.to(torch.float64 if t.dtype == torch.float64 else torch.float32)
 
 
+def _held(y: Tensor, b: float, b_tensor: Tensor | None) -> Tensor | None:
+    """y where a layer's backward is built from it, as an autograd Function would pass it."""
+    return y if b_tensor is None and b == 2 and y.dtype != torch.float16 else None
+
+
 def sum_squares(y: Tensor, dim: int = 1) -> Tensor:
     """Σ y² over a dimension, of an activation (N, C, H, W) over its channels, in the norms' type."""
     return _wide(y).square().sum(dim)
@@ -58,7 +63,7 @@ def conv2d_batch_norm_backward(
     dx = dw = dbias = db = None
     if inside:
         dx, dw, dbias, db = launcher("conv2d_backward")(
-            dy, x, weight, bias, *layer, y, n, a, index, normalize_weight, max_out, detach,
+            dy, x, weight, bias, *layer, _held(y, b, b_tensor), n, a, index, normalize_weight, max_out, detach,
             need_dx, need_dw, need_dbias, need_db,
         )  # fmt: skip
     return dx, dw, dbias, db, dnorm_weight, dnorm_bias, dresidual
@@ -85,6 +90,6 @@ def linear_gelu_backward(
         slope = slope + v * torch.exp(-0.5 * v.square()) / math.sqrt(2 * math.pi)
     dy = (_wide(dh) * slope).to(y.dtype)
     return launcher("linear_backward")(
-        dy, x, weight, bias, b, b_tensor, y, n, a, index, normalize_weight, max_out, detach,
+        dy, x, weight, bias, b, b_tensor, _held(y, b, b_tensor), n, a, index, normalize_weight, max_out, detach,
         need_dx, need_dw, need_dbias, need_db,
     )  # fmt: skip

@@ -128,6 +128,11 @@ def last_backend() -> str:
     return getattr(_thread, "last", "")
 
 
+def backend_of(recorded: str) -> str:
+    """The name of a backend as `last_backend` records it, "auto" for none."""
+    return recorded.removeprefix(_NAMED) or "auto"
+
+
 def _candidates(device: torch.device) -> tuple[str, ...]:
     # CUDA kernels are picked only with a verified, committed row for op, dtype and architecture: there is none yet
     return ("cpu", "reference") if device.type == "cpu" else ("reference",)

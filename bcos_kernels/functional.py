@@ -232,7 +232,7 @@ def _convolution(
     dilation = validation.check_pair(op, "dilation", dilation, 1)
     kernel = (weight.shape[2], weight.shape[3])
     batched = x if x.dim() == 4 else x.unsqueeze(0)
-    batched, padding = _padded(batched, kernel, stride, padding, dilation, padding_mode)
+    batched, padding = _padded(op, batched, kernel, stride, padding, dilation, padding_mode)
     for i, name in enumerate(("height", "width")):
         size, reach = batched.shape[2 + i] + 2 * padding[i], dilation[i] * (kernel[i] - 1) + 1
         if size < reach:
@@ -240,16 +240,16 @@ def _convolution(
     return batched, b_tensor, (stride, padding, dilation, groups, exponent, normalize_weight, max_out)
 
 
-def _padded(x, kernel, stride, padding, dilation, padding_mode) -> tuple[Tensor, tuple[int, int]]:
+def _padded(op: str, x, kernel, stride, padding, dilation, padding_mode) -> tuple[Tensor, tuple[int, int]]:
     """x, padded where the ops' symmetric zero padding does not serve, and the padding left to the op."""
     if padding == "valid":
         return x, (0, 0)
     if padding == "same":
         if stride != (1, 1):
-            raise ValueError(f"conv2d: expected stride 1 with padding 'same', got {stride}")
+            raise ValueError(f"{op}: expected stride 1 with padding 'same', got {stride}")
         left, right, top, bottom = reference.same_padding(kernel, dilation)
     else:
-        top, left = validation.check_pair("conv2d", "padding", padding, 0)
+        top, left = validation.check_pair(op, "padding", padding, 0)
         bottom, right = top, left
     if padding_mode == "zeros" and left == right and top == bottom:
         return x, (top, left)
@@ -259,7 +259,7 @@ def _padded(x, kernel, stride, padding, dilation, padding_mode) -> tuple[Tensor,
     if mode in ("reflect", "circular"):
         limit = (x.shape[2], x.shape[3]) if mode == "circular" else (x.shape[2] - 1, x.shape[3] - 1)
         if max(top, bottom) > limit[0] or max(left, right) > limit[1]:
-            raise ValueError(f"conv2d: expected {mode} padding of at most {limit}, got {(bottom, right)}")
+            raise ValueError(f"{op}: expected {mode} padding of at most {limit}, got {(bottom, right)}")
     with autograd.no_autocast(x.device):  # on CPUs it would pad in float32, and return that
         return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
 
@@ -419,7 +419,8 @@ def conv2d_batch_norm(
     differentiates = _differentiates(x, weight, bias, b_tensor, norm_weight, norm_bias, residual)
     arguments = (
         batched, weight, bias, b_tensor, norm_weight, norm_bias, residual, None if training else running_var.detach(),
-        squares.squares_of(batched, squares.CHANNELS), *options, training, eps, activation, differentiates, detach, squares.wanted(x),
+        squares.squares_of(batched, squares.CHANNELS), *options, training, eps, activation, differentiates, detach,
+        squares.wanted(x),
     )  # fmt: skip
     if _op_alone(differentiates):
         z, emitted, *_, var = ops.run("conv2d_batch_norm", *arguments)

@@ -356,7 +356,10 @@ def _conv2d_batch_norm_backward(
          tuple(dilation), groups, b, b_tensor, normalize_weight, max_out, training, eps, activation, detach, *needs),
         backend or _remembered_backend(var),
     )  # fmt: skip
-    return dx, dw, dbias, None if db is None else db.to(b_tensor.dtype), *others
+    dnorm_weight, dnorm_bias, dresidual = others
+    if dresidual is not None and not dresidual.numel():  # of an empty one no layout is known
+        dresidual = layouts.with_layout(dresidual, layouts.memory_format(x, weight))
+    return dx, dw, dbias, None if db is None else db.to(b_tensor.dtype), dnorm_weight, dnorm_bias, dresidual
 
 
 def _conv2d_batch_norm_backward_fake(

@@ -19,15 +19,19 @@ CHANNELS, FEATURES = 1, -1
 def wanted(x: Tensor) -> bool:
     """Whether an op that writes an activation like ``x`` should emit them: for backends that read them.
 
-    Not where an output's attribute cannot be trusted later: compiled code has no versions, transforms wrap tensors.
+    Not where an output's attribute cannot be trusted later: compiled code and inference mode have no versions,
+    transforms and modes
+    wrap tensors.
     """
-    return x.device.type == "cpu" and not (torch.compiler.is_compiling() or ops.functorch_active())
+    if torch.compiler.is_compiling() or ops.functorch_active() or torch.is_inference_mode_enabled():
+        return False
+    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
 
 
 def declare(x: Tensor, squares: Tensor, dim: int) -> Tensor:
     """Leave ``squares``, summed over ``dim``, with ``x``; returns ``x``."""
     if squares.numel():
-        x._bcos_squares = (squares, dim, x._version)
+        x._bcos_squares = (squares, dim, x._version, x.data_ptr())
     return x
 
 
@@ -36,6 +40,6 @@ def squares_of(x: Tensor, dim: int) -> Tensor | None:
     if torch.compiler.is_compiling():
         return None
     left = getattr(x, "_bcos_squares", None)
-    if left is None or left[1:] != (dim, x._version) or ops.functorch_active():
+    if left is None or left[1:] != (dim, x._version, x.data_ptr()) or ops.functorch_active():
         return None
     return left[0]

@@ -33,6 +33,7 @@ inline Mode mode_of(int64_t mode) { return mode == 1 ? Mode::one : mode == 2 ? M
 class Workspace {
  public:
   void* get(int64_t bytes, std::unique_ptr<char[]>* own) {
+    bytes = std::max<int64_t>(bytes, 1);  // never null, which stands for "no buffer"
     if (bytes > kWorkspace) {
       own->reset(new char[static_cast<size_t>(bytes)]);
       return own->get();

@@ -32,10 +32,10 @@ void forward(const ScaleNormArguments& s, int64_t begin, int64_t end) {
 #pragma omp simd reduction(+ : squares)
       for (int64_t c = 0; c < per_group; c++) {
         const W value = load(a[c]), ratio = absolute(value) * reciprocal;
-        const W y = value * ratio;
-        W v = y * scale[c] + shift[c];
+        const S y = store<S>(value * ratio);  // rounded, as the backward and a recomputation find it
+        W v = load(y) * scale[c] + shift[c];
         if constexpr (has_residual) v += load(residual[c]);
-        if constexpr (keeps == Keeps::output) kept[c] = store<S>(y);
+        if constexpr (keeps == Keeps::output) kept[c] = y;
         if constexpr (keeps == Keeps::slope) kept[c] = store<S>(has_relu && v <= 0 ? W(0) : ratio * scale[c]);
         if constexpr (has_relu) v = v < 0 ? W(0) : v;  // NaN stays NaN
         z[c] = store<S>(v);

@@ -127,6 +127,24 @@ def gradients(y: Tensor, leaves: dict[str, Tensor | None], dy: Tensor) -> dict[s
     return {f"d{name}": g for name, g in zip(present, found, strict=True)}
 
 
+def conv2d_batch_norm(module):
+    """``module.conv2d_batch_norm``; of reference.py, which has the two ops alone, what it is equivalent to."""
+    if module is not reference:
+        return module.conv2d_batch_norm
+
+    def definition(
+        x, weight, bias=None, *window, running_var, norm_weight=None, norm_bias=None, training, activation=None,
+        residual=None, detach=False, eps=1e-5, momentum=0.1, **convolution,
+    ):  # fmt: skip
+        y = reference.conv2d(x, weight, bias, *window, detach=detach, **convolution)
+        return reference.batch_norm_uncentered(
+            y, running_var, norm_weight, norm_bias, training=training, momentum=momentum, eps=eps,
+            activation=activation, residual=residual, detach=detach,
+        )  # fmt: skip
+
+    return definition
+
+
 def second_derivatives(function, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """First derivatives of a nonlinear function of the outputs, and the second ones along random directions; zeros
     where nothing flows."""

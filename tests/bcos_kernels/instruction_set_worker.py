@@ -30,6 +30,13 @@ BATCH_NORM = [
     dict(training=True, activation=None, layout="contiguous"),
     dict(training=False, activation="relu", layout="contiguous"),
 ]
+CONV2D_BATCH_NORM = [
+    dict(training=True, activation="relu", padding=1, normalize_weight=True, layout="channels_last"),
+    dict(training=True, activation=None, groups=2, layout="channels_last"),
+    dict(training=False, activation="relu", padding=1, layout="channels_last"),
+    dict(training=False, activation=None, groups=2, detach=True, layout="channels_last"),
+    dict(training=False, activation="relu", stride=2, layout="contiguous"),
+]
 
 
 def results(module, dtype: torch.dtype, wide: bool = False) -> dict[str, Tensor]:
@@ -74,13 +81,22 @@ def results(module, dtype: torch.dtype, wide: bool = False) -> dict[str, Tensor]
         running_var = torch.full((21,), 0.7, dtype=statistics)
         y = module.batch_norm_uncentered(leaves[0], running_var, residual=leaves[1], **options)
         record(f"batch_norm_uncentered {case}", y, leaves)
+    for case in CONV2D_BATCH_NORM:
+        options = dict(case)
+        layout, groups = options.pop("layout"), options.get("groups", 1)
+        statistics = torch.float64 if wide else reference.statistics_dtype(dtype)
+        x = harness.lay_out(harness.randn((2, 22, 9, 11), 1, dtype), layout)
+        leaves = values([x, harness.randn((14, 22 // groups, 3, 3), 2, dtype, 0.1)])
+        running_var = torch.full((14,), 0.01, dtype=statistics)
+        z = harness.conv2d_batch_norm(module)(*leaves, running_var=running_var, **options)
+        record(f"conv2d_batch_norm {case}", z, leaves)
     return found
 
 
 def main(path: str) -> None:
     found = {}
-    with harness.only("cpu", *(f"{op}{way}" for op in ("linear", "conv2d", "batch_norm_uncentered")
-                               for way in ("", "_backward"))):  # fmt: skip
+    ops = ("linear", "conv2d", "batch_norm_uncentered", "conv2d_batch_norm")
+    with harness.only("cpu", *(f"{op}{way}" for op in ops for way in ("", "_backward"))):
         for name, dtype in harness.DTYPES.items():
             found[name] = results(bcos_kernels, dtype)
     torch.save({"capability": _C.cpu_capability(), "results": found}, path)

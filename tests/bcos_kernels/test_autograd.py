@@ -45,6 +45,12 @@ def _batch_norm(x, weight, detach):
     return OPS.batch_norm_uncentered(x, weight, None, x * 2, None, True, 1e-5, "relu", detach)[0]
 
 
+def _conv2d_batch_norm(x, weight, detach):
+    var = RUNNING_VAR[:2]
+    options = (2.0, True, 1, False, 1e-5, "relu", False, detach, False)
+    return OPS.conv2d_batch_norm(x, weight, None, None, var, None, None, var, None, *WINDOW, *options)[0]
+
+
 CALLS = {
     "linear": (
         ((3, 4), (2, 4)), _linear,
@@ -58,6 +64,13 @@ CALLS = {
         ((2, 3, 2, 1), (3,)), _batch_norm,
         lambda module, x, w, detach: module.batch_norm_uncentered(
             x, None, w, training=True, activation="relu", residual=x * 2, detach=detach
+        ),
+    ),
+    "conv2d_batch_norm": (
+        ((1, 4, 3, 4), (2, 2, 2, 2)), _conv2d_batch_norm,
+        lambda module, x, w, detach: harness.conv2d_batch_norm(module)(
+            x, w, None, *WINDOW, normalize_weight=True, norm_weight=RUNNING_VAR[:2], running_var=RUNNING_VAR[:2],
+            training=False, activation="relu", detach=detach,
         ),
     ),
 }  # fmt: skip

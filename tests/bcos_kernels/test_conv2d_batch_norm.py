@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 import bcos_kernels
-from bcos_kernels import conv2d_batch_norm, reference
+from bcos_kernels import composed, conv2d_batch_norm, reference
 from bcosification.evaluation.measuring import bytes_kept
 from tests.bcos_kernels import harness
 from tests.bcos_kernels.tolerances import assert_close_to_reference
@@ -56,6 +56,7 @@ class Mode:
 
 
 MODES = [Mode(*flags) for flags in itertools.product((True, False), repeat=4)]
+HALF = [Mode(*flags) for flags in itertools.product((True, False), repeat=4) if sum(flags) % 2]  # any three in all ways
 
 
 def window(**options) -> dict:
@@ -85,6 +86,7 @@ CASES = [
          weight_layout="channels_last", dz_layout="transposed"),
     Case("strided", layout="strided", weight_layout="strided", dz_layout="strided", residual_layout="expanded"),
     Case("empty", shape=(0, 6, 9, 11), bias=True),
+    Case("empty, b 1.5", shape=(0, 6, 9, 11), b=1.5, layout="contiguous"),
     Case("zero input", zero=True, window=window(padding=1)),
     Case("max_out 2", max_out=2, window=window(padding=1)),
     Case("max_out 2, contiguous, b 1", max_out=2, b=1.0, layout="contiguous", bias=True),
@@ -208,10 +210,11 @@ def terms_of(case: Case, leaves, y: Tensor, dy: Tensor, dz: Tensor, mode: Mode) 
 def test_case(case, backend, dtype):
     dtype = harness.DTYPES[dtype]
     inputs, dz = inputs_of(case, dtype), gradient_of_output(case, dtype)
+    modes = MODES if backend == "cpu" and dtype != torch.float16 else HALF  # where nothing is fused
     with harness.only(backend, *BOTH):
-        found = [differentiate(case, leaves_of(inputs, mode), mode, dz) for mode in MODES]
+        found = [differentiate(case, leaves_of(inputs, mode), mode, dz) for mode in modes]
     before = running_var_of(case, dtype)
-    for mode, got in zip(MODES, found, strict=True):
+    for mode, got in zip(modes, found, strict=True):
         z = got["z"]
         oracle = define(case, inputs, mode, dz, z, torch.float64)
         eager = oracle if dtype == torch.float64 else define(case, inputs, mode, dz, z, dtype)
@@ -274,6 +277,36 @@ def assert_same(got: Tensor, expected: Tensor, bound: float, name: str = "") -> 
     assert got.shape == expected.shape and got.dtype == expected.dtype, name
     difference, norm = (got - expected).norm().item(), expected.norm().item()
     assert difference <= bound * norm, f"{name}: error {difference / (norm or 1):.3g}"
+
+
+FUSED = {  # changes to a case, whether convolution and normalisation run as one
+    "channels_last": (dict(), "fp32", True),
+    "1x1, fp64": (dict(kernel=(1, 1)), "fp64", True),
+    "depthwise, bf16": (dict(outputs=6, window=window(groups=6)), "bf16", True),
+    "channels_last weight alone": (dict(layout="contiguous", weight_layout="channels_last"), "fp32", True),
+    "contiguous": (dict(layout="contiguous"), "fp32", False),
+    "fp16": (dict(), "fp16", False),
+    "max_out 2": (dict(max_out=2), "fp32", False),
+    "b 1.5": (dict(b=1.5), "fp32", False),
+    "b tensor 2": (dict(b_tensor=True), "fp32", False),
+    "empty": (dict(shape=(0, 6, 9, 11)), "fp32", False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
+@pytest.mark.parametrize("name", FUSED)
+def test_what_is_fused(name, monkeypatch):
+    """As the docstring says it; forward and backward agree."""
+    changes, dtype, fused = FUSED[name]
+    case, mode, dtype, ran = replace(Case(""), **changes), Mode(residual=True), harness.DTYPES[dtype], []
+    leaves, dz = leaves_of(inputs_of(case, dtype), mode), gradient_of_output(case, dtype)
+    launchers = [f"conv2d_batch_norm_{direction}" for direction in ("forward", "backward")]
+    for launcher in launchers:
+        launch = getattr(composed, launcher)
+        monkeypatch.setattr(composed, launcher, lambda *a, n=launcher, f=launch: ran.append(n) or f(*a))
+    with harness.only("cpu", *BOTH):
+        differentiate(case, leaves, mode, dz)
+    assert ran == ([] if fused else launchers)
 
 
 @pytest.mark.parametrize("b", [2.0, 1.5])
@@ -348,14 +381,14 @@ def test_nan_comes_out_where_it_goes_in(backend, layout):
 
 def test_any_number_of_threads():
     """Moments and sums of pieces that threads share: the same numbers, but for the order of sums."""
-    case, mode = replace(named("two blocks of rows"), shape=(5, 60, 21, 21)), Mode(residual=True)
-    inputs, dz = inputs_of(case, torch.float32), gradient_of_output(case, torch.float32)
+    case, mode = replace(named("two blocks of rows"), shape=(2, 60, 21, 21)), Mode(residual=True)
+    dz = gradient_of_output(case, torch.float32)
     threads = torch.get_num_threads()
     try:
         for kernel in ((1, 1), (3, 3)):
             case = replace(case, kernel=kernel, window=window(padding=kernel[0] // 2))
             inputs = inputs_of(case, torch.float32)
-            for count in (1, 2, 5):
+            for count in (2, 5):
                 torch.set_num_threads(count)
                 with harness.only("cpu", *BOTH):
                     got = differentiate(case, leaves_of(inputs, mode), mode, dz)
@@ -390,17 +423,17 @@ def small(case: Case, mode: Mode) -> tuple[dict[str, Tensor], object]:
         name: t.contiguous().requires_grad_() for name, t in leaves_of(inputs, mode).items() if t is not None
     }  # fmt: skip
 
+    running_var = None if mode.training else running_var_of(case, torch.float64)
+
     def function(module, *tensors):
         values = dict.fromkeys(inputs) | dict(zip(leaves, tensors, strict=True))
-        values["x"] = values["x"].contiguous(memory_format=MEMORY_FORMATS[case.layout])
+        if case.layout == "channels_last":  # also inside vmap
+            values["x"] = values["x"].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         if module is bcos_kernels:
-            return apply(case, values, mode, running_var_of(case, torch.float64))
-        return separately(module, case, values, mode, running_var_of(case, torch.float64), mode.relu)[1]
+            return apply(case, values, mode, running_var)
+        return separately(module, case, values, mode, running_var, mode.relu)[1]
 
     return leaves, function
-
-
-MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["batch", "eval"])
@@ -541,7 +574,6 @@ def test_under_saved_tensor_hooks_all_that_is_kept_goes_through_them(recompute, 
             with torch.autograd.graph.save_on_cpu(pin_memory=False):
                 z = apply(case, leaves, mode, running_var_of(case, torch.float32), recompute=recompute)
                 total = (z * dz).sum()
-            # what is kept is the unpacked copy of whoever keeps it
             got = harness.gradients(total, leaves, torch.ones(()))
         for name, value in got.items():
             if value is not None:
@@ -552,8 +584,7 @@ def test_under_saved_tensor_hooks_all_that_is_kept_goes_through_them(recompute, 
                                                       lambda i: packed[i]):  # fmt: skip
             z = apply(case, leaves_of(inputs, Mode()), Mode(), None, recompute=recompute)
             kept, total = weakref.ref(z.untyped_storage()), z.sum()
-        shapes = [t.shape for t in packed]
-    assert z.shape in shapes and dz.shape == z.shape  # y
+    assert z.shape in [t.shape for t in packed]  # y
     del z
     gc.collect()
     assert kept() is None
@@ -664,16 +695,16 @@ def test_recomputing_that_cannot_be():
 # Compiled, exported, under autocast -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recompute", [None, "inner"])
-@pytest.mark.parametrize("mode", MODES, ids=str)
-def test_compiled(mode, recompute):
+@pytest.mark.parametrize("mode", HALF, ids=str)
+def test_compiled(mode):
+    """One graph without breaks; declarations to recompute do nothing there."""
     torch.compiler.reset()
     case = named("3x3")
     inputs, dz = inputs_of(case, torch.float32), gradient_of_output(case, torch.float32)
     before = running_var_of(case, torch.float32)
 
     def function(leaves, running_var):
-        return apply(case, leaves, mode, running_var, recompute=recompute)
+        return apply(case, leaves, mode, running_var, recompute="inner")
 
     def results(function):
         leaves, running_var = leaves_of(inputs, mode), before.clone()
@@ -709,12 +740,13 @@ class Layer(torch.nn.Module):
         super().__init__()
         self.case, self.mode = case, mode
         inputs = inputs_of(case, torch.float64)
-        names = ("weight", "norm_weight", "norm_bias")
-        self.tensors = torch.nn.ParameterDict({name: torch.nn.Parameter(inputs[name]) for name in names})
+        for name in ("weight", "norm_weight", "norm_bias"):
+            self.register_parameter(name, torch.nn.Parameter(inputs[name]))
         self.running_var = torch.nn.Buffer(running_var_of(case, torch.float64))
 
     def leaves(self, x):
-        return dict.fromkeys(("bias", "b", "residual")) | dict(self.tensors) | {"x": x}
+        parameters = {"weight": self.weight, "norm_weight": self.norm_weight, "norm_bias": self.norm_bias}
+        return {"x": x, "bias": None, "b": None, "residual": None, **parameters}
 
     def forward(self, x):
         return apply(self.case, self.leaves(x), self.mode, self.running_var)
@@ -819,7 +851,8 @@ def test_opcheck_backward(options, grad):
     needs[6] = needs[6] and rest[-1] is not None
     mask = z if rest[-1] is not None and residual is not None else None
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if not grad or harness.convolutions_have_second_derivatives_of_symbolic_sizes():
+    seconds = grad and options not in ("training", "explaining, fp64")  # that it takes
+    if not seconds and (not grad or harness.convolutions_have_second_derivatives_of_symbolic_sizes()):
         checks.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(
         OPS.conv2d_batch_norm_backward.default,

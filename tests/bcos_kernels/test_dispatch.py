@@ -38,7 +38,18 @@ def batch_norm_uncentered(training: bool = True):
     return bcos_kernels.batch_norm_uncentered(x, running_var, training=training)
 
 
-OPS = {"linear": linear, "conv2d": conv2d, "batch_norm_uncentered": batch_norm_uncentered}
+def conv2d_batch_norm():
+    x, weight = harness.randn((2, 4, 6, 6), 1, torch.float32), harness.randn((5, 4, 3, 3), 2, torch.float32)
+    x, weight = x.to(memory_format=torch.channels_last).requires_grad_(), weight.requires_grad_()
+    return bcos_kernels.conv2d_batch_norm(x, weight, running_var=torch.ones(5), training=False, activation="relu")
+
+
+OPS = {
+    "linear": linear,
+    "conv2d": conv2d,
+    "batch_norm_uncentered": batch_norm_uncentered,
+    "conv2d_batch_norm": conv2d_batch_norm,
+}
 
 
 # backends() and backend() ---------------------------------------------------------------------------------------------
@@ -243,7 +254,8 @@ def test_backward_uses_the_forward_s_backend(first, second, op):
 
 @pytest.mark.parametrize("op, option", [("linear", 2.0), ("linear", 1.0), ("linear", 1.5), ("conv2d", 2.0),
                                         ("conv2d", 1.0), ("batch_norm_uncentered", True),
-                                        ("batch_norm_uncentered", False)])  # fmt: skip
+                                        ("batch_norm_uncentered", False), ("conv2d_batch_norm", True),
+                                        ("conv2d_batch_norm", False)])  # fmt: skip
 def test_compiled_graphs_obey(op, option):
     """One graph for all backends, chosen when it runs; its backward follows its forward."""
     torch.compiler.reset()
@@ -251,12 +263,16 @@ def test_compiled_graphs_obey(op, option):
         "linear": [harness.randn((5, 6), 1, torch.float32), harness.randn((4, 6), 2, torch.float32)],
         "conv2d": [harness.randn((2, 4, 6, 6), 1, torch.float32), harness.randn((5, 4, 3, 3), 2, torch.float32)],
         "batch_norm_uncentered": [harness.randn((2, 4, 3, 3), 1, torch.float32)],
-    }[op]
+    }
+    tensors["conv2d_batch_norm"] = [tensors["conv2d"][0].to(memory_format=torch.channels_last), tensors["conv2d"][1]]
+    tensors = tensors[op]
     leaves = [t.requires_grad_() for t in tensors]
 
     def function(*leaves):
         if op == "batch_norm_uncentered":
             return bcos_kernels.batch_norm_uncentered(*leaves, torch.ones(4), training=option)
+        if op == "conv2d_batch_norm":
+            return bcos_kernels.conv2d_batch_norm(*leaves, running_var=torch.ones(5), training=option, detach=True)
         return getattr(bcos_kernels, op)(*leaves, b=option)
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)

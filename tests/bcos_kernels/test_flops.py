@@ -73,6 +73,20 @@ def test_a_network_s_table_names_the_ops():
     }
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("recompute, again", [(None, 0), ("inner", 1)])
+def test_a_convolution_with_its_norm_counts_as_the_convolution(recompute, again, layout):
+    x, weight = leaves((2, 6, 9, 8), (8, 6, 3, 2))
+    window = dict(stride=(2, 1), padding=(1, 0), dilation=(1, 2))
+
+    def function(x, weight):
+        x = x.contiguous(memory_format=layout)
+        return bcos_kernels.conv2d_batch_norm(x, weight, **window, running_var=None, training=True, recompute=recompute)
+
+    forward, both = counted(lambda x, w: F.conv2d(x, w, **window), x, weight)
+    assert counted(function, x, weight) == (forward, both + again * forward)
+
+
 @pytest.mark.parametrize("first", ["bcos_kernels", "torch.utils.flop_counter"])
 def test_formulas_are_there_whatever_is_imported_first(first):
     """And the counter, with Triton behind it, is not imported for them."""

@@ -39,14 +39,14 @@ def test_examples_run(name):
 
 
 def equivalent(name: str, b: float = 2.0, **values) -> torch.Tensor:
-    """y by the block of code in the docstring; for general b, by the line that its comment gives."""
+    """y, or z, by the block of code in the docstring; for general b, by the line that its comment gives."""
     text = inspect.getdoc(getattr(bcos_kernels, name))
     block = textwrap.dedent(re.search(r"::\n\n((?:    .*\n|\n)+)", text)[1])
     if b != 2.0:
         block = re.sub(r"y = .*# general b: (.*)", r"y = \1", block)
-        values["b"] = b
+    values["b"] = b
     exec(block, {"torch": torch}, values)
-    return values["y"]
+    return values["z" if "z" in values else "y"]
 
 
 @pytest.mark.parametrize("b", [2.0, 1.5, 3.0])
@@ -81,6 +81,23 @@ def test_equivalent_of_batch_norm_uncentered(training):
     expected = equivalent("batch_norm_uncentered", x=x, **options)
     y = bcos_kernels.batch_norm_uncentered(x, activation="relu", **options)
     assert_close_to_reference("y", y, None, expected, torch.float64)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_equivalent_of_conv2d_batch_norm(training):
+    x, weight = harness.randn((4, 6, 5, 5), 1, torch.float64), harness.randn((8, 3, 3, 3), 2, torch.float64)
+    x = harness.lay_out(x, "channels_last")
+    options = dict(stride=2, padding=1, dilation=1, groups=2, b=2.0, normalize_weight=True)
+    options |= dict(training=training, activation="relu", residual=harness.randn((4, 8, 3, 3), 3, torch.float64))
+    vectors = {name: harness.randn((8,), i, torch.float64) for i, name in enumerate(("norm_weight", "norm_bias"), 4)}
+    ops = {name: getattr(bcos_kernels, name) for name in ("conv2d", "batch_norm_uncentered")}
+    mine, theirs = (harness.randn((8,), 6, torch.float64).square() for _ in range(2))
+    expected = equivalent(
+        "conv2d_batch_norm", x=x, weight=weight, bias=None, running_var=theirs, **vectors, **options, **ops
+    )  # fmt: skip
+    z = bcos_kernels.conv2d_batch_norm(x, weight, running_var=mine, **vectors, **options)
+    assert_close_to_reference("z", z, None, expected, torch.float64)
+    assert_close_to_reference("running_var", mine, None, theirs, torch.float64)
 
 
 def test_signatures():

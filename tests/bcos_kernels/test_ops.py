@@ -4,6 +4,8 @@ torch.func, checkpointing, and what is kept between forward and backward."""
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -287,6 +289,43 @@ def test_strides_that_fakes_of_batch_norm_announce(shape, layout, backend):
                 assert_announced(OPS.batch_norm_uncentered, (*norm, False, True))
             held = (y, None, None, mean, var, training, 1e-5, "relu", False, [True, False, False, True], "")
             assert_announced(OPS.batch_norm_uncentered_backward, (residual, x, *held))
+
+
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
+@pytest.mark.parametrize("backend", harness.BACKENDS)
+@pytest.mark.parametrize(
+    "layout, weight_layout", [*((k, k) for k in LAYOUTS), ("contiguous", "channels_last"), ("open", "contiguous")]
+)
+@pytest.mark.parametrize(
+    "shape, units, kernel, groups",
+    [
+        ((2, 1, 4, 5), 1, (3, 2), 1),
+        ((1, 3, 1, 1), 4, (1, 1), 1),
+        ((2, 4, 1, 4), 2, (1, 3), 2),
+        ((0, 3, 4, 4), 2, (3, 3), 1),
+        ((2, 4, 4, 4), 4, (3, 1), 4),
+        ((2, 3, 4, 4), 2, (1, 1), 1),
+    ],
+)
+def test_strides_that_fakes_of_conv2d_batch_norm_announce(
+    shape, units, kernel, groups, layout, weight_layout, backend
+):  # fmt: skip
+    window, scale, shift = ((1, 1), (0, 0), (1, 1), groups), randn(units, seed=3), randn(units, seed=4)
+    x, weight = LAYOUTS[layout](randn(*shape)), LAYOUTS[weight_layout](randn(units, shape[1] // groups, *kernel))
+    with bcos_kernels.backend(backend):
+        for running_var, b, keep, detach in (
+            (None, 2.0, True, False), (torch.ones(units), 2.0, True, True), (torch.ones(units), 1.5, True, False),
+            (torch.ones(units), 2.0, False, False),
+        ):  # fmt: skip
+            training = running_var is None
+            options = (*window, b, True, 1, training, 1e-5, "relu")
+            arguments = (x, weight, None, None, scale, shift, None, running_var, None, *options, keep, detach, True)
+            z, _, *held = assert_announced(OPS.conv2d_batch_norm, arguments)
+            dz = LAYOUTS[weight_layout](randn(*z.shape))
+            needs = [True, True, False, False, True, True, True]
+            if keep:
+                rest = (dz, x, weight, None, None, scale, shift, z, *held, *options, detach, needs, "")
+                assert_announced(OPS.conv2d_batch_norm_backward, rest)
 
 
 def test_meta_and_fake_tensors():
@@ -1063,6 +1102,24 @@ def test_from_several_python_threads():
         assert len(found[seed]) == 10
         for results in found[seed]:
             assert_same(results, expected[seed], 1e-6)
+
+
+def test_an_empty_batch_is_a_process_s_first():
+    """Nothing of an earlier layer is there that a backward could do with."""
+    program = (
+        "import torch, bcos_kernels\n"
+        "from bcos_kernels import batch_norm_uncentered, conv2d, conv2d_batch_norm, linear\n"
+        "weight = torch.randn(2, 3, requires_grad=True)\n"
+        "kernel = torch.randn(2, 3, 1, 1, requires_grad=True)\n"
+        "image = torch.empty(0, 3, 4, 4).to(memory_format=torch.channels_last)\n"
+        "for b in (2.0, 1.5):\n"
+        "    linear(torch.empty(0, 3), weight, b=b).sum().backward()\n"
+        "    conv2d(image, kernel, b=b).sum().backward()\n"
+        "    conv2d_batch_norm(image, kernel, b=b, running_var=torch.ones(2), training=False).sum().backward()\n"
+        "assert not weight.grad.any() and not kernel.grad.any()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, (run.returncode, run.stderr)
 
 
 def _needs_memory(gibibytes: float):

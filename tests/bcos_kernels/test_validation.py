@@ -32,6 +32,13 @@ def batch_norm(x=(2, 3, 4, 4), running_var=(3,), dtype=torch.float32, training=T
     return bcos_kernels.batch_norm_uncentered(x, running_var, training=training, **options)
 
 
+def conv2d_batch_norm(x=(2, 4, 5, 5), weight=(6, 4, 3, 3), running_var=(6,), training=True, **options):
+    x, weight = (torch.zeros(v) if isinstance(v, tuple) else v for v in (x, weight))
+    running_var = torch.ones(running_var) if isinstance(running_var, tuple) else running_var
+    tensors = {k: torch.ones(options[k]) for k in ("norm_weight", "norm_bias", "residual") if k in options}
+    return bcos_kernels.conv2d_batch_norm(x, weight, running_var=running_var, training=training, **options | tensors)
+
+
 half, single, whole = torch.float16, torch.float32, torch.int64
 meta = torch.zeros(6, 4, device="meta")
 
@@ -225,6 +232,67 @@ CASES = {
     "eps a string": (lambda: batch_norm(eps="1e-5"), TypeError, "eps to be a number", "str"),
     "momentum 2": (lambda: batch_norm(momentum=2.0), ValueError, "momentum in [0, 1]", "2.0"),
     "momentum None": (lambda: batch_norm(momentum=None), TypeError, "momentum to be a number", "NoneType"),
+    # conv2d_batch_norm: what both check, by its name and of the shape of the output
+    "fused, no batch": (lambda: conv2d_batch_norm(x=(4, 5, 5)), ValueError, "(N, C, H, W)", "(4, 5, 5)"),
+    "fused, x None": (lambda: conv2d_batch_norm(x=None), TypeError, "x to be a tensor", "NoneType"),
+    "fused, other channels": (
+        lambda: conv2d_batch_norm(x=(2, 3, 5, 5)),
+        ValueError,
+        "weight.size(1) * groups == in_channels",
+        "4 * 1 and 3",
+    ),
+    "fused, b": (lambda: conv2d_batch_norm(b=0.5), ValueError, "b >= 1", "0.5"),
+    "fused, stride": (lambda: conv2d_batch_norm(stride=0), ValueError, "stride >= 1", "0"),
+    "fused, padding -1": (lambda: conv2d_batch_norm(padding=-1), ValueError, "padding >= 0", "-1"),
+    "fused, same with stride 2": (
+        lambda: conv2d_batch_norm(padding="same", stride=2),
+        ValueError,
+        "stride 1 with padding 'same'",
+        "(2, 2)",
+    ),
+    "fused, reflect beyond the image": (
+        lambda: conv2d_batch_norm(padding=5, padding_mode="reflect"),
+        ValueError,
+        "reflect padding of at most (4, 4)",
+        "(5, 5)",
+    ),
+    "fused, window beyond the image": (
+        lambda: conv2d_batch_norm(dilation=(1, 3)),
+        ValueError,
+        "padded width >= the dilated kernel's 7",
+        "5",
+    ),
+    "fused, max_out": (lambda: conv2d_batch_norm(max_out=4), ValueError, "divisible by max_out", "6 and 4"),
+    "fused, running_var of the units": (
+        lambda: conv2d_batch_norm(max_out=2),
+        ValueError,
+        "running_var of shape (3,)",
+        "(6,)",
+    ),
+    "fused, norm_weight": (lambda: conv2d_batch_norm(norm_weight=(4,)), ValueError, "norm_weight of shape", "(4,)"),
+    "fused, norm_bias": (lambda: conv2d_batch_norm(norm_bias=(6, 1)), ValueError, "norm_bias of shape (6,)", "(6, 1)"),
+    "fused, no running_var in eval": (
+        lambda: conv2d_batch_norm(running_var=None, training=False),
+        ValueError,
+        "running_var in eval mode",
+        "None",
+    ),
+    "fused, residual of x's shape": (
+        lambda: conv2d_batch_norm(residual=(2, 4, 5, 5)),
+        ValueError,
+        "residual of the output's shape (2, 6, 3, 3)",
+        "(2, 4, 5, 5)",
+    ),
+    "fused, activation": (lambda: conv2d_batch_norm(activation="gelu"), ValueError, "None or 'relu'", "'gelu'"),
+    "fused, eps": (lambda: conv2d_batch_norm(eps=-1.0), ValueError, "eps >= 0", "-1.0"),
+    "fused, momentum": (lambda: conv2d_batch_norm(momentum="0.1"), TypeError, "momentum to be a number", "str"),
+    "fused, recompute": (lambda: conv2d_batch_norm(recompute=True), ValueError, "recompute to be None", "True"),
+    "fused, recompute behind a residual": (
+        lambda: conv2d_batch_norm(residual=(2, 6, 3, 3), recompute="output"),
+        ValueError,
+        "recompute to be None, 'inner'",
+        "'output'",
+    ),
 }
 
 
