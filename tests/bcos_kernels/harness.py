@@ -134,13 +134,24 @@ def conv2d_batch_norm(module):
 
     def definition(
         x, weight, bias=None, *window, running_var, norm_weight=None, norm_bias=None, training, activation=None,
-        residual=None, detach=False, eps=1e-5, momentum=0.1, **convolution,
+        residual=None, detach=False, eps=1e-5, momentum=0.1, recompute=None, **convolution,
     ):  # fmt: skip
         y = reference.conv2d(x, weight, bias, *window, detach=detach, **convolution)
         return reference.batch_norm_uncentered(
             y, running_var, norm_weight, norm_bias, training=training, momentum=momentum, eps=eps,
             activation=activation, residual=residual, detach=detach,
         )  # fmt: skip
+
+    return definition
+
+
+def linear_gelu(module):
+    """``module.linear_gelu``; of reference.py, which has its two parts alone, what it is equivalent to."""
+    if module is not reference:
+        return module.linear_gelu
+
+    def definition(x, weight, bias=None, *, detach=False, **options):
+        return reference.gelu(reference.linear(x, weight, bias, detach=detach, **options), detach=detach)
 
     return definition
 

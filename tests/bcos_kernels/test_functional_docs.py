@@ -19,7 +19,7 @@ WITH_EXAMPLES = ["linear", "conv2d", "batch_norm_uncentered", "conv2d_batch_norm
 
 
 def test_the_public_names():
-    ops = {"linear", "conv2d", "batch_norm_uncentered", "conv2d_batch_norm"}
+    ops = {"linear", "conv2d", "batch_norm_uncentered", "conv2d_batch_norm", "linear_gelu"}
     assert set(PUBLIC) == {*ops, "backend", "backends", "dispatched", "recomputed"}
 
 

@@ -14,6 +14,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 import bcos_kernels
 import bcosification
 from bcos_kernels import reference
+from tests.bcos_kernels import harness
 
 CLASSES = 5
 MODES = ("training", "eval", "explaining")
@@ -75,6 +76,8 @@ def definition():
     with contextlib.ExitStack() as stack:
         for name in ("linear", "conv2d", "batch_norm_uncentered"):
             stack.enter_context(mock.patch.object(bcos_kernels, name, getattr(reference, name)))
+        for name in ("conv2d_batch_norm", "linear_gelu"):
+            stack.enter_context(mock.patch.object(bcos_kernels, name, getattr(harness, name)(reference)))
         yield
 
 

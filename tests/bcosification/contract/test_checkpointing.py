@@ -30,7 +30,8 @@ def test_checkpointing(name, memory, form):
     networks.set_mode(model, "training")
     options = {"use_reentrant": form == "reentrant"}
     if form == "selective":
-        ops = {torch.ops.bcos_kernels.conv2d.default, torch.ops.bcos_kernels.linear.default}
+        names = ("conv2d", "conv2d_batch_norm", "linear", "linear_gelu")
+        ops = {getattr(torch.ops.bcos_kernels, name).default for name in names}
 
         def policy(context, op, *args, **kwargs):
             return CheckpointPolicy.MUST_SAVE if op in ops else CheckpointPolicy.PREFER_RECOMPUTE
@@ -48,9 +49,10 @@ def test_selective_checkpointing_runs_a_saved_op_once():
     model, x = networks.converted("densenet"), networks.images("densenet")
     networks.set_mode(model, "training")
 
+    saved = {torch.ops.bcos_kernels.conv2d.default, torch.ops.bcos_kernels.conv2d_batch_norm.default}
+
     def policy(context, op, *args, **kwargs):
-        saved = op is torch.ops.bcos_kernels.conv2d.default
-        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
     with mock.patch.object(dispatch, "run", wraps=dispatch.run) as run:
@@ -58,8 +60,10 @@ def test_selective_checkpointing_runs_a_saved_op_once():
     launched = Counter(call.args[:2] for call in run.call_args_list)
     convolutions = sum(isinstance(m, bcosification.nn.BcosConv2d) for m in model.modules())
     norms = sum(isinstance(m, bcosification.nn.BatchNormUncentered2d) for m in model.modules())
-    assert launched["conv2d", "forward"] == launched["conv2d", "backward"] == convolutions
-    assert launched["batch_norm_uncentered", "forward"] == 2 * norms
+    fused = launched["conv2d_batch_norm", "forward"]
+    assert fused > 0 and launched["conv2d_batch_norm", "backward"] == fused
+    assert launched["conv2d", "forward"] == launched["conv2d", "backward"] == convolutions - fused
+    assert launched["batch_norm_uncentered", "forward"] == 2 * (norms - fused)
 
 
 def live_bytes(function):

@@ -13,7 +13,7 @@ from bcosification.train import miniature
 
 
 def test_the_network_is_torchvisions_resnet():
-    model = miniature.small_resnet(width=4)
+    model = miniature.small_resnet(width=16)
     assert type(model) is torchvision.models.ResNet
     assert model.conv1.stride == (1, 1)
     assert model(torch.rand(2, 3, 64, 64)).shape == (2, 10)
@@ -32,7 +32,7 @@ def test_the_network_is_torchvisions_resnet():
 @pytest.mark.parametrize("training", [False, True])
 def test_peer_layers_compute_the_same(arm, training):
     torch.manual_seed(0)
-    model = miniature._converted(arm, miniature.small_resnet(width=4)).train(training)
+    model = miniature._converted(arm, miniature.small_resnet(width=16)).train(training)
     peer = miniature.with_peer_layers(model)
     assert not any(isinstance(m, bcosification.nn.BcosConv2d) for m in peer.modules())
     images = torch.rand(3, 3, 32, 32)
