@@ -23,7 +23,7 @@ from torch import fx, nn
 
 from ..nn import BatchNormUncentered2d, BcosConv2d
 
-__all__ = ["NotTraceable", "has_parts", "is_traced", "traced_class"]
+__all__ = ["NotTraceable", "has_parts", "traced_class"]
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
@@ -44,10 +44,6 @@ def has_parts(module: nn.Module) -> bool:
     return any(isinstance(part, BcosConv2d) for part in parts) and any(
         isinstance(part, BatchNormUncentered2d) for part in parts
     )
-
-
-def is_traced(cls: type) -> bool:
-    return "_traced" in cls.__dict__
 
 
 class _Tracer(fx.Tracer):

@@ -10,11 +10,13 @@ import torch
 import torchvision
 from torch import nn
 from torchvision.models import densenet, resnet
+from torchvision.models.vision_transformer import MLPBlock
 from torchvision.ops import Conv2dNormActivation
 
+import bcos_kernels
 import bcosification
 from bcosification.convert.blocks import fuse_blocks, norm_activation, set_recompute, unfuse_blocks
-from bcosification.nn import BatchNormUncentered2d, BcosConv2d
+from bcosification.nn import GELU, BatchNormUncentered2d, BcosConv2d, BcosLinear
 
 
 def uncentered(model):
@@ -256,6 +258,36 @@ def test_unknown_and_changed_blocks_are_left_with_a_reason():
     ]
     assert "forwarded: BasicBlock (has a forward of its own)" in str(report)
     assert str(fuse_blocks(nn.Linear(2, 2))) == "nothing to fuse"
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "explaining"])
+@pytest.mark.parametrize("kind", ["sequential", "vision transformer"])
+def test_linear_layer_and_gelu_run_as_one_op(kind, mode, monkeypatch):
+    torch.manual_seed(0)
+    if kind == "sequential":
+        plain = nn.Sequential(BcosLinear(8, 16, bias=True), GELU(), BcosLinear(16, 8), GELU("tanh")).double()
+    else:
+        plain = MLPBlock(8, 16, dropout=0.0).double()
+        plain[0], plain[1], plain[3] = BcosLinear(8, 16).double(), GELU(), BcosLinear(16, 8).double()
+    plain.train(mode == "train")
+    fused = copy.deepcopy(plain)
+    report = fuse_blocks(fused)
+    assert [after for _, _, after in report.fused] == ["FusedSequential" if kind == "sequential" else "FusedMLPBlock"]
+    for module in (*plain.modules(), *fused.modules()):
+        if hasattr(module, "set_explanation_mode"):
+            module.set_explanation_mode(mode == "explaining")
+    x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    calls = []
+    linear_gelu = bcos_kernels.linear_gelu
+    monkeypatch.setattr(bcos_kernels, "linear_gelu", lambda *a, **k: calls.append(1) or linear_gelu(*a, **k))
+    y, expected = fused(x), plain(x)
+    assert len(calls) == 1 and torch.allclose(y, expected, rtol=1e-12)  # the tanh form and the plain model call none
+    mine = torch.autograd.grad(y.square().sum(), (x, *fused.parameters()))
+    theirs = torch.autograd.grad(expected.square().sum(), (x, *plain.parameters()))
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(mine, theirs, strict=True))
+    seen = []
+    fused[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    assert torch.allclose(fused(x), expected, rtol=1e-12) and len(seen) == 1 and len(calls) == 1
 
 
 def test_slices_of_a_fused_sequential_keep_the_order():
