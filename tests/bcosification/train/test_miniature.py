@@ -17,7 +17,7 @@ def test_the_network_is_torchvisions_resnet():
     assert type(model) is torchvision.models.ResNet
     assert model.conv1.stride == (1, 1)
     assert model(torch.rand(2, 3, 64, 64)).shape == (2, 10)
-    assert model.layer4(torch.rand(1, 16, 8, 8)).shape == (1, 32, 4, 4)
+    assert model.layer4(torch.rand(1, 64, 8, 8)).shape == (1, 128, 4, 4)
     # B-cosified without B and with biases and max pooling, it is the same function.
     model.eval()
     for module in model.modules():
