@@ -103,7 +103,7 @@ def test_gates_of_many_values():
     root = y.abs().sqrt()
     x = torch.stack([root, torch.zeros_like(root)], 1).float()
     sign = torch.where(y < 0, -1.0, 1.0)
-    signed = x * sign.float()[:, None]  # y = ±|p|² w / |p| with w = (±1, 0) · |p| cannot be one weight: rows apart
+    signed = x * sign.float()[:, None]
     weight = torch.tensor([[1.0, 0.0]])
     h = bcos_kernels.linear_gelu(signed, weight)[:, 0]
     a = signed[:, 0].double()
