@@ -59,6 +59,15 @@ inline Capability cpu_capability() {
   return best;
 }
 
+inline bool is_amd() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 inline const char* name(Capability capability) {
   switch (capability) {
     case Capability::avx512: return "avx512";

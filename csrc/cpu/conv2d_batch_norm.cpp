@@ -54,7 +54,7 @@ Tensor scaled_with_moments(const Layer& l, const void* squares, const Tensor& n,
   const auto scale = [&](void* y, const void* n_rows, const Layout& layout, int64_t begin, int64_t end) {
     k.scale_rows({y, y, nullptr, nullptr, n_rows, layout, 1, Mode::two, 1.0}, begin, end);
   };
-  if (l.runs_in_blocks()) {
+  if (l.runs_forward_in_blocks()) {
     const Tensor y = l.new_output(l.dtype, channels);
     const Chunks chunks = chunks_of_rows(l);
     Moments<W> moments(chunks.count, channels);
@@ -89,7 +89,7 @@ void with_known_statistics(
   const int64_t channels = l.output.channels, bytes = l.bytes(), wide = l.wide_bytes();
   ScaleNormArguments s{nullptr,      nullptr,       data(kept), n.data_ptr(), data(residual), scale.data(),
                        shift.data(), data(squares), l.output,   keeps,        relu};
-  if (l.runs_in_blocks()) {
+  if (l.runs_forward_in_blocks()) {
     *z = l.new_output(l.dtype, channels);
     char* to = static_cast<char*>((*z)->data_ptr());
     product_in_blocks(

@@ -4,10 +4,24 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <cmath>
+#include <cstdlib>
+
+#include "../capability.h"
 
 namespace bcos::cpu {
 
 thread_local Workspace whole_workspace, block_workspace;
+
+bool prefers_convolution() {
+  static const bool prefers = [] {
+    if (const char* chosen = std::getenv("BCOS_CPU_NARROWING")) {
+      if (std::strcmp(chosen, "convolution") == 0) return true;
+      if (std::strcmp(chosen, "product") == 0) return false;
+    }
+    return is_amd();
+  }();
+  return prefers;
+}
 
 namespace {
 
@@ -57,7 +71,7 @@ Tensor convolution(const Layer& l) {
 }  // namespace
 
 Tensor product(const Layer& l) {
-  if (product_is_matrix(l)) {
+  if (product_is_matrix(l) && !l.is_convolved()) {
     const Tensor a = l.new_output(l.dtype, l.units());
     multiply_rows(l, a.data_ptr(), Rows(l).data, l.rows(), transposed_weight(l));
     return a;

@@ -42,7 +42,7 @@ Outputs forward(const Layer& l, const OptionalTensor& squares_, bool keep) {
   const bool with_a = keep && keeps_a(l);
   OptionalTensor kept, index, y;
   if (keep && l.max_out > 1) index = l.new_output(ScalarType::Byte, l.output.channels);
-  if (l.runs_in_blocks()) {
+  if (l.runs_forward_in_blocks()) {
     y = l.new_output(l.dtype, l.output.channels);
     if (with_a) kept = l.new_output(l.dtype, l.output.channels);
     forward_in_blocks(l, squares, *y, kept, index, n);

@@ -1,4 +1,5 @@
-"""Runs the CPU kernels in a process of its own, whose BCOS_CPU_CAPABILITY chooses their instruction set.
+"""Runs the CPU kernels in a process of its own, whose BCOS_CPU_CAPABILITY chooses their instruction set, and whose
+BCOS_CPU_NARROWING what 1x1 convolutions to fewer channels run as.
 
 `python -m tests.bcos_kernels.instruction_set_worker FILE` writes the instruction set and every result there;
 test_instruction_sets.py compares them.
@@ -90,6 +91,17 @@ def results(module, dtype: torch.dtype, wide: bool = False) -> dict[str, Tensor]
         running_var = torch.full((14,), 0.01, dtype=statistics)
         z = harness.conv2d_batch_norm(module)(*leaves, running_var=running_var, **options)
         record(f"conv2d_batch_norm {case}", z, leaves)
+    for layout, normalize_weight in (("channels_last", True), ("contiguous", False)):  # rows enough to be a convolution
+        x = harness.lay_out(harness.randn((2, 40, 24, 25), 1, dtype), layout)
+        w = harness.randn((12, 40, 1, 1), 2, dtype, 0.15)
+        leaves = values([x, w, harness.randn((12,), 3, dtype)])
+        y = module.conv2d(*leaves, normalize_weight=normalize_weight)
+        record(f"narrowing conv2d {layout}", y, leaves)
+        leaves = values([x, w])
+        for training in (True, False):
+            running_var = torch.full((12,), 0.01, dtype=torch.float64 if wide else reference.statistics_dtype(dtype))
+            z = harness.conv2d_batch_norm(module)(*leaves, running_var=running_var, training=training)
+            record(f"narrowing conv2d_batch_norm {layout}, training={training}", z, leaves)
     return found
 
 

@@ -43,9 +43,11 @@ def oracle(dtype: str) -> tuple[dict, dict]:
     return results(reference, dtype, wide=True), results(reference, dtype)
 
 
+@pytest.mark.parametrize("narrowing", ["product", "convolution"])
 @pytest.mark.parametrize("instructions", _cases())
-def test_numbers(instructions, tmp_path):
-    environment = os.environ | {"BCOS_CPU_CAPABILITY": instructions, "OMP_NUM_THREADS": "1"}
+def test_numbers(instructions, narrowing, tmp_path):
+    chosen = {"BCOS_CPU_CAPABILITY": instructions, "BCOS_CPU_NARROWING": narrowing}
+    environment = os.environ | chosen | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.bcos_kernels.instruction_set_worker", str(tmp_path / "results.pt")]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
