@@ -11,6 +11,7 @@ compile_s, the first call minus a later one, with nothing cached.
 
 from __future__ import annotations
 
+import copy
 import time
 
 import pytest
@@ -30,6 +31,9 @@ TRAINING = (
 )  # fmt: skip
 INFERENCE = ("plain", "plain-compiled", "peer", "peer-compiled", "fused-peer", "ours", "ours-compiled")
 TOLERANCE = 1e-2  # of a whole network's gradients in float32, whose ReLUs near zero tip this way or that
+# Where they tip more (ResNet-50 with random weights at batch 8: the eager network's own gradients in float32 are 4e-2
+# from those in float64), the error to float64 decides: at most this much worse than the eager network's own.
+WORSE_THAN_EAGER = 2
 
 
 class Inference:
@@ -49,12 +53,23 @@ def _step(model: nn.Module, images: torch.Tensor) -> Step:
     return Step(model, images, torch.arange(len(images)) * 7 % 1000)
 
 
-def _expected(models: Models, name: str, make, images) -> dict[str, torch.Tensor] | None:
-    """What a contender's gradients (or logits) have to be: the eager model's; of ours, those of the eager formulas."""
+def _eager(models: Models, name: str) -> nn.Module | None:
+    """Whose gradients (or logits) a contender's have to be: the eager model; of ours, that with the eager formulas."""
     if name == "ours":
-        return make(peer_style(models.converted()), images).gradients()
+        return peer_style(models.converted())
     eager = models.eager(name)
-    return None if eager is None else make(models.build(eager), images).gradients()
+    return None if eager is None else models.build(eager)
+
+
+def _checked(case: str, name: str, got: dict[str, torch.Tensor], model: nn.Module, make, images) -> float:
+    """How far a contender's gradients (or logits) are from the eager model's."""
+    expected = make(copy.deepcopy(model), images).gradients()
+    error = gradient_error(got, expected)
+    if not error < TOLERANCE:
+        exact = make(copy.deepcopy(model).double(), images.double()).gradients()
+        errors = gradient_error(got, exact), gradient_error(expected, exact)
+        assert errors[0] <= WORSE_THAN_EAGER * errors[1], (case, name, error, errors)
+    return error
 
 
 def _measure(suite: str, name: str, contenders, settings: Settings, make) -> None:
@@ -74,11 +89,9 @@ def _measure(suite: str, name: str, contenders, settings: Settings, make) -> Non
             got = run.gradients()
         first = time.perf_counter() - start
         extra[contender] = {}
-        expected = _expected(models, contender, make, images)
-        if expected is not None:
-            error = gradient_error(got, expected)
-            assert error < TOLERANCE, (case, contender, error)
-            extra[contender]["gradient_error"] = error
+        eager = _eager(models, contender)
+        if eager is not None:
+            extra[contender]["gradient_error"] = _checked(case, contender, got, eager, make, images)
         assert all(bool(value.isfinite().all()) for value in got.values()), (case, contender)
         if contender.endswith("-compiled"):
             run()
