@@ -1,9 +1,11 @@
 """Builds the native parts of bcos-kernels; everything declarative is in pyproject.toml.
 
-Two things are built, wherever a C++ compiler is:
+Two things are built wherever a C++ compiler is, and a third where nvcc is as well (a GPU is not looked for):
 
     bcos_kernels/_lib/libbcos_kernels_cpu.so   the CPU ops, from csrc/cpu/*.cpp, against the LibTorch stable ABI.
                                                No Python in it, and one file serves every torch >= 2.11.
+    bcos_kernels/_lib/libbcos_kernels_cuda.so  the passes of the CUDA backend, from csrc/cuda, against the same ABI and
+                                               with CUDA's runtime linked in.
     bcos_kernels/_C.*.so                       from csrc/module.cpp with pybind11: how the package was built, what this
                                                machine runs. No torch in it.
 
@@ -13,7 +15,9 @@ else once, for the oldest processor of the architecture.
 A missing compiler never fails an installation: what could not be built is left out, and the reason is written to
 bcos_kernels/_build_report.json, from where bcos_kernels.backends() tells it. A compile error does fail it.
 
-Environment: CXX (compiler, may hold arguments), MAX_JOBS (parallel compilations), BCOS_NO_NATIVE=1 (build nothing).
+Environment: CXX (compiler, may hold arguments), MAX_JOBS (parallel compilations), BCOS_NO_NATIVE=1 (build nothing),
+BCOS_NO_CUDA=1 (no CUDA), CUDA_HOME (the toolkit; else nvcc is looked for on PATH), BCOS_CUDA_ARCHS="80 90" (default: of
+80, 90 and 100 those that nvcc knows).
 """
 
 import concurrent.futures
@@ -38,6 +42,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "bcos_kernels"
+CUDA_LIBRARY = "_lib/libbcos_kernels_cuda.so"
 CPU_LIBRARY = "_lib/libbcos_kernels_cpu.so"  # .so on macOS too: torch.ops.load_library takes any name
 BUILD_REPORT = "_build_report.json"
 
@@ -63,6 +68,10 @@ INSTRUCTION_SETS = {
     "avx2": "-mavx2 -mfma -mf16c".split(),
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512".split(),
 }
+
+
+CUDA_ARCHITECTURES = ["80", "90", "100"]
+NVCC_FLAGS = "-O3 -std=c++17 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden".split()
 
 
 class NotBuildable(Exception):
@@ -186,6 +195,53 @@ def cpu_library_steps(compiler: list[str], torch: Path, work: Path, output: Path
     return [*steps, Step(output, objects, link_command(compiler, output, objects, libraries))]
 
 
+def find_nvcc(compiler: list[str]) -> tuple[list[str], list[str]]:
+    """nvcc's command and the architectures to build for; NotBuildable where there is none that works."""
+    if os.environ.get("BCOS_NO_CUDA") == "1":
+        raise NotBuildable("BCOS_NO_CUDA=1 was set at build time")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+    if nvcc is None:
+        where = f"not in CUDA_HOME={home}" if home else "not on PATH, and CUDA_HOME not set"
+        raise NotBuildable(f"no CUDA compiler (nvcc at build time: {where})")
+    command = [nvcc]
+    if os.environ.get("CXX"):
+        command += ["-ccbin", compiler[0]]
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    asked = os.environ.get("BCOS_CUDA_ARCHS", "").split()
+    architectures = asked or [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}" in known]
+    if not architectures:
+        raise NotBuildable(f"{nvcc} knows none of the architectures {' '.join(CUDA_ARCHITECTURES)}")
+    # nvcc takes the host compilers of a certain age only: the probe finds out, before our code is compiled
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cu")
+        source.write_text("#include <optional>\n__global__ void probe(float* x) { *x = 0; }\n")
+        flags = [*NVCC_FLAGS, f"-arch=sm_{architectures[0]}", "-c", str(source), "-o", str(Path(folder, "probe.o"))]
+        result = subprocess.run([*command, *flags], capture_output=True, text=True)
+    if result.returncode != 0:
+        lines = (result.stderr + result.stdout).strip().splitlines() or [f"exit status {result.returncode}"]
+        raise NotBuildable(f"{nvcc} does not compile with {' '.join(compiler)}: {lines[0]}")
+    return command, architectures
+
+
+def cuda_library_steps(nvcc: list[str], architectures: list[str], torch: Path, work: Path, output: Path) -> list[Step]:
+    """The CUDA op library: kernels for every architecture, and the last one's PTX for those to come; NotBuildable
+    where torch is one without CUDA."""
+    if not (torch / "lib" / "libtorch_cuda.so").exists():
+        raise NotBuildable(f"the torch at build time is one without CUDA ({torch / 'lib'} has no libtorch_cuda.so)")
+    code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    code.append(f"-gencode=arch=compute_{architectures[-1].rstrip('af')},code=compute_{architectures[-1].rstrip('af')}")
+    definitions = [f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET_VERSION:016x}", "-D_GLIBCXX_USE_CXX11_ABI=1"]
+    steps = []
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.c[pu]*")):
+        flags = NVCC_FLAGS + (code if source.suffix == ".cu" else [*definitions, "-isystem", str(torch / "include")])
+        steps.append(compile_step(nvcc, source, work / f"cuda.{source.stem}.o", flags))
+    objects = [step.output for step in steps]
+    command = [*nvcc, "-shared", "-cudart", "static", *map(str, objects), f"-L{torch / 'lib'}"]
+    libraries = ["-ltorch_cuda", "-ltorch_cpu", "-lc10"]  # found again by name at run time, as the CPU library's
+    return [*steps, Step(output, objects, [*command, *libraries, "-o", str(output)])]
+
+
 def module_steps(compiler: list[str], work: Path, output: Path) -> list[Step]:
     """The pybind11 module _C; NotBuildable where Python came without its headers (Debian: python3-dev)."""
     include = Path(sysconfig.get_path("include"))
@@ -202,7 +258,7 @@ def module_steps(compiler: list[str], work: Path, output: Path) -> list[Step]:
     return [step, Step(output, [step.output], link_command(compiler, output, [step.output], []))]
 
 
-def write_build_config(work: Path, compiler_version: str, torch_version: str) -> None:
+def write_build_config(work: Path, compiler_version: str, torch_version: str, cuda_archs: list[str]) -> None:
     """The header that module.cpp takes build_info() from; left alone when nothing changed, so nothing is recompiled."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     values = {
@@ -211,7 +267,7 @@ def write_build_config(work: Path, compiler_version: str, torch_version: str) ->
         "TORCH": torch_version,
         "TORCH_ABI": ".".join(map(str, TORCH_MINIMUM)),
         "INSTRUCTION_SETS": " ".join(machine_instruction_sets()),
-        "CUDA_ARCHS": "",
+        "CUDA_ARCHS": " ".join(f"sm_{arch}" for arch in cuda_archs),
         "FLAGS": " ".join(CXX_FLAGS),
     }
     # json.dumps writes a string as C++ does.
@@ -278,8 +334,9 @@ class NativeBuild(build_ext):
         in_tree = self.inplace or self.editable_mode
         target = (ROOT if in_tree else Path(self.build_lib).resolve()) / PACKAGE
         library, module = target / CPU_LIBRARY, target / self.module_name()
+        cuda_library = target / CUDA_LIBRARY
         report_file = target / BUILD_REPORT
-        report = {"cpu": None, "module": None, "cuda": self.why_no_cuda()}
+        report = {"cpu": None, "module": None, "cuda": None}
         steps: list[Step] = []
         # Not build_temp when editable: that is a temporary folder then, and nothing would ever be incremental.
         platform_tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
@@ -294,20 +351,25 @@ class NativeBuild(build_ext):
                 )
             torch, torch_version = found
             work.mkdir(parents=True, exist_ok=True)
-            write_build_config(work, compiler_version, torch_version)
+            architectures: list[str] = []
+            try:
+                nvcc, architectures = find_nvcc(compiler)
+                steps += cuda_library_steps(nvcc, architectures, torch, work, cuda_library)
+            except NotBuildable as reason:
+                report["cuda"] = str(reason)
+            write_build_config(work, compiler_version, torch_version, architectures)
             steps += cpu_library_steps(compiler, torch, work, library)
             try:
                 steps += module_steps(compiler, work, module)
             except NotBuildable as reason:
                 report["module"] = str(reason)
         except NotBuildable as reason:
-            report["cpu"] = report["module"] = str(reason)
+            report["cpu"] = report["module"] = report["cuda"] = str(reason)
 
         # What an earlier build left behind must not be taken for this one's.
-        if report["cpu"]:
-            library.unlink(missing_ok=True)
-        if report["module"]:
-            module.unlink(missing_ok=True)
+        for part, file in (("cpu", library), ("module", module), ("cuda", cuda_library)):
+            if report[part]:
+                file.unlink(missing_ok=True)
         report_file.unlink(missing_ok=True)
         if steps:
             library.parent.mkdir(parents=True, exist_ok=True)
@@ -325,11 +387,6 @@ class NativeBuild(build_ext):
     def module_name(self) -> str:
         return f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
-    @staticmethod
-    def why_no_cuda() -> str:
-        nvcc = shutil.which("nvcc") or "not on PATH"
-        return f"this version has no CUDA C++ kernels to build (nvcc at build time: {nvcc})"
-
     def get_source_files(self):
         sources = {".cpp", ".h", ".cu", ".cuh"}
         return [str(f.relative_to(ROOT)) for f in sorted((ROOT / "csrc").rglob("*")) if f.suffix in sources]
@@ -338,7 +395,7 @@ class NativeBuild(build_ext):
         """Files of build_lib → files of the source tree, for editable installations."""
         if not (self.inplace or self.editable_mode):
             return {}
-        names = [CPU_LIBRARY, self.module_name(), BUILD_REPORT]
+        names = [CPU_LIBRARY, CUDA_LIBRARY, self.module_name(), BUILD_REPORT]
         return {
             os.path.join(self.build_lib, PACKAGE, name): str(Path(PACKAGE, name))
             for name in names

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import composed, dispatch, reference
 from .autograd import (
     again,
     backward_of,
@@ -41,11 +41,14 @@ def _declare_recipes(ctx, inputs, output, recompute: str) -> None:
     """Leave with z how to compute it again from y, and with the context how to compute y again from x, where wanted."""
     of_z, of_y = RECOMPUTES[recompute]
     x, weight, bias, b_tensor, norm_weight, norm_bias = inputs[:6]
-    squares, layer, (eps, activation) = inputs[8], inputs[9:16], inputs[17:19]
-    z, _, y, *_, var = output
+    squares, layer, (eps, activation) = inputs[8], list(inputs[9:16]), inputs[17:19]
+    z, _, y, n, *_, var = output
     if ctx.detach and not ctx.training:
         return  # the slope is kept instead of y
     name = dispatch.backend_of(ctx.backend)  # where the forward ran, for the same bits
+    pre_scale = composed.keeps_pre_scale(name, x.dtype, layer[4], b_tensor, layer[6])
+    if pre_scale:
+        layer[4] = 1.0  # y is a
     # the functions must not capture a tensor: they live as long as the graph
     if of_y:
         has = tuple(t is not None for t in (bias, b_tensor, squares))
@@ -61,12 +64,14 @@ def _declare_recipes(ctx, inputs, output, recompute: str) -> None:
     if of_z:
         affine = (norm_weight is not None, norm_bias is not None)
 
-        def normalized(y, var, *given):
+        def normalized(y, n, var, *given):
             norm_weight, norm_bias = _fill(given, affine)
+            if pre_scale:
+                y = composed.scaled(y, n)
             with dispatch.backend(name):
                 return run("batch_norm_uncentered", y, norm_weight, norm_bias, None, var, False, eps, activation)[0]
 
-        z._bcos_recipe = (Recipe(normalized, (y, var, *_present(norm_weight, norm_bias))), z._version)
+        z._bcos_recipe = (Recipe(normalized, (y, n, var, *_present(norm_weight, norm_bias))), z._version)
 
 
 def _present(*tensors: Tensor | None) -> list[Tensor]:
@@ -107,7 +112,7 @@ class Conv2dBatchNorm(torch.autograd.Function):
         ctx.edges = edges(x, weight, bias, b_tensor, norm_weight, norm_bias, residual)
         ctx.backend = ran_backend()
         # z is read for the ReLU's mask only; without a residual the C++ kernels take that from y
-        masked = ctx.activation is not None and not (residual is None and ctx.backend.endswith("cpu"))
+        masked = ctx.activation is not None and not (residual is None and ctx.backend.endswith(("cpu", "cuda")))
         hold(ctx, z, masked and not ctx.compiled)
         ctx.y_recipe = None
         if recompute is not None and not (ctx.compiled or functorch_active() or saved_tensor_hooks_active()):

@@ -26,6 +26,17 @@ def _held(y: Tensor, b: float, b_tensor: Tensor | None) -> Tensor | None:
     return y if b_tensor is None and b == 2 and y.dtype != torch.float16 else None
 
 
+def keeps_pre_scale(backend: str, dtype: torch.dtype, b: float, b_tensor: Tensor | None, max_out: int) -> bool:
+    """Whether a backend's fused ops keep a in the place of y."""
+    return backend == "cuda" and b_tensor is None and b == 2 and max_out == 1 and dtype != torch.float16
+
+
+def scaled(a: Tensor, n: Tensor) -> Tensor:
+    """y of a convolution's a, B = 2."""
+    n = n if n.shape[1] == 1 else n.repeat_interleave(a.shape[1] // n.shape[1], dim=1)
+    return (a * (a.abs() / n)).to(a.dtype)
+
+
 def sum_squares(y: Tensor, dim: int = 1) -> Tensor:
     """Σ y² over a dimension, of an activation (N, C, H, W) over its channels, in the norms' type."""
     return _wide(y).square().sum(dim)

@@ -3,11 +3,15 @@
 A backend is a module with the six launchers ``{linear,conv2d,batch_norm_uncentered}_{forward,backward}``, and those of
 fused ops where it has them (composed.py puts the others together). The choice is made when an op runs, inside the
 opaque op, so that `backend` also governs compiled graphs.
+
+On a GPU only kernels run by themselves that were verified there and are the fastest for the shape, as the tables of
+tuning.py say; everything else runs on the library plus eager passes.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import threading
 import warnings
@@ -20,11 +24,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import composed, layouts
+from . import composed, layouts, tuning
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 _NAMED = "named "  # before a recorded backend
-_MODULES = {"reference": "reference", "cpu": "cpu", "triton": "triton_kernels"}
+_MODULES = {"reference": "reference", "cpu": "cpu", "triton": "triton_kernels", "cuda": "cuda"}
+_ON_CPU = ("cpu", "reference")
+_LIBRARY_ALONE = ("reference",)
+_UNVERIFIED = (
+    "no verified kernels for this GPU yet: ops run on the library plus eager passes; "
+    "`python -m bcos_kernels selftest` checks and unlocks the kernels"
+)
+_UNMEASURED = (
+    "shapes that were never measured on this GPU run on the library plus eager passes; "
+    "`python -m bcos_kernels tune` measures a network's"
+)
 
 _selected: ContextVar[str] = ContextVar("bcos_kernels_backend", default="auto")
 _lock = threading.Lock()
@@ -52,6 +66,11 @@ def _module(name: str) -> object:
     return importlib.import_module(f"bcos_kernels.{_MODULES[name]}")
 
 
+@cache
+def _is_there(name: str) -> bool:
+    return importlib.util.find_spec(f"bcos_kernels.{_MODULES[name]}") is not None
+
+
 def _launcher(name: str, launcher: str) -> Callable:
     """A backend's launcher; one that sees to the strides of its tensors itself says so (``STRICT_LAYOUTS``)."""
     module = _module(name)
@@ -65,7 +84,7 @@ def _unusable(name: str) -> str | None:
     """Why a backend cannot run on this machine, or None."""
     if name == "reference":
         return None
-    if name == "cuda":
+    if name == "cuda" and not _is_there(name):
         return build_report().get("cuda") or "no kernels of this backend are built"
     return _module(name).unusable_reason()
 
@@ -133,11 +152,6 @@ def backend_of(recorded: str) -> str:
     return recorded.removeprefix(_NAMED) or "auto"
 
 
-def _candidates(device: torch.device) -> tuple[str, ...]:
-    # CUDA kernels are picked only with a verified, committed row for op, dtype and architecture: there is none yet
-    return ("cpu", "reference") if device.type == "cpu" else ("reference",)
-
-
 def _warn_once(key: str, message: str) -> None:
     with _lock:
         if key in _warned:
@@ -176,13 +190,16 @@ def _run(op: str, direction: str, tensor: Tensor, arguments: tuple, recorded: st
     name = recorded.removeprefix(_NAMED) or _selected.get()
     launcher = f"{op}_{direction}"
     key = op if direction == "forward" else launcher
-    if name != "auto":
+    device = tensor.device.type
+    if name != "auto" and (named or device != "cuda" or _selected.get() == name):
         result = _run_named(name, launcher, op, tensor, arguments, strict=named)
         if result is not None:
             _record(key, name, named)
             return result
+    if device == "cuda":
+        return _run_tuned(op, direction, tensor, arguments, name)
     refused = ""
-    for candidate in _candidates(tensor.device):
+    for candidate in _ON_CPU if device == "cpu" else _LIBRARY_ALONE:
         reason = _unusable(candidate)
         if reason is None:
             try:
@@ -192,12 +209,66 @@ def _run(op: str, direction: str, tensor: Tensor, arguments: tuple, recorded: st
             else:
                 if refused:
                     _warn_once(f"{key}: {refused}", f"{key} runs on the reference implementation: {refused}")
-                elif candidate == "reference" and tensor.device.type == "cuda":
-                    _warn_once("cuda", "no verified kernels for this GPU yet: ops run on the library plus eager passes")
                 _record(key, candidate, False)
                 return result
         refused = f"{candidate}: {reason}"
     raise RuntimeError(f"{op}: no backend runs on {tensor.device}: {refused}")
+
+
+def _run_tuned(op: str, direction: str, tensor: Tensor, arguments: tuple, forward: str) -> tuple:
+    """On a GPU, without a name: the fastest backend that was verified there for the shape, else the library's ops with
+    eager passes. ``forward`` is the backend that the forward took ("auto": there was none, or this is one)."""
+    launcher = f"{op}_{direction}"
+    key = op if direction == "forward" else launcher
+    table = tuning.table(tensor.device)
+    what = tuning.key(op, direction, arguments) if table else ()
+    tuned = table.get(what, ())
+    if forward != "auto" and (not tuned or op in tuning.JOINT):
+        candidates = dict.fromkeys((forward, *tuned, "reference"))
+    else:
+        candidates = dict.fromkeys((*tuned, "reference"))
+    refused = ""
+    for candidate in candidates:
+        reason = _unusable(candidate)
+        if reason is None:
+            try:
+                own = forward in ("auto", candidate)
+                launch = _launcher(candidate, launcher)
+                result = launch(*(arguments if own else _portable(op, candidate, arguments)))
+            except NotImplementedError as error:
+                reason = str(error)
+            except Exception as error:
+                if candidate not in tuning.KERNELS or _is_out_of_memory(error):
+                    raise
+                reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                tuning.drop(tensor.device, what, candidate)  # compiling it again would fail again
+            else:
+                if refused:
+                    serves = "the library plus eager passes" if candidate == "reference" else candidate
+                    _warn_once(f"{key}: {refused}", f"{key} runs on {serves}: {refused}")
+                elif not tuned and candidate == "reference":
+                    _warn_once("cuda", _UNVERIFIED if not table else _UNMEASURED)
+                _record(key, candidate, False)
+                return result
+        refused = f"{candidate}: {reason}"
+    raise RuntimeError(f"{op}: no backend runs on {tensor.device}: {refused}")
+
+
+def _portable(op: str, name: str, arguments: tuple) -> tuple:
+    """A backward's arguments for backend ``name``, which is not the forward's. What fused ops keep in y's place is a
+    backend's own affair: without it conv2d_batch_norm computes y again, and of linear_gelu that is done here."""
+    if op not in tuning.JOINT:
+        return arguments
+    if op == "conv2d_batch_norm":
+        return *arguments[:7], arguments[7].new_empty((0,)), *arguments[8:]
+    dh, x, weight, bias, _, _, _, _, b, b_tensor, normalize_weight, max_out, *rest = arguments
+    made = _launcher(name, "linear_forward")(x, weight, bias, b, b_tensor, normalize_weight, max_out, True, None)
+    return dh, x, weight, bias, *made, b, b_tensor, normalize_weight, max_out, *rest
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of the allocator, or of a driver that found no room for a kernel's code or stack: no reason to do without it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(error)
 
 
 def _run_named(name: str, launcher: str, op: str, tensor: Tensor, arguments: tuple, strict: bool) -> tuple | None:
