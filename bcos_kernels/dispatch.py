@@ -152,6 +152,15 @@ def backend_of(recorded: str) -> str:
     return recorded.removeprefix(_NAMED) or "auto"
 
 
+def runs_kernels(device: torch.device) -> bool:
+    """Whether ops on ``device`` may run on kernels that read and write Σ_c x² on the way (squares.py), as far as that
+    can be said without a shape: on the CPU, and on a GPU where kernels are named or verified."""
+    name = _selected.get()
+    if device.type == "cpu":
+        return True
+    return device.type == "cuda" and (name in tuning.KERNELS or name == "auto" and bool(tuning.table(device)))
+
+
 def _warn_once(key: str, message: str) -> None:
     with _lock:
         if key in _warned:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
+from . import dispatch, ops
 
 CHANNELS, FEATURES = 1, -1
 """The dimension that was summed over: a convolution's channels, a linear layer's features."""
@@ -20,12 +20,11 @@ def wanted(x: Tensor) -> bool:
     """Whether an op that writes an activation like ``x`` should emit them: for backends that read them.
 
     Not where an output's attribute cannot be trusted later: compiled code and inference mode have no versions,
-    transforms and modes
-    wrap tensors.
+    transforms and modes wrap tensors.
     """
     if torch.compiler.is_compiling() or ops.functorch_active() or torch.is_inference_mode_enabled():
         return False
-    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
+    return type(x) in (Tensor, torch.nn.Parameter) and dispatch.runs_kernels(x.device)
 
 
 def declare(x: Tensor, squares: Tensor, dim: int) -> Tensor:
