@@ -16,8 +16,8 @@ A missing compiler never fails an installation: what could not be built is left 
 bcos_kernels/_build_report.json, from where bcos_kernels.backends() tells it. A compile error does fail it.
 
 Environment: CXX (compiler, may hold arguments), MAX_JOBS (parallel compilations), BCOS_NO_NATIVE=1 (build nothing),
-BCOS_NO_CUDA=1 (no CUDA), CUDA_HOME (the toolkit; else nvcc is looked for on PATH), BCOS_CUDA_ARCHS="80 90" (default: of
-80, 90 and 100 those that nvcc knows).
+BCOS_NO_CUDA=1 (no CUDA), CUDA_HOME (the toolkit; else nvcc is looked for on PATH), BCOS_CUDA_ARCHS="80 90 100"
+(default: of 80 and 90 those that nvcc knows).
 """
 
 import concurrent.futures
@@ -70,7 +70,7 @@ INSTRUCTION_SETS = {
 }
 
 
-CUDA_ARCHITECTURES = ["80", "90", "100"]
+CUDA_ARCHITECTURES = ["80", "90"]  # later ones compile the last one's PTX at their first use
 NVCC_FLAGS = "-O3 -std=c++17 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden".split()
 
 

@@ -169,7 +169,8 @@ def compiler_path(tmp_path_factory):
 
 def install_and_ask(folder, path):
     """Wheel, installation and what it tells about itself, in `folder`; PATH as on the machine that it is built on."""
-    wheel = build_wheel(copy_sources(folder / "sources"), folder, PATH=path, CXX=None)
+    no_cuda = dict(CUDA_HOME=None, CUDA_PATH=None)
+    wheel = build_wheel(copy_sources(folder / "sources"), folder, PATH=path, CXX=None, **no_cuda)
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder / "site", wheel]
     run(command)
     ran, told = python(FACTS, folder / "site", site=folder / "site").stdout.strip().split("\n")

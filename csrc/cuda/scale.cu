@@ -6,21 +6,25 @@
 //          read per channel.
 // Numerics float32; 16-bit types are rounded once. Sums over channels are shuffles in a fixed order, dL/dB one partial sum a
 //          block: a run repeats bit for bit.
+// Width    16 bytes a lane, of a general B one element: its powers are 60 instructions each, which is what such a pass takes
+//          long for (and nvcc: 8 of them in a row compile for a minute).
 // Traffic  forward reads a, writes y; backward reads dy and y or a, writes da. GELU: the same, instead of a pass of its own.
 #include "teams.h"
 
 namespace bcos::cuda {
 namespace {
 
+template <bool GENERAL>
 __device__ inline float output_of(float a, float reciprocal, Mode mode, float exponent) {
-  if (mode == Mode::two) return output_b2(a, reciprocal);
-  return mode == Mode::one ? a : output_general(a, reciprocal, exponent);
+  if (GENERAL) return output_general(a, reciprocal, exponent);
+  return mode == Mode::one ? a : output_b2(a, reciprocal);
 }
 
+template <bool GENERAL>
 __device__ inline Gradients<float> gradients_of(
     float g, float v, float reciprocal, Mode mode, float exponent, bool from_a, bool detach) {
+  if (GENERAL) return gradients_general(g, v, reciprocal, exponent, detach);
   if (mode == Mode::one) return {g, 0.f, 0.f};
-  if (mode == Mode::general) return gradients_general(g, v, reciprocal, exponent, detach);
   return from_a ? gradients_b2_from_a(g, v, reciprocal, detach) : gradients_b2_from_y(g, v, reciprocal, detach);
 }
 
@@ -33,7 +37,7 @@ __device__ inline float through_norm(float sum, float n, bool linear) {
   return norm == 0.f ? 0.f : sum / n / norm;
 }
 
-template <class S, int V, bool EACH>
+template <class S, int V, bool EACH, bool GENERAL>
 __global__ void scale_kernel(Scale p, int lanes) {
   const float exponent = exponent_of(p.b, p.exponent);
   const S* a = static_cast<const S*>(p.a);
@@ -49,7 +53,7 @@ __global__ void scale_kernel(Scale p, int lanes) {
 #pragma unroll
       for (int i = 0; i < V; i++) {
         const float r = EACH && n != nullptr ? 1.f / n[c + i] : reciprocal;
-        pack.of[i] = store<S>(output_of(load(pack.of[i]), r, p.mode, exponent));
+        pack.of[i] = store<S>(output_of<GENERAL>(load(pack.of[i]), r, p.mode, exponent));
       }
       write(y + base + c, pack);
     });
@@ -57,7 +61,7 @@ __global__ void scale_kernel(Scale p, int lanes) {
 }
 
 // The first of the largest units; a NaN is larger than everything.
-template <class S>
+template <class S, bool GENERAL>
 __global__ void scale_maximum_kernel(Scale p, int lanes) {
   const float exponent = exponent_of(p.b, p.exponent);
   const S* a = static_cast<const S*>(p.a);
@@ -78,7 +82,7 @@ __global__ void scale_maximum_kernel(Scale p, int lanes) {
       }
       if (p.index != nullptr) p.index[at] = static_cast<uint8_t>(index);
       if (p.kept != nullptr) static_cast<S*>(p.kept)[at] = best;
-      static_cast<S*>(p.y)[at] = store<S>(output_of(load(best), reciprocal, p.mode, exponent));
+      static_cast<S*>(p.y)[at] = store<S>(output_of<GENERAL>(load(best), reciprocal, p.mode, exponent));
     });
   });
 }
@@ -94,7 +98,7 @@ __device__ inline float block_sum(float v) {
   return total;
 }
 
-template <class S, int V, bool EACH>
+template <class S, int V, bool EACH, bool GENERAL>
 __global__ void scale_backward_kernel(ScaleBackward p, int lanes) {
   const float exponent = exponent_of(p.b, p.exponent);
   const S *dy = static_cast<const S*>(p.dy), *source = static_cast<const S*>(p.source);
@@ -113,7 +117,7 @@ __global__ void scale_backward_kernel(ScaleBackward p, int lanes) {
         for (int i = 0; i < V; i++) {
           const float r = EACH && n != nullptr ? 1.f / n[c + i] : reciprocal;
           const Gradients<float> t =
-              gradients_of(load(g.of[i]), load(v.of[i]), r, p.mode, exponent, p.from_a, p.detach);
+              gradients_of<GENERAL>(load(g.of[i]), load(v.of[i]), r, p.mode, exponent, p.from_a, p.detach);
           result.of[i] = store<S>(t.da);
           db += t.db;
           sum += t.dn;
@@ -132,7 +136,7 @@ __global__ void scale_backward_kernel(ScaleBackward p, int lanes) {
 }
 
 // dL/da goes to the winning unit, 0 to the others.
-template <class S>
+template <class S, bool GENERAL>
 __global__ void scale_backward_maximum_kernel(ScaleBackward p, int lanes) {
   const float exponent = exponent_of(p.b, p.exponent);
   const S *dy = static_cast<const S*>(p.dy), *source = static_cast<const S*>(p.source);
@@ -144,7 +148,7 @@ __global__ void scale_backward_maximum_kernel(ScaleBackward p, int lanes) {
       for_packs<1>(p.s.channels, lanes, [&](int64_t c) {
         const int64_t at = segment * p.s.channels + c;
         const Gradients<float> t =
-            gradients_of(load(dy[at]), load(source[at]), 1.f / n, p.mode, exponent, p.from_a, p.detach);
+            gradients_of<GENERAL>(load(dy[at]), load(source[at]), 1.f / n, p.mode, exponent, p.from_a, p.detach);
         S* units = static_cast<S*>(p.da) + at * p.max_out;
         for (int64_t m = 0; m < p.max_out; m++) units[m] = store<S>(m == p.index[at] ? t.da : 0.f);
         db += t.db;
@@ -215,8 +219,13 @@ __global__ void scale_gelu_backward_kernel(ScaleGeluBackward p, int lanes) {
   });
 }
 
-int width_of(const Scale& p, int bytes) { return vector_width(bytes, p.s.channels, {p.y, p.kept, p.a}); }
-int width_of(const ScaleBackward& p, int bytes) { return vector_width(bytes, p.s.channels, {p.da, p.dy, p.source}); }
+bool is_narrow(Mode mode, int64_t max_out) { return max_out > 1 || mode == Mode::general; }
+int width_of(const Scale& p, int bytes) {
+  return is_narrow(p.mode, p.max_out) ? 1 : vector_width(bytes, p.s.channels, {p.y, p.kept, p.a});
+}
+int width_of(const ScaleBackward& p, int bytes) {
+  return is_narrow(p.mode, p.max_out) ? 1 : vector_width(bytes, p.s.channels, {p.da, p.dy, p.source});
+}
 
 // A channel a group as whole rows.
 template <class P>
@@ -233,14 +242,20 @@ Split split_of(const Segments& s, int width) { return cuda::split_of(s.rows * s.
 void scale(Type type, const Scale& given, Stream stream) {
   Scale p = given;
   const bool each = make_each(&p);
-  BCOS_FOR_TYPE(type, p.max_out > 1 ? 1 : width_of(p, sizeof(S)), {
+  BCOS_FOR_TYPE(type, width_of(p, sizeof(S)), {
     const Split split = split_of(p.s, V);
-    if (p.max_out > 1) {
-      BCOS_LAUNCH((scale_maximum_kernel<S>), split.blocks, kThreads, stream, p, split.lanes);
+    if (p.max_out > 1 && p.mode == Mode::general) {
+      BCOS_LAUNCH((scale_maximum_kernel<S, true>), split.blocks, kThreads, stream, p, split.lanes);
+    } else if (p.max_out > 1) {
+      BCOS_LAUNCH((scale_maximum_kernel<S, false>), split.blocks, kThreads, stream, p, split.lanes);
+    } else if (p.mode == Mode::general && each) {
+      BCOS_LAUNCH((scale_kernel<S, 1, true, true>), split.blocks, kThreads, stream, p, split.lanes);
+    } else if (p.mode == Mode::general) {
+      BCOS_LAUNCH((scale_kernel<S, 1, false, true>), split.blocks, kThreads, stream, p, split.lanes);
     } else if (each) {
-      BCOS_LAUNCH((scale_kernel<S, V, true>), split.blocks, kThreads, stream, p, split.lanes);
+      BCOS_LAUNCH((scale_kernel<S, V, true, false>), split.blocks, kThreads, stream, p, split.lanes);
     } else {
-      BCOS_LAUNCH((scale_kernel<S, V, false>), split.blocks, kThreads, stream, p, split.lanes);
+      BCOS_LAUNCH((scale_kernel<S, V, false, false>), split.blocks, kThreads, stream, p, split.lanes);
     }
   })
 }
@@ -248,21 +263,27 @@ void scale(Type type, const Scale& given, Stream stream) {
 int64_t scale_backward_blocks(Type type, const ScaleBackward& given) {
   ScaleBackward p = given;
   make_each(&p);
-  BCOS_FOR_TYPE(type, p.max_out > 1 ? 1 : width_of(p, sizeof(S)), { return split_of(p.s, V).blocks; })
+  BCOS_FOR_TYPE(type, width_of(p, sizeof(S)), { return split_of(p.s, V).blocks; })
   return 0;
 }
 
 void scale_backward(Type type, const ScaleBackward& given, Stream stream) {
   ScaleBackward p = given;
   const bool each = make_each(&p);
-  BCOS_FOR_TYPE(type, p.max_out > 1 ? 1 : width_of(p, sizeof(S)), {
+  BCOS_FOR_TYPE(type, width_of(p, sizeof(S)), {
     const Split split = split_of(p.s, V);
-    if (p.max_out > 1) {
-      BCOS_LAUNCH((scale_backward_maximum_kernel<S>), split.blocks, kThreads, stream, p, split.lanes);
+    if (p.max_out > 1 && p.mode == Mode::general) {
+      BCOS_LAUNCH((scale_backward_maximum_kernel<S, true>), split.blocks, kThreads, stream, p, split.lanes);
+    } else if (p.max_out > 1) {
+      BCOS_LAUNCH((scale_backward_maximum_kernel<S, false>), split.blocks, kThreads, stream, p, split.lanes);
+    } else if (p.mode == Mode::general && each) {
+      BCOS_LAUNCH((scale_backward_kernel<S, 1, true, true>), split.blocks, kThreads, stream, p, split.lanes);
+    } else if (p.mode == Mode::general) {
+      BCOS_LAUNCH((scale_backward_kernel<S, 1, false, true>), split.blocks, kThreads, stream, p, split.lanes);
     } else if (each) {
-      BCOS_LAUNCH((scale_backward_kernel<S, V, true>), split.blocks, kThreads, stream, p, split.lanes);
+      BCOS_LAUNCH((scale_backward_kernel<S, V, true, false>), split.blocks, kThreads, stream, p, split.lanes);
     } else {
-      BCOS_LAUNCH((scale_backward_kernel<S, V, false>), split.blocks, kThreads, stream, p, split.lanes);
+      BCOS_LAUNCH((scale_backward_kernel<S, V, false, false>), split.blocks, kThreads, stream, p, split.lanes);
     }
   })
 }
