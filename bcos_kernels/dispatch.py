@@ -11,7 +11,6 @@ tuning.py say; everything else runs on the library plus eager passes.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import threading
 import warnings
@@ -66,11 +65,6 @@ def _module(name: str) -> object:
     return importlib.import_module(f"bcos_kernels.{_MODULES[name]}")
 
 
-@cache
-def _is_there(name: str) -> bool:
-    return importlib.util.find_spec(f"bcos_kernels.{_MODULES[name]}") is not None
-
-
 def _launcher(name: str, launcher: str) -> Callable:
     """A backend's launcher; one that sees to the strides of its tensors itself says so (``STRICT_LAYOUTS``)."""
     module = _module(name)
@@ -84,8 +78,6 @@ def _unusable(name: str) -> str | None:
     """Why a backend cannot run on this machine, or None."""
     if name == "reference":
         return None
-    if name == "cuda" and not _is_there(name):
-        return build_report().get("cuda") or "no kernels of this backend are built"
     return _module(name).unusable_reason()
 
 

@@ -315,3 +315,22 @@ def test_summary():
         {**of, "backend": "reference", "shape_classes": 1},
         {**of, "backend": "triton", "shape_classes": 2},
     ]
+
+
+# --- python -m bcos_kernels -------------------------------------------------------------------------------------------
+
+
+def test_the_report_shows_what_is_verified_where(monkeypatch):
+    from bcos_kernels import __main__ as report
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(tuning, "identity", lambda device: HERE)
+    monkeypatch.setattr(tuning, "_tables", {0: {KEY: ("triton", "reference"), (*KEY[:3], ()): ("triton",)}, 1: {}})
+    verified = report._verified()
+    row = {"op": "linear", "direction": "forward", "dtype": "bfloat16", "backend": "triton", "shape_classes": 2}
+    assert verified == {"cuda:0": {"name": HERE[0], "rows": [row]}, "cuda:1": {"name": HERE[0], "rows": []}}
+    monkeypatch.undo()
+    text = report._text({**report.environment(), "verified": verified})
+    assert "verified on cuda:0, NVIDIA Abacus\n  linear forward bfloat16  triton, 2 shape classes\n" in text
+    assert "verified on cuda:1, NVIDIA Abacus\n  none  auto runs the library plus eager passes; python -m" in text

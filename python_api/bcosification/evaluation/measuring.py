@@ -26,6 +26,19 @@ def _wait(device: torch.device | None) -> None:
         torch.cuda.synchronize(device)
 
 
+def _mark(device: torch.device | None) -> float | torch.cuda.Event:
+    """Now: on the host's clock, or on a CUDA device an event in its current stream, which nothing waits for."""
+    if device is None or device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _seconds(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
+
+
 def interleaved(
     contenders: Runs, *, rounds: int = 9, warmup: int = 2, device: torch.device | None = None
 ) -> dict[str, list[float]]:
@@ -34,7 +47,8 @@ def interleaved(
     Args:
         contenders: what to call, by name.
         rounds: timed calls of each, default 9. warmup: calls before them, default 2.
-        device: waited for after every call where it is a CUDA device.
+        device: where it is a CUDA device, its events tell the time, and it is waited for after every round: calls
+            follow each other on it without a gap, as steps do, unless launching them takes longer than they do.
 
     Returns:
         name → `rounds` times in seconds, in the order of the rounds: entries of one index belong together.
@@ -42,16 +56,16 @@ def interleaved(
     for _ in range(warmup):
         for run in contenders.values():
             run()
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    marks: dict[str, list[tuple]] = {name: [] for name in contenders}
     names = list(contenders)
+    _wait(device)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            _wait(device)
-            start = time.perf_counter()
+            start = _mark(device)
             contenders[name]()
-            _wait(device)
-            times[name].append(time.perf_counter() - start)
-    return times
+            marks[name].append((start, _mark(device)))
+        _wait(device)
+    return {name: [_seconds(*pair) for pair in pairs] for name, pairs in marks.items()}
 
 
 def summarized(times: Mapping[str, list[float]], baseline: str = "plain") -> dict[str, dict[str, float]]:

@@ -1,0 +1,283 @@
+"""Everything that waits for a GPU, in one command: stages of less than ten minutes, the most valuable first.
+
+    python -m benchmarks.gpu                             # all of them, from a bare checkout: nothing is installed
+    python -m benchmarks.gpu --list
+    python -m benchmarks.gpu --stage builds,correctness --out DIR
+
+A stage is a process of its own with a time limit. Its rows go to gpu_<stage>.json as they come, so a stage that is cut
+off keeps what it measured; the same command goes on where it stopped, as long as sources, device and torch are the
+same (--again measures anew). How each stage ended is in gpu_stages.json. The tuning table of the stage `tuning` is
+written below DIR too: DIR/tuning/<device>.json.
+
+Exit status: 0 all done; 1 something is wrong or failed; 2 usage; 3 no GPU here; 4 a time limit came first (run again).
+
+--rehearse runs the stages on the CPU with next to no work in them: what can be tried of them without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import hashlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if importlib.util.find_spec("bcosification") is None:  # a bare checkout
+    sys.path.insert(0, str(ROOT / "python_api"))
+
+import torch  # noqa: E402
+
+from bcos_kernels import tuning  # noqa: E402
+from bcosification.evaluation.measuring import machine  # noqa: E402
+
+from .protocol import Results, load_rows, results_folder  # noqa: E402
+
+DONE, WRONG, NO_GPU, CUT_OFF = 0, 1, 3, 4
+ENDINGS = {DONE: "done", WRONG: "wrong", NO_GPU: "no GPU here", CUT_OFF: "cut off"}
+GRACE = 20
+"""Seconds that a stage has after its limit to end by itself, before it is ended."""
+
+
+class OutOfTime(Exception):
+    """A stage's time limit has come."""
+
+
+def sources() -> str:
+    """Twelve digits that change with the code that is measured: a checkout need not come with git."""
+    digest = hashlib.sha256()
+    for folder in ("bcos_kernels", "csrc", "python_api", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"):
+                digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _commit() -> str:
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return found.stdout.strip()
+
+
+class Rows(Results):
+    """Rows of a stage; the machine of a run is a GPU's, with the code's digest beside the commit."""
+
+    def __init__(self, stage: str, folder: Path, device: torch.device):
+        self.suite, self.folder = f"gpu_{stage}", folder
+        self.path = folder / f"{self.suite}.json"
+        self.started = time.strftime("%Y-%m-%dT%H:%M:%S")
+        gpu = {}
+        if device.type == "cuda":
+            _, architecture = tuning.identity(device)
+            gpu = {"architecture": architecture, "cuda": torch.version.cuda, "tuned": len(tuning.table(device))}
+        self.machine = {
+            **machine(device), **gpu, "triton": tuning.versions()["triton"], "commit": _commit(), "sources": sources()
+        }  # fmt: skip
+
+    def finished(self) -> set[tuple[str, str]]:
+        """(case, contender) of the rows that need not be measured again: of these sources, on this device."""
+        same = ("sources", "device", "torch", "triton")
+        return {
+            (row["case"], row["contender"])
+            for row in load_rows(self.suite, self.folder)
+            if row.get("status") not in ("wrong", "failed") and all(row["run"].get(k) == self.machine[k] for k in same)
+        }
+
+
+def first_line(error: object) -> str:
+    return str(error).strip().partition("\n")[0][:200]
+
+
+@dataclasses.dataclass
+class Run:
+    """What a stage works with.
+
+    Attributes:
+        device: what is measured. rehearsal: on the CPU, with as little work as shows that the stage runs.
+        rows: where results go. out: the folder for any other file.
+        deadline: of `time.monotonic`.
+    """
+
+    device: torch.device
+    rehearsal: bool
+    rows: Rows
+    out: Path
+    deadline: float
+    again: bool = False
+    wrong: int = 0
+
+    def __post_init__(self):
+        self._finished = set() if self.again else self.rows.finished()
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def due(self, case: str, contender: str = "", seconds: float = 0) -> bool:
+        """Whether a case is still to be measured; raises OutOfTime where less time is left than it takes."""
+        if any(case == done and contender in ("", by) for done, by in self._finished):
+            return False
+        if self.left() <= seconds:
+            raise OutOfTime(case)
+        return True
+
+    def add(self, case: str, contender: str, **values: object) -> None:
+        """A row, printed too; its status "wrong" or "failed" makes the stage's."""
+        self.wrong += values.get("status") in ("wrong", "failed")
+        self.rows.add(case, contender, **values)
+        shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items() if v != "")
+        print(f"{case}: {contender}: {shown}", flush=True)
+
+    def attempt(self, case: str, contender: str, work: Callable[[], dict]) -> None:
+        """The row of one piece of work, if it is due; what it raises is a row too, and ends nothing else."""
+        if not self.due(case, contender):
+            return
+        try:
+            values = work()
+        except (NotImplementedError, torch.OutOfMemoryError) as error:
+            values = {"status": "not run", "reason": f"{type(error).__name__}: {first_line(error)}"}
+        except OutOfTime:
+            raise
+        except Exception as error:  # a kernel or a compiler may fail in any way: that is what is asked here
+            values = {"status": "failed", "reason": f"{type(error).__name__}: {first_line(error)}"}
+        self.add(case, contender, **values)
+
+    def free(self) -> None:
+        """Give memory that nothing holds back to the device."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One entry of --list; ``run`` fills a `Run`'s rows."""
+
+    name: str
+    about: str
+    limit_s: int
+    run: Callable[[Run], None]
+
+
+def stages() -> dict[str, Stage]:
+    from . import gpu_correctness
+    from . import gpu_stages as s
+
+    listed = (
+        Stage("environment", "versions and tools; copy bandwidth and matrix rates: the ceilings", 240, s.environment),
+        Stage("builds", "the CUDA library through setup.py, and its CUTLASS part where the headers are", 540, s.builds),
+        Stage("correctness", "all backends over options, streams, graphs, compilation, 2^31 elements", 540,
+              gpu_correctness.correctness),
+        Stage("tuning", "what is right is timed and unlocked: the tuning table of this GPU", 540, s.tune),
+        Stage("layers", "layers of ResNet-50 and ViTs against plain and the peer's, eager and compiled", 540, s.layers),
+        Stage("networks", "training steps, memory, inference and explanations of ResNet-50 and ViTs", 580, s.networks),
+        Stage("sanitizer", "memory checker and race checker; guard bands and bitwise repeats", 540, s.sanitizer),
+    )  # fmt: skip
+    return {stage.name: stage for stage in listed}
+
+
+def run_here(stage: Stage, out: Path, limit_s: float, *, again: bool = False, rehearsal: bool = False) -> int:
+    """Run a stage in this process; returns its exit status."""
+    if not rehearsal and not torch.cuda.is_available():
+        print(f"{stage.name}: no GPU here (torch.cuda.is_available() is False)", flush=True)
+        return NO_GPU
+    device = torch.device("cpu") if rehearsal else torch.device("cuda", 0)
+    torch.manual_seed(0)
+    run = Run(device, rehearsal, Rows(stage.name, out, device), out, time.monotonic() + limit_s, again)
+    try:
+        stage.run(run)
+    except OutOfTime as error:
+        print(f"{stage.name}: the time is over, before {error}", flush=True)
+        return WRONG if run.wrong else CUT_OFF
+    except Exception:
+        traceback.print_exc()
+        return WRONG
+    return WRONG if run.wrong else DONE
+
+
+def run_apart(stage: Stage, out: Path, limit_s: float, options: Sequence[str]) -> int:
+    """Run a stage in a process of its own, which is ended with its children when its time is over."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python_api"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "BCOS_TUNING_CACHE": str(out / "tuning")}
+    command = [
+        sys.executable, "-m", "benchmarks.gpu", "--here", "--stage", stage.name, "--out", str(out), "--limit",
+        str(limit_s), *options,
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    try:
+        status = process.wait(limit_s + GRACE)
+    except subprocess.TimeoutExpired:
+        status = CUT_OFF
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return status if status in ENDINGS else WRONG
+
+
+def worst(statuses: Sequence[int]) -> int:
+    """The exit status for several stages: something wrong first, then no GPU, then a time limit."""
+    return next((status for status in (WRONG, NO_GPU, CUT_OFF) if status in statuses), DONE)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    known = stages()
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=__doc__.partition("\n\n")[0],
+        epilog=__doc__[__doc__.index("Exit status") :],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--stage", metavar="NAME[,NAME]", help=f"default: all of {', '.join(known)}")
+    parser.add_argument("--list", action="store_true", help="print the stages and their time limits")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the rows; default: benchmarks/results")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="of each stage, instead of its own")
+    parser.add_argument("--again", action="store_true", help="measure what is there already, too")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with next to no work")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process
+    options = parser.parse_args(argv)
+    if options.list:
+        print("\n".join(f"{stage.name:12s} {stage.limit_s:4d} s  {stage.about}" for stage in known.values()))
+        return DONE
+    names = options.stage.split(",") if options.stage else list(known)
+    for name in names:
+        if name not in known:
+            parser.error(f"--stage: expected some of {', '.join(known)}, got {name}")
+    if options.limit is not None and options.limit <= 0:
+        parser.error(f"--limit: expected seconds > 0, got {options.limit:g}")
+    out = (options.out or results_folder()).resolve()
+    if options.here:
+        limit = options.limit or known[names[0]].limit_s
+        return run_here(known[names[0]], out, limit, again=options.again, rehearsal=options.rehearse)
+    if not options.rehearse and not torch.cuda.is_available():
+        print("no GPU here (torch.cuda.is_available() is False)")
+        return NO_GPU
+    passed_on = [*(["--again"] if options.again else []), *(["--rehearse"] if options.rehearse else [])]
+    device = torch.device("cpu") if options.rehearse else torch.device("cuda", 0)
+    statuses = []
+    for name in names:
+        limit = options.limit or known[name].limit_s
+        print(f"== {name}: {known[name].about} (at most {limit:g} s)", flush=True)
+        start = time.monotonic()
+        statuses.append(run_apart(known[name], out, limit, passed_on))
+        seconds = time.monotonic() - start
+        Rows("stages", out, device).add(name, "stage", status=ENDINGS[statuses[-1]], seconds=seconds)
+        print(f"== {name}: {ENDINGS[statuses[-1]]}, {seconds:.0f} s", flush=True)
+    return worst(statuses)
+
+
+if __name__ == "__main__":
+    from benchmarks import gpu  # the stages know this module by its name
+
+    sys.exit(gpu.main())

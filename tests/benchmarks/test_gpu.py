@@ -1,0 +1,386 @@
+"""The command for GPUs: what it says without one, its stages tried on the CPU, limits and going on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import types
+
+import pytest
+import torch
+
+from bcos_kernels import selftest, selftest_cases
+from bcosification.evaluation import measuring
+from benchmarks import gpu, gpu_correctness, gpu_guards, gpu_stages
+from benchmarks.protocol import load_rows
+
+STAGES = gpu.stages()
+CPU = torch.device("cpu")
+without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+
+
+def rows_of(stage, folder):
+    return {(row["case"], row["contender"]): row for row in load_rows(f"gpu_{stage}", folder)}
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_list(capsys):
+    assert gpu.main(["--list"]) == gpu.DONE
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(STAGES)
+    assert all(0 < stage.limit_s < 600 for stage in STAGES.values())
+
+
+@pytest.mark.parametrize("arguments, message", [(["--stage", "speed"], "expected some of environment, .*, got speed"),
+                                                (["--limit", "0"], "expected seconds > 0, got 0")])  # fmt: skip
+def test_arguments_that_are_none(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main(arguments)
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@without_a_gpu
+@pytest.mark.parametrize("name", STAGES)
+def test_without_a_gpu_every_stage_says_so(name, tmp_path, capsys):
+    assert gpu.run_here(STAGES[name], tmp_path, 10) == gpu.NO_GPU == 3
+    assert capsys.readouterr().out.startswith(f"{name}: no GPU here")
+    assert gpu.main(["--here", "--stage", name, "--out", str(tmp_path)]) == gpu.NO_GPU
+    assert not list(tmp_path.iterdir())
+
+
+@without_a_gpu
+def test_without_a_gpu_the_command_says_so(tmp_path, capsys):
+    assert gpu.main(["--out", str(tmp_path)]) == gpu.NO_GPU
+    assert capsys.readouterr().out == "no GPU here (torch.cuda.is_available() is False)\n"
+
+
+def test_the_worst_ending_is_the_command_s():
+    assert gpu.worst([0, 4, 1]) == gpu.WRONG and gpu.worst([0, 4]) == gpu.CUT_OFF and gpu.worst([0, 3, 4]) == gpu.NO_GPU
+    assert gpu.worst([0, 0]) == gpu.worst([]) == gpu.DONE
+
+
+# --- rows, limits, going on -------------------------------------------------------------------------------------------
+
+
+def counting(measured, pause=0.0, fail=None):
+    """A stage of three cases that notes those that it measures."""
+
+    def stage(run):
+        for case in "abc":
+            if run.due(case, "ours"):
+                measured.append(case)
+                time.sleep(pause)
+                if case == fail:
+                    raise RuntimeError("a crash")
+                run.add(case, "ours", value=1.0)
+
+    return gpu.Stage("counting", "", 1, stage)
+
+
+def test_a_stage_that_is_cut_off_keeps_its_rows_and_goes_on(tmp_path):
+    measured = []
+    assert gpu.run_here(counting(measured, 0.2), tmp_path, 0.3, rehearsal=True) == gpu.CUT_OFF
+    assert measured == ["a", "b"] and set(rows_of("counting", tmp_path)) == {("a", "ours"), ("b", "ours")}
+    assert gpu.run_here(counting(measured), tmp_path, 10, rehearsal=True) == gpu.DONE
+    assert measured == ["a", "b", "c"]
+    assert gpu.run_here(counting(measured), tmp_path, 10, rehearsal=True) == gpu.DONE
+    assert measured == ["a", "b", "c"]
+    assert gpu.run_here(counting(measured), tmp_path, 10, rehearsal=True, again=True) == gpu.DONE
+    assert measured == ["a", "b", "c", "a", "b", "c"]
+
+
+def test_rows_of_other_sources_are_measured_again(tmp_path, monkeypatch):
+    measured = []
+    gpu.run_here(counting(measured), tmp_path, 10, rehearsal=True)
+    monkeypatch.setattr(gpu, "sources", lambda: "elsewhere")
+    gpu.run_here(counting(measured), tmp_path, 10, rehearsal=True)
+    assert measured == ["a", "b", "c"] * 2
+
+
+def test_what_is_wrong_is_measured_again(tmp_path):
+    def stage(run):
+        for case, status in (("a", "wrong"), ("b", "failed"), ("c", "not run")):
+            if run.due(case, "ours"):
+                run.add(case, "ours", status=status)
+
+    stage = gpu.Stage("wrong", "", 1, stage)
+    assert gpu.run_here(stage, tmp_path, 10, rehearsal=True) == gpu.WRONG
+    run = gpu.Run(CPU, True, gpu.Rows("wrong", tmp_path, CPU), tmp_path, time.monotonic() + 10)
+    assert [run.due(case, "ours") for case in "abc"] == [True, True, False]
+
+
+def test_a_stage_that_crashes_keeps_its_rows(tmp_path, capsys):
+    assert gpu.run_here(counting([], fail="b"), tmp_path, 10, rehearsal=True) == gpu.WRONG
+    assert "a crash" in capsys.readouterr().err and set(rows_of("counting", tmp_path)) == {("a", "ours")}
+
+
+def test_rows_name_sources_and_versions(tmp_path, monkeypatch):
+    def no_git(*arguments, **options):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(gpu.subprocess, "run", no_git)
+    gpu.run_here(counting([]), tmp_path, 10, rehearsal=True)
+    run = rows_of("counting", tmp_path)["a", "ours"]["run"]
+    assert run["commit"] == "" and len(run["sources"]) == 12 and run["torch"] == torch.__version__
+    assert {"device", "date", "triton", "python"} <= set(run)
+
+
+def test_a_stage_that_hangs_is_ended(tmp_path, monkeypatch):
+    """The limit comes before its process has imported torch."""
+    monkeypatch.setattr(gpu, "GRACE", 0)
+    start = time.monotonic()
+    assert gpu.run_apart(STAGES["networks"], tmp_path, 0.05, ["--rehearse"]) == gpu.CUT_OFF
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.slow
+def test_stages_run_in_processes_of_their_own(tmp_path, capfd):
+    assert gpu.main(["--rehearse", "--stage", "environment", "--out", str(tmp_path)]) == gpu.DONE
+    row = rows_of("stages", tmp_path)["environment", "stage"]
+    assert row["status"] == "done" and row["seconds"] > 0
+    assert ("bandwidth", "copy, read + written") in rows_of("environment", tmp_path)
+    assert "== environment: done" in capfd.readouterr().out
+
+
+# --- the stages, rehearsed --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rehearse(tmp_path, monkeypatch):
+    monkeypatch.setenv("BCOS_TUNING_CACHE", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+    def run(name):
+        status = gpu.run_here(STAGES[name], tmp_path, 120, rehearsal=True)
+        return status, rows_of(name, tmp_path)
+
+    return run
+
+
+def test_environment(rehearse):
+    status, rows = rehearse("environment")
+    assert status == gpu.DONE and {case for case, _ in rows} == {"tools", "bandwidth", "matrix product 64^3"}
+    assert rows["matrix product 64^3", "bfloat16"]["TFLOP_per_s"] > 0
+    assert rows["tools", "nvcc"]["status"] in ("there", "missing")
+
+
+def test_builds(rehearse):
+    status, rows = rehearse("builds")
+    assert status == gpu.DONE and rows["setup.py", "native"]["status"] == "built"
+
+
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
+def test_correctness(rehearse):
+    status, rows = rehearse("correctness")
+    assert status == gpu.DONE
+    assert {row["status"] for row in rows.values()} == {"right", "not run"}
+    for case, who in rows:
+        assert rows[case, who]["status"] == "right" or case.startswith(("side stream", "CUDA graph"))
+    assert sum(case.startswith("compiled: ") for case, _ in rows) >= 2
+
+
+def test_wrong_numbers_end_the_correctness_stage_wrong(rehearse, monkeypatch):
+    monkeypatch.setattr(gpu_correctness, "EXTRAS", {})
+    monkeypatch.setattr(gpu_correctness, "LARGE", {})
+    right = gpu_correctness.selftest._worst
+    monkeypatch.setattr(gpu_correctness.selftest, "_worst", lambda *arguments: (right(*arguments)[0] + 2, "y: off"))
+    status, rows = rehearse("correctness")
+    assert status == gpu.WRONG and {row["status"] for row in rows.values()} == {"wrong"}
+
+
+def test_tuning(rehearse):
+    status, rows = rehearse("tuning")
+    assert status == gpu.DONE and rows["checks", "all"]["checks"] >= len(selftest_cases.cases(quick=True))
+
+
+def test_tuning_writes_row_after_row(tmp_path, monkeypatch):
+    """The whole stage, with the CPU in the place of a GPU."""
+    stages, cases = gpu_stages, [selftest_cases.linear("layer", 20, 16, 12)]
+    monkeypatch.setenv("BCOS_TUNING_CACHE", str(tmp_path / "tuning"))
+    monkeypatch.setattr(stages.tuning, "identity", lambda device: ("Abacus", "sm_99"))
+    monkeypatch.setattr(stages.selftest, "usable", lambda device: ["reference"])
+    monkeypatch.setattr(stages.selftest, "_milliseconds", lambda runs, rounds, warmup=3: dict.fromkeys(runs, 1.0))
+    monkeypatch.setattr(stages.selftest_cases, "cases", lambda quick=False: cases)
+    monkeypatch.setattr(stages.selftest_cases, "timed_cases", lambda quick=False, batch=64: cases)
+    monkeypatch.setattr(stages.selftest_cases, "network_cases", lambda name, batch: [])
+    run = gpu.Run(CPU, False, gpu.Rows("tuning", tmp_path, CPU), tmp_path, time.monotonic() + 60)
+    gpu_stages.tune(run)
+    rows = rows_of("tuning", tmp_path)
+    for dtype in ("bfloat16", "float32"):
+        for direction in ("forward", "backward"):
+            row = rows[f"linear {dtype}, layer: x 20x16, weight 12x16", direction]
+            assert row["fastest"] == "reference" and row["reference_ms"] == 1.0
+    assert rows["auto, forward and backward together", "auto"]["status"] == "right" and not run.wrong
+    table = json.loads((tmp_path / "tuning" / "abacus.json").read_text())
+    assert len(table["rows"]) == 4 and table["device"] == "Abacus"
+
+
+def test_a_tool_that_hangs_is_ended_with_its_children(tmp_path):
+    started = tmp_path / "started"
+    script = f"sh -c 'sleep 1; touch {tmp_path / 'survived'}' & touch {started}; wait"
+    assert gpu_stages._tool("sh", "-c", script, timeout=0.3) == (124, "took more than 0 s")
+    time.sleep(1.2)
+    assert started.exists() and not (tmp_path / "survived").exists()
+    assert gpu_stages._tool("no-such-tool")[0] == 127 and gpu_stages._tool("sh", "-c", "exit 7") == (7, "")
+
+
+@pytest.mark.parametrize(
+    "script, status",
+    [("exit 0", "right"), ("echo '========= ERROR SUMMARY: 3 errors'; exit 86", "wrong"), ("exit 1", "failed"),
+     ("echo 'Device not supported'; exit 1", "not run")],
+)  # fmt: skip
+def test_what_a_checker_says(script, status, tmp_path):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    run = gpu.Run(CPU, True, gpu.Rows("sanitizer", tmp_path, CPU), tmp_path, time.monotonic() + 60)
+    found = gpu_stages._sanitized(run, str(tool), "memcheck", "triton")
+    assert found["status"] == status
+    assert found.get("says", "") == ("ERROR SUMMARY: 3 errors" if status == "wrong" else "")
+
+
+def test_layers(rehearse):
+    status, rows = rehearse("layers")
+    assert status == gpu.DONE
+    contenders = {case: {who for c, who in rows if c == case} for case, _ in rows}
+    assert len(contenders) == 4
+    for case, found in contenders.items():
+        assert found >= ({"plain", "plain-compiled", "peer-compiled"} if "max-autotune" in case else
+                         {"plain", "peer", "ours-auto"})  # fmt: skip
+    assert all(row["median_ms"] > 0 and row["forward_ms"] > 0 for row in rows.values())
+    assert all(row["difference_from_peer"] < 1e-4 for (_, who), row in rows.items() if "plain" not in who)
+
+
+def test_networks(rehearse):
+    status, rows = rehearse("networks")
+    assert status == gpu.DONE
+    assert {who for _, who in rows} == {
+        f"{who}, {task}" for who in ("plain", "ours") for task in ("training", "inference", "explanation")
+    }
+    ours = next(row for (_, who), row in rows.items() if who == "ours, training")
+    assert ours["ratio"] > 0 and ours["peak_MiB"] > 0 and ours["backends"]
+
+
+def test_sanitizer(rehearse):
+    status, rows = rehearse("sanitizer")
+    assert status == gpu.DONE
+    kinds = {case.partition(":")[0] for case, _ in rows}
+    assert {"guard bands", "3 repeats", "compute-sanitizer"} <= kinds | {"compute-sanitizer"}
+    assert all(row["status"] == "right" for (case, _), row in rows.items() if ":" in case)
+    assert any(row["tensors"] > 4 for (case, _), row in rows.items() if case.startswith("guard bands"))
+
+
+# --- times on a GPU, by events that are stood in for ------------------------------------------------------------------
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """Events of a device whose clock a call of `tick` moves on; `waits` counts how often the host waited."""
+    clock = types.SimpleNamespace(ms=0.0, waits=0)
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream=None):
+            self.at = clock.ms
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    def wait(device=None):
+        clock.waits += 1
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    return clock
+
+
+def ticking(clock, ms):
+    def run():
+        clock.ms += ms
+
+    return run
+
+
+def test_suites_time_by_events_and_wait_once_a_round(events):
+    runs = {"plain": ticking(events, 2.0), "ours": ticking(events, 3.0)}
+    times = measuring.interleaved(runs, rounds=4, warmup=1, device=torch.device("cuda"))
+    assert times == {"plain": [0.002] * 4, "ours": [0.003] * 4} and events.waits == 1 + 4
+
+
+def test_the_selftest_times_by_events_and_waits_once(events):
+    runs = {"reference": ticking(events, 2.0), "triton": ticking(events, 3.0)}
+    assert selftest._milliseconds(runs, rounds=5) == {"reference": 2.0, "triton": 3.0} and events.waits == 1
+
+
+# --- guard bands ------------------------------------------------------------------------------------------------------
+
+LINEAR = selftest_cases.linear("layer", 6, 8, 5)
+
+
+def with_launcher(monkeypatch, change):
+    launcher = gpu_guards.dispatch._launcher
+
+    def changed(name, which):
+        launch = launcher(name, which)
+        return (lambda *arguments: change(launch, *arguments)) if which == "linear_forward" else launch
+
+    monkeypatch.setattr(gpu_guards.dispatch, "_launcher", changed)
+
+
+def test_a_write_beside_a_tensor_is_seen(monkeypatch):
+    def stray(launch, x, *others):
+        with torch.no_grad():
+            made = torch.empty(3)
+            if made.untyped_storage().nbytes() > 1000:  # between bands
+                made.as_strided((1,), (1,), made.storage_offset() + 3).fill_(1.0)
+        return launch(x, *others)
+
+    assert gpu_guards.guarded(LINEAR, "float32", "reference", CPU)["status"] == "right"
+    with_launcher(monkeypatch, stray)
+    found = gpu_guards.guarded(LINEAR, "float32", "reference", CPU)
+    assert found["status"] == "wrong" and found["detail"] == "a band was written to"
+
+
+def test_what_was_never_written_is_seen(monkeypatch):
+    def lazy(launch, x, *others):
+        y, *rest = launch(x, *others)
+        if x.untyped_storage().nbytes() > 4096:  # between bands: what the allocator left there is not looked at
+            made = torch.empty_like(y)
+            made[:-1] = y[:-1]
+            y = made
+        return y, *rest
+
+    with_launcher(monkeypatch, lazy)
+    found = gpu_guards.guarded(LINEAR, "float32", "reference", CPU)
+    assert found["status"] == "wrong" and "other results" in found["detail"]
+
+
+def test_a_result_that_changes_is_seen(monkeypatch):
+    calls = []
+
+    def unsteady(launch, x, *others):
+        calls.append(None)
+        y, *rest = launch(x, *others)
+        return y + 1e-6 * (len(calls) == 4), *rest
+
+    assert gpu_guards.repeated(LINEAR, "float32", "reference", CPU, 5) == {"status": "right", "different": 0}
+    with_launcher(monkeypatch, unsteady)
+    assert gpu_guards.repeated(LINEAR, "float32", "reference", CPU, 5) == {"status": "wrong", "different": 1}
+
+
+def test_the_small_set_for_the_checkers(capsys):
+    assert gpu_guards.main(["reference"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(selftest_cases.cases(quick=True))
+
+
+def test_rows_are_json(tmp_path):
+    gpu.run_here(counting([]), tmp_path, 10, rehearsal=True)
+    content = json.loads((tmp_path / "gpu_counting.json").read_text())
+    assert set(content) == {"runs", "rows"} and len(content["runs"]) == 1
