@@ -78,19 +78,19 @@ struct alignas(sizeof(S) * V) Pack {
 };
 
 #if defined(__CUDACC__)
-#define BCOS_COUNT(direction, bytes)
+#define BCOS_COUNT(direction, p, bytes)
 #else
-#define BCOS_COUNT(direction, bytes) emulation::machine().direction += (bytes)
+#define BCOS_COUNT(direction, p, bytes) emulation::count(&emulation::machine().direction, p, bytes)
 #endif
 
 template <int V, class S>
 __device__ inline Pack<S, V> read(const S* p) {
-  BCOS_COUNT(bytes_read, sizeof(S) * V);
+  BCOS_COUNT(bytes_read, p, sizeof(S) * V);
   return *reinterpret_cast<const Pack<S, V>*>(p);
 }
 template <int V, class S>
 __device__ inline void write(S* p, const Pack<S, V>& pack) {
-  BCOS_COUNT(bytes_written, sizeof(S) * V);
+  BCOS_COUNT(bytes_written, p, sizeof(S) * V);
   *reinterpret_cast<Pack<S, V>*>(p) = pack;
 }
 

@@ -450,4 +450,5 @@ extern "C" void bcos_emulated_traffic(uint64_t* read, uint64_t* written) {
   *written = m.bytes_written;
   m.bytes_read = m.bytes_written = 0;
 }
+extern "C" void bcos_emulated_order(bool backwards) { emulation::machine().backwards = backwards; }
 #endif

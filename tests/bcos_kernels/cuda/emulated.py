@@ -1,7 +1,7 @@
 """The CUDA backend on a CPU: its passes compiled with emulation.h instead of nvcc, its launchers as they are.
 
-What a GPU alone shows is not seen here: races, 16-byte accesses to unaligned addresses (they raise nothing on a CPU),
-speed. Indices, masks, sums over channels and rows, the choice of kernels and the launchers' Python are.
+What a GPU alone shows is not seen here: races between blocks, speed. Indices, masks, alignment, sums over channels and
+rows, missing barriers, the choice of kernels and the launchers' Python are.
 """
 
 from __future__ import annotations
@@ -70,6 +70,17 @@ def traffic() -> tuple[int, int]:
     read, written = ctypes.c_uint64(), ctypes.c_uint64()
     ctypes.CDLL(str(load())).bcos_emulated_traffic(ctypes.byref(read), ctypes.byref(written))
     return read.value, written.value
+
+
+@contextlib.contextmanager
+def backwards():
+    """The threads of a block run in the other order."""
+    library = ctypes.CDLL(str(load()))
+    library.bcos_emulated_order(True)
+    try:
+        yield
+    finally:
+        library.bcos_emulated_order(False)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 // What the kernels of csrc/cuda use of CUDA, on a CPU: threads of a block are fibers that run one after the other up to
-// the next barrier or shuffle, blocks run one after the other. Indices, sums and their order are those of a GPU; speed and
-// races are not. A barrier or shuffle that some threads never reach ends the program with a message.
+// the next barrier or shuffle, in either order, and blocks one after the other. Indices, sums and their order are those of a
+// GPU; speed is not. A barrier or shuffle that some threads never reach ends the program with a message.
 #pragma once
 
 #include <ucontext.h>
@@ -43,10 +43,20 @@ struct Machine {
   std::vector<uint64_t> exchange;
   const std::function<void()>* kernel = nullptr;
   uint64_t bytes_read = 0, bytes_written = 0;  // of activations and weights, by packs
+  bool backwards = false;                      // threads in the other order: what needs a barrier that is not there shows
 };
 inline Machine& machine() {
   static Machine m;
   return m;
+}
+
+// An access to memory, which a GPU refuses where it is not aligned to its width.
+inline void count(uint64_t* total, const void* p, uint64_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {
+    std::fprintf(stderr, "emulation: %llu bytes at an address that is no multiple of them\n", (unsigned long long)bytes);
+    std::abort();
+  }
+  *total += bytes;
 }
 
 inline void wait(Waits what) {
@@ -97,7 +107,8 @@ inline void run_block() {
   }
   for (;;) {
     bool ran = false, all_done = true;
-    for (unsigned i = 0; i < count; i++) {
+    for (unsigned turn = 0; turn < count; turn++) {
+      const unsigned i = m.backwards ? count - 1 - turn : turn;
       Fiber& f = m.fibers[i];
       if (f.done || f.waits != Waits::no) continue;
       ran = true;
