@@ -253,6 +253,10 @@ def _compiled_copy(y: Tensor, keep: bool) -> Tensor:
     return y.clone() if keep and torch.compiler.is_compiling() else y.new_empty((0,))
 
 
+MASK_FROM_INPUT = ("cpu", "triton", "cuda")
+"""Backends whose kernels find a ReLU's mask again from what they normalise."""
+
+
 def ran_backend() -> str:
     """What ran the forward, for a context; "" where it is being traced: it would stay in the graph."""
     tracing = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
@@ -550,8 +554,8 @@ class BatchNormUncentered(torch.autograd.Function):
         ctx.compiled = torch.compiler.is_compiling()
         ctx.edges = edges(x, weight, bias, residual)
         ctx.backend = ran_backend()
-        # y is read for the ReLU's mask only; without a residual the C++ kernels take that from x, which is kept anyway
-        masked = ctx.activation is not None and not (residual is None and ctx.backend.endswith("cpu"))
+        # y is read for the ReLU's mask only; without a residual kernels take that from x, which is kept anyway
+        masked = ctx.activation is not None and not (residual is None and ctx.backend.endswith(MASK_FROM_INPUT))
         hold(ctx, y, masked and not ctx.compiled)
         ctx.save_for_backward(kept_input(ctx, x), weight, bias, y if masked and ctx.held is None else None, mean, var)
 

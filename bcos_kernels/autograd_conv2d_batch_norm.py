@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import composed, dispatch, reference
 from .autograd import (
+    MASK_FROM_INPUT,
     again,
     backward_of,
     constant,
@@ -111,8 +112,8 @@ class Conv2dBatchNorm(torch.autograd.Function):
         ctx.compiled = torch.compiler.is_compiling()
         ctx.edges = edges(x, weight, bias, b_tensor, norm_weight, norm_bias, residual)
         ctx.backend = ran_backend()
-        # z is read for the ReLU's mask only; without a residual the C++ kernels take that from y
-        masked = ctx.activation is not None and not (residual is None and ctx.backend.endswith(("cpu", "cuda")))
+        # z is read for the ReLU's mask only; without a residual the kernels take that from y
+        masked = ctx.activation is not None and not (residual is None and ctx.backend.endswith(MASK_FROM_INPUT))
         hold(ctx, z, masked and not ctx.compiled)
         ctx.y_recipe = None
         if recompute is not None and not (ctx.compiled or functorch_active() or saved_tensor_hooks_active()):

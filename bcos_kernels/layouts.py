@@ -7,7 +7,8 @@ odd ones, so a launcher that does not see to both itself is wrapped here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -83,21 +84,30 @@ def _as(t: Tensor | None, format_: torch.memory_format) -> Tensor | None:
     return t if t is None or t.dim() < 2 else with_layout(t, format_)
 
 
-# Of the last argument of the forwards, what a producer has left or is to leave of Σ_c x² (squares.py), such launchers
-# know nothing: their kernels compute norms in the main loop, and the sums are one pass here.
+@cache
+def _takes(launch: Callable, argument: str) -> bool:
+    return argument in signature(launch).parameters
+
+
+# A launcher may know nothing of the last argument of the forwards, what a producer has left or is to leave of Σ_c x²
+# (squares.py): its kernels compute norms themselves, and the sums are one pass here.
+
+
+def _with_squares(launch: Callable, arguments: tuple) -> tuple:
+    return arguments if _takes(launch, "squares") else arguments[:-1]
 
 
 def _linear_forward(launch: Callable, *arguments) -> tuple:
-    return tuple(map(_contiguous, launch(*arguments[:-1])))
+    return tuple(map(_contiguous, launch(*_with_squares(launch, arguments))))
 
 
-def _linear_backward(launch: Callable, *arguments) -> tuple:
+def _dense(launch: Callable, *arguments) -> tuple:
     return tuple(map(_contiguous, launch(*arguments)))
 
 
 def _conv2d_forward(launch: Callable, x, weight, *options) -> tuple:
     x, weight = canonical(x), canonical(weight)
-    y, n, a, index = launch(x, weight, *options[:-1])
+    y, n, a, index = launch(x, weight, *_with_squares(launch, options))
     format_ = memory_format(x, weight)
     return _as(y, format_), _as(n, norms_format(x, weight, options[4])), _as(a, format_), _as(index, format_)
 
@@ -110,9 +120,12 @@ def _conv2d_backward(launch: Callable, dy, x, weight, *options) -> tuple:
 
 
 def _batch_norm_uncentered_forward(launch: Callable, x, *options) -> tuple:
-    *options, emits_squares = options
-    y, mean, var = launch(x, *options)
-    return _as(y, own_format(x)), mean, var, sum_squares(y) if emits_squares else var.new_empty((0,))
+    if _takes(launch, "emits_squares"):
+        y, mean, var, squares = launch(x, *options)
+    else:
+        y, mean, var = launch(x, *options[:-1])
+        squares = sum_squares(y) if options[-1] else var.new_empty((0,))
+    return _as(y, own_format(x)), mean, var, squares
 
 
 def _batch_norm_uncentered_backward(launch: Callable, dy, x, *options) -> tuple:
@@ -120,13 +133,33 @@ def _batch_norm_uncentered_backward(launch: Callable, dy, x, *options) -> tuple:
     return _as(dx, own_format(x)), dweight, dbias, _as(dresidual, own_format(x))
 
 
+def _conv2d_batch_norm_forward(launch: Callable, x, weight, *options) -> tuple:
+    x, weight = canonical(x), canonical(weight)
+    z, squares, y, n, a, index, mean, var = launch(x, weight, *options)
+    format_ = memory_format(x, weight)
+    z, y, a, index = (_as(t, format_) for t in (z, y, a, index))
+    return z, squares, y, _as(n, norms_format(x, weight, options[9])), a, index, mean, var
+
+
+def _conv2d_batch_norm_backward(launch: Callable, dz, x, weight, *options) -> tuple:
+    dz, x, weight = canonical(dz), canonical(x), canonical(weight)
+    options = [*options[:5], options[5].contiguous(), *options[6:]]  # the norms
+    dx, dw, *others, dresidual = launch(dz, x, weight, *options)
+    format_ = memory_format(x, weight)
+    return _as(dx, format_), _as(dw, own_format(weight)), *others, _as(dresidual, format_)
+
+
 _AROUND = {
     "linear_forward": _linear_forward,
-    "linear_backward": _linear_backward,
+    "linear_backward": _dense,
     "conv2d_forward": _conv2d_forward,
     "conv2d_backward": _conv2d_backward,
     "batch_norm_uncentered_forward": _batch_norm_uncentered_forward,
     "batch_norm_uncentered_backward": _batch_norm_uncentered_backward,
+    "conv2d_batch_norm_forward": _conv2d_batch_norm_forward,
+    "conv2d_batch_norm_backward": _conv2d_batch_norm_backward,
+    "linear_gelu_forward": _dense,
+    "linear_gelu_backward": _dense,
 }
 
 

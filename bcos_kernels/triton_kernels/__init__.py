@@ -1,7 +1,7 @@
 """Triton kernels of the B-cos ops: implicit-GEMM forward and custom backward, one file an op.
 
-The launchers ``{linear,conv2d,batch_norm_uncentered}_{forward,backward}`` are imported at their first use; importing
-this package imports neither triton nor a kernel, compiles nothing and tunes nothing. Built for float32, bfloat16 and
+The launchers ``{op}_{forward,backward}`` are imported at their first use; importing this package imports neither triton
+nor a kernel, compiles nothing and tunes nothing. Built for float32, bfloat16 and
 float16 tensors on a CUDA device, or on the CPU in Triton's interpreter (``TRITON_INTERPRET=1`` set before triton is
 imported). The kernels keep to what Triton 3.6 offers.
 """
@@ -11,17 +11,20 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from functools import cache
 
 import torch
 
+from .. import layouts
+
 _FILES = {
     f"{op}_{direction}": op
-    for op in ("linear", "conv2d", "batch_norm_uncentered")
+    for op in ("linear", "conv2d", "batch_norm_uncentered", "conv2d_batch_norm", "linear_gelu")
     for direction in ("forward", "backward")
-}
+} | {"conv2d_backward": "conv2d_gradient"}
 
-__all__ = [*_FILES, "runs_on", "unusable_reason"]  # noqa: PLE0604  (the launchers are resolved by __getattr__)
+__all__ = [*_FILES, "own_launcher", "runs_on", "unusable_reason"]  # noqa: PLE0604  (the launchers are resolved by __getattr__)
 
 
 def _interpreted() -> bool:
@@ -68,6 +71,11 @@ def unusable_reason() -> str | None:
 def runs_on(device: torch.device) -> bool:
     """Whether tensors on ``device`` are accepted: CUDA always, the CPU in the interpreter only."""
     return device.type == "cuda" or (device.type == "cpu" and _interpreted())
+
+
+def own_launcher(name: str) -> Callable:
+    """Launcher ``name`` as `bcos_kernels.dispatch` calls it, for ops that are put together from others."""
+    return layouts.strict(name, __getattr__(name))
 
 
 def __getattr__(name: str) -> object:

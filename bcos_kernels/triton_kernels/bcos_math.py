@@ -155,6 +155,16 @@ def bcos_gradient(g, v, n, b, B_MODE: tl.constexpr, FROM_OUTPUT: tl.constexpr, D
 
 
 @triton.jit
+def norm_of(squares, WINDOW: tl.constexpr):
+    """n of Σ p²: sqrt(Σ p² + 1e-6) of a convolution's window, ‖p‖ + 1e-12 of a linear layer's row."""
+    if WINDOW:
+        n = tl.sqrt(squares + 1e-6)
+    else:
+        n = tl.sqrt(squares) + 1e-12
+    return n
+
+
+@triton.jit
 def sum_kernel(out_ptr, partial_ptr, count, BLOCK: tl.constexpr):
     """Math: out = Σ partial. Shapes: partial (count,) float32, out () float32. Grid: one program, so that the order of
     the sum never changes. Numerics: float32. Traffic: reads count elements.
@@ -164,6 +174,21 @@ def sum_kernel(out_ptr, partial_ptr, count, BLOCK: tl.constexpr):
         i = start + tl.arange(0, BLOCK)
         total += tl.load(partial_ptr + i, mask=i < count, other=0.0)
     tl.store(out_ptr, tl.sum(total, axis=0))
+
+
+@triton.jit
+def sum_splits_kernel(out_ptr, partial_ptr, M, splits, INDEX64: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Math: out_m = Σ_s partial_sm. Shapes: partial (splits, M), out (M,), float32. Grid: blocks of BLOCK_M.
+    Numerics: float32, splits added in order. Traffic: reads partial once, writes out.
+    """
+    rows = widen(tl.program_id(0), INDEX64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = rows < M
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    ptrs = partial_ptr + rows
+    for _ in range(0, splits):
+        total += tl.load(ptrs, mask=mask, other=0.0)
+        ptrs += M
+    tl.store(out_ptr + rows, total, mask=mask)
 
 
 # Host helpers --------------------------------------------------------------------------------------------------------
@@ -189,6 +214,10 @@ def keeps_pre_scale(x: Tensor, mode: int) -> bool:
 def present(t: Tensor | None) -> Tensor | None:
     """None for a tensor that was not kept."""
     return t if t is not None and t.numel() else None
+
+
+def contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
 
 
 def on_device(x: Tensor) -> AbstractContextManager:
@@ -245,3 +274,18 @@ def sum_of(partial: Tensor) -> Tensor:
     out = torch.empty((), dtype=torch.float32, device=partial.device)
     sum_kernel[(1,)](out, partial, partial.numel(), BLOCK=1024, num_warps=4)
     return out
+
+
+def shares_of(out: Tensor | None, splits: int) -> Tensor | None:
+    """Where ``splits`` programs leave their shares of a float32 vector, (splits, M): in itself if there is one."""
+    return out if out is None or splits == 1 else out.new_empty((splits, out.numel()))
+
+
+def sum_shares(out: Tensor | None, shares: Tensor | None) -> None:
+    """Add up what `shares_of` gave room for, in order."""
+    if out is None or shares is out:
+        return
+    splits, rows = shares.shape
+    sum_splits_kernel[(triton.cdiv(rows, 256),)](
+        out, shares, rows, splits, INDEX64=index64(shares), BLOCK_M=256, num_warps=4
+    )

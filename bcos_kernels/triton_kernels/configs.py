@@ -36,6 +36,14 @@ CONFIGS: dict[tuple[int, str], Config] = {
     (32, "tiny"): Config(16, 16, 32, 2, 2),
 }
 
+# form of a 16-bit result ("wide": see `doubled`) → tile of the kernels of descriptors.py, which run on sm_90 and newer
+# only: up to 227 KB of shared memory are at hand there
+DESCRIPTOR_CONFIGS: dict[str, Config] = {
+    "wide": Config(128, 256, 64, 8, 3),
+    "large": Config(128, 128, 64, 8, 4),
+    "tall": Config(128, 64, 64, 4, 4),
+}
+
 
 def form_of(m: int, n: int) -> str:
     """The form of an (m, n) result, the second half of a key of `CONFIGS`."""
@@ -50,6 +58,13 @@ def config_for(m: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """Tile for an (m, n) result reduced over k, elements of ``dtype``."""
     config = CONFIGS[8 * dtype.itemsize, form_of(m, n)]
     return config._replace(block_k=16) if k <= 16 else config
+
+
+def descriptor_config_for(m: int, n: int, k: int, dtype: torch.dtype) -> Config | None:
+    """Tile of descriptors.py for an (m, n) result reduced over k; None for results and types it has none for."""
+    if dtype.itemsize != 2 or m < 64 or n < 32 or k < 32:
+        return None
+    return DESCRIPTOR_CONFIGS[form_of(m, n)]
 
 
 def fitted(block: int, channels: int) -> int:
@@ -73,7 +88,17 @@ def reduced(config: Config, members: int) -> Config:
     return config._replace(block_m=min(config.block_m, 64, 8192 // block_n), block_n=block_n)
 
 
-def widened(config: Config, int64: bool) -> Config:
-    """The tile where offsets take 64 bits: at most 64 rows (the input gradient of a convolution spills 408 bytes a
-    thread at 128 × 128)."""
-    return config._replace(block_m=min(config.block_m, 64)) if int64 else config
+def shortened(config: Config, needed: bool) -> Config:
+    """The tile where a kernel needs registers beside the accumulator's: at most 64 rows. At 128 × 128 with offsets of
+    64 bits the input gradient of a convolution spills 408 bytes a thread, with a slope kept beside the output its
+    forward 112, with general B the forward by descriptors 32."""
+    return config._replace(block_m=min(config.block_m, 64)) if needed else config
+
+
+def doubled(config: Config, m: int, n: int, programs: int) -> Config:
+    """The tile of descriptors.py with twice the columns, for (m, n) results that it fills and that have one for each
+    program. On sm_90 a bare forward takes 184 registers (254 with the norm in its loop); with a GELU it spills 312
+    bytes a thread, with a bias on sm_100 784."""
+    wide = DESCRIPTOR_CONFIGS["wide"]
+    tiles = -(-m // wide.block_m) * (n // wide.block_n)
+    return wide if n % wide.block_n == 0 and tiles >= programs else config

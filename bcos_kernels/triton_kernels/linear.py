@@ -12,7 +12,9 @@ Backward, g = ∂L/∂y, from y and n (B = 2) or a and n (general B, float16):
     2  dx = ∂L/∂a · ŵ + x ⊙ q, the second term in the epilogue
     3  dŵ = (∂L/∂a)ᵀ · x in splits of M that are added in a fixed order, then through the weight norm; dβ beside it
 
-∂L/∂a lies per output; with max_out the loads of 2 and 3 spread it to the winning units.
+∂L/∂a lies per output; with max_out the loads of 2 and 3 spread it to the winning units. A GELU may follow the scaling
+(epilogue.py); its gradient is taken in 1. Convolutions with windows of one pixel run here too, with their own norm.
+Where the device copies tiles by descriptors and the operands allow it, descriptors.py has the products.
 """
 
 from __future__ import annotations
@@ -22,28 +24,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import descriptors
 from .bcos_math import (
     ONE,
     TWO,
     accumulate,
     b_mode,
     bcos_gradient,
-    bcos_output,
     check_dtype,
+    contiguous,
     exponent_of,
     index64,
     keeps_pre_scale,
     matmul_precision,
     members_of,
+    norm_of,
     on_device,
     present,
+    shares_of,
     sum_of,
+    sum_shares,
     tile_of,
     units_of_tile,
     widen,
-    winner,
 )
-from .configs import config_for, reduced
+from .configs import config_for, reduced, shortened
+from .epilogue import NOTHING, finish_tile, gelu_slope
 from .weights import finish_weight_gradient, reciprocal_norms, split_rows
 
 GROUP_M = 8
@@ -51,21 +57,23 @@ GROUP_M = 8
 
 @triton.jit
 def linear_forward_kernel(
-    y_ptr, n_ptr, a_ptr, index_ptr,
-    x_ptr, w_ptr, bias_ptr, rnorm_ptr, b_ptr,
+    y_ptr, n_ptr, a_ptr, index_ptr, kept_ptr, emitted_ptr,
+    x_ptr, w_ptr, bias_ptr, rnorm_ptr, b_ptr, squares_ptr, residual_ptr, var_ptr, norm_w_ptr, norm_b_ptr,
     M, N, K,
     stride_xm, stride_xk, stride_wu, stride_wk,
-    b,
-    B_MODE: tl.constexpr, MAX_OUT: tl.constexpr, MEMBERS: tl.constexpr, PRECISION: tl.constexpr,
+    b, eps,
+    B_MODE: tl.constexpr, MAX_OUT: tl.constexpr, MEMBERS: tl.constexpr, WINDOW: tl.constexpr,
+    RELU: tl.constexpr, GELU: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr,
     INDEX64: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Math: y, n and where asked a and the winning unit, as in the module's docstring.
+    """Math: y, n and where asked a, the winning unit and what epilogue.py tells of, as in the module's docstring.
 
-    Shapes: x (M, K), w (N·MAX_OUT, K) any strides; y, a, index (M, N) contiguous; n (M,) float32; bias and rnorm =
-    1/‖w‖ (N·MAX_OUT,). y, n, a, index, bias, rnorm, b may be None. Grid: one program a tile of BLOCK_M rows × BLOCK_N
+    Shapes: x (M, K), w (N·MAX_OUT, K) any strides; y, a, index, kept, residual (M, N) contiguous; n, squares = Σ x²
+    (M,) float32; emitted (tiles of N, M) float32; bias and rnorm = 1/‖w‖ (N·MAX_OUT,). All but x and w may be None.
+    WINDOW: rows are windows of one pixel, with a convolution's norm. Grid: one program a tile of BLOCK_M rows × BLOCK_N
     units.
-    Numerics: products, norm and scale in float32; y and a rounded once.
-    Traffic: reads x and w, writes y and n; 2·M·N·MAX_OUT·K FLOPs, and 2·BLOCK_M·K a program for the norm.
+    Numerics: products, norm and scale in float32; what is stored is rounded once.
+    Traffic: reads x and w, writes y and n; 2·M·N·MAX_OUT·K FLOPs, and without squares 2·BLOCK_M·K a program.
     """
     outputs: tl.constexpr = BLOCK_N // MEMBERS
     pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, outputs), GROUP_M)
@@ -83,32 +91,27 @@ def linear_forward_kernel(
         w = tl.load(w_ptrs, mask=(ks < K - start)[:, None] & unit_mask[None, :], other=0.0)
         total = accumulate(x, w, total, PRECISION)
         if B_MODE != 1:
-            x32 = x.to(tl.float32)
-            squares += tl.sum(x32 * x32, axis=1)
+            if squares_ptr is None:
+                x32 = x.to(tl.float32)
+                squares += tl.sum(x32 * x32, axis=1)
         x_ptrs += BLOCK_K * stride_xk
         w_ptrs += BLOCK_K * stride_wk
 
-    if rnorm_ptr is not None:
-        total *= tl.load(rnorm_ptr + units, mask=unit_mask, other=0.0)[None, :]
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + units, mask=unit_mask, other=0.0).to(tl.float32)[None, :]
-    columns = pid_n * outputs + tl.arange(0, outputs)
-    offsets = rows[:, None] * N + columns[None, :]
-    mask = row_mask[:, None] & (columns < N)[None, :]
-    if MAX_OUT > 1:
-        a, index = winner(total, unit_mask, BLOCK_M, BLOCK_N, MEMBERS)
-        if index_ptr is not None:
-            tl.store(index_ptr + offsets, index.to(tl.uint8), mask=mask)
-    else:
-        a = total
-    if a_ptr is not None:
-        tl.store(a_ptr + offsets, a, mask=mask)
-    n = tl.sqrt(squares) + 1e-12
+    if squares_ptr is not None:
+        squares = tl.load(squares_ptr + rows, mask=row_mask, other=0.0)
+    n = norm_of(squares, WINDOW)
     if n_ptr is not None:
         if pid_n == 0:
             tl.store(n_ptr + rows, n, mask=row_mask)
-    if y_ptr is not None:
-        tl.store(y_ptr + offsets, bcos_output(a, n[:, None], exponent_of(b, b_ptr), B_MODE), mask=mask)
+    columns = pid_n * outputs + tl.arange(0, outputs)
+    finish_tile(
+        y_ptr, a_ptr, index_ptr, kept_ptr, emitted_ptr,
+        bias_ptr, rnorm_ptr, b_ptr, residual_ptr, var_ptr, norm_w_ptr, norm_b_ptr,
+        total, n, units, unit_mask, rows, row_mask, rows * N, columns, columns < N, pid_n,
+        M, 1,
+        b, eps,
+        B_MODE, MAX_OUT, MEMBERS, RELU, GELU, SLOPE, INDEX64, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -118,10 +121,11 @@ def linear_backward_da_kernel(
     M, N,
     stride_gm, stride_gn, stride_vm, stride_vn,
     b,
-    B_MODE: tl.constexpr, FROM_OUTPUT: tl.constexpr, DETACH: tl.constexpr,
+    B_MODE: tl.constexpr, FROM_OUTPUT: tl.constexpr, DETACH: tl.constexpr, GELU: tl.constexpr,
     INDEX64: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Math: da = ∂L/∂a; q = (∂L/∂n)/‖x‖ with ‖x‖ = n − 1e-12, 0 where it is 0; db = this program's share of ∂L/∂B.
+    """Math: da = ∂L/∂a; q = (∂L/∂n)/‖x‖ with ‖x‖ = n − 1e-12, 0 where it is 0; db = this program's share of ∂L/∂B. With
+    GELU, v = y and dy is the gradient behind it: ∂L/∂y = dy·(Φ(y) + y·φ(y)).
 
     Shapes: dy, v (M, N) any strides, v = y if FROM_OUTPUT else a; n, q (M,) float32; da (M, N) contiguous; db
     (programs,) float32. q and db may be None. Grid: one program BLOCK_M whole rows, so that the sum over outputs needs
@@ -139,9 +143,10 @@ def linear_backward_da_kernel(
         mask = row_mask[:, None] & (columns < N)[None, :]
         g = tl.load(dy_ptr + (rows[:, None] * stride_gm + columns[None, :] * stride_gn), mask=mask, other=0.0)
         v = tl.load(v_ptr + (rows[:, None] * stride_vm + columns[None, :] * stride_vn), mask=mask, other=0.0)
-        da, through_n, through_b = bcos_gradient(
-            g.to(tl.float32), v.to(tl.float32), n[:, None], b, B_MODE, FROM_OUTPUT, DETACH
-        )
+        g, v = g.to(tl.float32), v.to(tl.float32)
+        if GELU:
+            g *= gelu_slope(v, DETACH)
+        da, through_n, through_b = bcos_gradient(g, v, n[:, None], b, B_MODE, FROM_OUTPUT, DETACH)
         tl.store(da_ptr + (rows[:, None] * N + columns[None, :]), da, mask=mask)
         if q_ptr is not None:
             through_n_sum += tl.sum(through_n, axis=1)
@@ -255,24 +260,38 @@ def _as_convolution(matrix: Tensor) -> Tensor:
     return matrix[:, :, None, None]
 
 
-def _forward(x, weight, bias, rnorm, b, b_tensor, max_out, y, n, a, index) -> None:
-    """Launch the forward kernel for the outputs that are not None."""
+def launch_forward(
+    x, weight, bias, rnorm, b, b_tensor, max_out, squares, precision, window, y, n, a, index, epilogue=NOTHING
+) -> None:  # fmt: skip
+    """Launch the forward kernel for the outputs that are not None; ``window``: rows are windows of one pixel."""
     rows, outputs = x.shape[0], weight.shape[0] // max_out
-    members = members_of(max_out)
-    config = reduced(config_for(rows, outputs * members, x.shape[1], x.dtype), members)
-    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(outputs, config.block_n // members)
     with on_device(x):
-        linear_forward_kernel[(tiles,)](
-            y, n, a, index,
-            x, weight, None if bias is None else bias.contiguous(), rnorm, b_tensor,
+        config = descriptors.config_of(rows, outputs, x.shape[1], x, weight) if max_out == 1 else None
+        if config:
+            descriptors.forward(x, weight, bias, rnorm, b, b_tensor, squares, window, y, n, a, epilogue, config)
+            return
+    members = members_of(max_out)
+    int64 = index64(x, weight, y, a)
+    # with a GELU the larger tiles spill 16 bytes a thread on sm_100
+    short = epilogue.slope or (epilogue.gelu and descriptors.architecture() >= 100)
+    config = shortened(config_for(rows, outputs * members, x.shape[1], x.dtype), short)
+    config = reduced(config, members)
+    tiles_n = triton.cdiv(outputs, config.block_n // members)
+    emitted = shares_of(epilogue.squares, tiles_n)
+    with on_device(x):
+        linear_forward_kernel[(triton.cdiv(rows, config.block_m) * tiles_n,)](
+            y, n, a, index, epilogue.kept, emitted,
+            x, weight, contiguous(bias), rnorm, b_tensor, squares, *epilogue.inputs,
             rows, outputs, x.shape[1],
             *x.stride(), *weight.stride(),
-            float(b),
-            B_MODE=b_mode(b, b_tensor), MAX_OUT=max_out, MEMBERS=members, PRECISION=matmul_precision(),
-            INDEX64=index64(x, weight, y, a),
+            float(b), epilogue.eps,
+            B_MODE=b_mode(b, b_tensor), MAX_OUT=max_out, MEMBERS=members, WINDOW=window, **epilogue.flags,
+            PRECISION=precision,
+            INDEX64=int64,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=GROUP_M,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
+        sum_shares(epilogue.squares, emitted)
 
 
 def _reciprocal_norms(weight: Tensor) -> Tensor:
@@ -280,38 +299,110 @@ def _reciprocal_norms(weight: Tensor) -> Tensor:
         return reciprocal_norms(_as_convolution(weight))
 
 
-def linear_forward(x, weight, bias, b, b_tensor, normalize_weight, max_out, keep):
-    """B-cos linear layer: x (M, K), weight (N·max_out, K) → (y, n, a, index), what is not kept being empty.
-
-    y (M, N) of x's dtype; n (M,) float32, the norms (empty for B = 1); a (M, N), the pre-scale output, if keep and the
-    backward needs it; index (M, N) uint8, the winning unit, if keep and max_out > 1.
-    Raises NotImplementedError for a dtype other than float32, bfloat16, float16.
-    """
-    check_dtype("linear", x)
+def forward(x, weight, bias, b, b_tensor, normalize_weight, max_out, keep, squares, y, n, epilogue=NOTHING):
+    """Fill y and n; returns a and index, what is not kept being empty."""
     mode = b_mode(b, b_tensor)
     shape = (x.shape[0], weight.shape[0] // max_out)
-    y = x.new_empty(shape)
-    n = x.new_empty((0 if mode == ONE else x.shape[0],), dtype=torch.float32)
     a = x.new_empty(shape if keep and keeps_pre_scale(x, mode) else (0,))
     index = x.new_empty(shape if keep and max_out > 1 else (0,), dtype=torch.uint8)
     if x.shape[0]:
         rnorm = _reciprocal_norms(weight) if normalize_weight else None
-        _forward(x, weight, bias, rnorm, b, b_tensor, max_out, y, present(n), present(a), present(index))
-    return y, n, a, index
+        launch_forward(
+            x, weight, bias, rnorm, b, b_tensor, max_out, contiguous(squares) if mode != ONE else None,
+            matmul_precision(), False, y, present(n), present(a), present(index), epilogue,
+        )  # fmt: skip
+    return a, index
 
 
-def linear_backward(
-    dy, x, weight, bias, b, b_tensor, y, n, a, index, normalize_weight, max_out, detach, need_dx, need_dw, need_dbias,
-    need_db,
-):  # fmt: skip
-    """Gradients (dx, dw, dbias, db) of `linear_forward`, None where not needed; db is a 0-dim float32 tensor.
+def linear_forward(x, weight, bias, b, b_tensor, normalize_weight, max_out, keep, squares=None):
+    """B-cos linear layer: x (M, K), weight (N·max_out, K) → (y, n, a, index), what is not kept being empty.
 
-    y, n, a, index as the forward gave them; with y None (or n empty) what is missing is recomputed from x and weight.
+    y (M, N) of x's dtype; n (M,) float32, the norms (empty for B = 1); a (M, N), the pre-scale output, if keep and the
+    backward needs it; index (M, N) uint8, the winning unit, if keep and max_out > 1. squares (M,) float32: Σ x² of each
+    row where known, from which the norms are then taken.
+    Raises NotImplementedError for a dtype other than float32, bfloat16, float16.
     """
     check_dtype("linear", x)
+    y = x.new_empty((x.shape[0], weight.shape[0] // max_out))
+    n = x.new_empty((0 if b_mode(b, b_tensor) == ONE else x.shape[0],), dtype=torch.float32)
+    return y, n, *forward(x, weight, bias, b, b_tensor, normalize_weight, max_out, keep, squares, y, n)
+
+
+def _launch_backward_da(dy, v, n, b, b_tensor, from_output, detach, gelu, need_q, need_db):
+    """(∂L/∂a, q or None, ∂L/∂B or None) in one pass."""
+    rows, outputs = dy.shape
+    block_m, block_n = 16, 64
+    programs = triton.cdiv(rows, block_m)
+    da = v.new_empty((rows, outputs))
+    q = v.new_empty((rows,), dtype=torch.float32) if need_q and not detach else None
+    partial = v.new_empty((programs,), dtype=torch.float32) if need_db and not detach else None
+    linear_backward_da_kernel[(programs,)](
+        da, q, partial,
+        dy, v, n, b_tensor,
+        rows, outputs,
+        *dy.stride(), *v.stride(),
+        float(b),
+        B_MODE=b_mode(b, b_tensor), FROM_OUTPUT=from_output, DETACH=detach, GELU=gelu,
+        INDEX64=index64(dy, v, da), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+    )  # fmt: skip
+    return da, q, None if partial is None else sum_of(partial)
+
+
+def launch_backward_dx(dx, da, index, x, weight, rnorm, q, max_out, precision) -> None:
+    """dx (M, K) = da · ŵ + x ⊙ q, da (M, N)."""
+    (rows, outputs), inputs = da.shape, x.shape[1]
+    if not inputs:
+        return
+    config = descriptors.config_of(rows, inputs, outputs, da, weight) if max_out == 1 else None
+    if config:
+        descriptors.backward_dx(dx, da, x, weight, rnorm, q, config)
+        return
+    config = config_for(rows, inputs, weight.shape[0], x.dtype)
+    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(inputs, config.block_n)
+    linear_backward_dx_kernel[(tiles,)](
+        dx,
+        da, index, x, weight, rnorm, q,
+        rows, outputs, inputs,
+        *da.stride(), *x.stride(), *weight.stride(),
+        MAX_OUT=max_out, PRECISION=precision,
+        INDEX64=index64(da, x, weight, dx),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=GROUP_M,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def launch_backward_dw(dw, da, index, x, weight, bias, rnorm, max_out, need_dbias, precision) -> Tensor | None:
+    """dw (U, K) from da (M, N) and x (M, K); returns dbias where needed."""
+    (rows, outputs), (units, inputs) = da.shape, weight.shape
+    config = descriptors.config_of(units, inputs, rows, da, x) if max_out == 1 else None
+    if config:
+        partial, dbias_partial = descriptors.backward_dw(da, x, need_dbias, config)
+    else:
+        config = config_for(units, inputs, rows, x.dtype)
+        tiles = triton.cdiv(units, config.block_m) * max(triton.cdiv(inputs, config.block_n), 1)
+        chunk, splits = split_rows(rows, tiles, config.block_k)
+        partial = x.new_empty((splits, units, inputs), dtype=torch.float32)
+        dbias_partial = x.new_empty((splits, units), dtype=torch.float32) if need_dbias else None
+        linear_backward_dw_kernel[(tiles, splits)](
+            partial, dbias_partial,
+            da, index, x,
+            rows, outputs, inputs, chunk,
+            *da.stride(), *x.stride(),
+            MAX_OUT=max_out, PRECISION=precision,
+            INDEX64=index64(da, x, partial),
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=GROUP_M,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return finish_weight_gradient(partial, dbias_partial, _as_convolution(weight), bias, rnorm, _as_convolution(dw))
+
+
+def backward(
+    dy, x, weight, bias, b, b_tensor, y, n, a, index, normalize_weight, max_out, detach, need_dx, need_dw, need_dbias,
+    need_db, gelu=False,
+):  # fmt: skip
+    """As `linear_backward`; with ``gelu`` dy is the gradient behind a GELU."""
     mode = b_mode(b, b_tensor)
-    rows, inputs = x.shape
-    outputs = weight.shape[0] // max_out
+    rows, outputs = x.shape[0], weight.shape[0] // max_out
     if not (rows and outputs):  # no term in any sum
         return (
             x.new_zeros(x.shape) if need_dx else None,
@@ -330,66 +421,35 @@ def linear_backward(
         v = a = x.new_empty((rows, outputs)) if mode != ONE else None
         n = x.new_empty((rows,), dtype=torch.float32) if mode != ONE else None
         found = x.new_empty((rows, outputs), dtype=torch.uint8) if max_out > 1 else None
-        _forward(x, weight, bias, rnorm, b, b_tensor, max_out, None, n, a, found)
+        launch_forward(x, weight, bias, rnorm, b, b_tensor, max_out, None, precision, False, None, n, a, found)
         index, from_output = found if index is None else index, False
 
     da, q, db = dy, None, None
+    dx = dw = dbias = None
     with on_device(x):
         if mode != ONE:
-            block_m, block_n = 16, 64
-            programs = triton.cdiv(rows, block_m)
-            da = x.new_empty((rows, outputs))
-            q = x.new_empty((rows,), dtype=torch.float32) if need_dx and not detach else None
-            partial = x.new_empty((programs,), dtype=torch.float32) if need_db and not detach else None
-            linear_backward_da_kernel[(programs,)](
-                da, q, partial,
-                dy, v, n, b_tensor,
-                rows, outputs,
-                *dy.stride(), *v.stride(),
-                float(b),
-                B_MODE=mode, FROM_OUTPUT=from_output, DETACH=detach,
-                INDEX64=index64(dy, v, da), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
-            )  # fmt: skip
-            if partial is not None:
-                db = sum_of(partial)
+            da, q, db = _launch_backward_da(dy, v, n, b, b_tensor, from_output, detach, gelu, need_dx, need_db)
         if need_db and db is None:
             db = x.new_zeros((), dtype=torch.float32)
-
-        dx = dw = dbias = None
         if need_dx:
             dx = x.new_empty(x.shape)
-            if inputs:
-                config = config_for(rows, inputs, weight.shape[0], x.dtype)
-                tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(inputs, config.block_n)
-                linear_backward_dx_kernel[(tiles,)](
-                    dx,
-                    da, index, x, weight, rnorm, q,
-                    rows, outputs, inputs,
-                    *da.stride(), *x.stride(), *weight.stride(),
-                    MAX_OUT=max_out, PRECISION=precision,
-                    INDEX64=index64(da, x, weight, dx),
-                    BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=GROUP_M,
-                    num_warps=config.num_warps, num_stages=config.num_stages,
-                )  # fmt: skip
+            launch_backward_dx(dx, da, index, x, weight, rnorm, q, max_out, precision)
         if need_dw or need_dbias:
-            units = weight.shape[0]
-            config = config_for(units, inputs, rows, x.dtype)
-            tiles = triton.cdiv(units, config.block_m) * max(triton.cdiv(inputs, config.block_n), 1)
-            chunk, splits = split_rows(rows, tiles, config.block_k)
-            partial = x.new_empty((splits, units, inputs), dtype=torch.float32)
-            dbias_partial = x.new_empty((splits, units), dtype=torch.float32) if need_dbias else None
-            linear_backward_dw_kernel[(tiles, splits)](
-                partial, dbias_partial,
-                da, index, x,
-                rows, outputs, inputs, chunk,
-                *da.stride(), *x.stride(),
-                MAX_OUT=max_out, PRECISION=precision,
-                INDEX64=index64(da, x, partial),
-                BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=GROUP_M,
-                num_warps=config.num_warps, num_stages=config.num_stages,
-            )  # fmt: skip
             dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-            dbias = finish_weight_gradient(
-                partial, dbias_partial, _as_convolution(weight), bias, rnorm, _as_convolution(dw)
-            )
+            dbias = launch_backward_dw(dw, da, index, x, weight, bias, rnorm, max_out, need_dbias, precision)
     return dx, dw if need_dw else None, dbias, db
+
+
+def linear_backward(
+    dy, x, weight, bias, b, b_tensor, y, n, a, index, normalize_weight, max_out, detach, need_dx, need_dw, need_dbias,
+    need_db,
+):  # fmt: skip
+    """Gradients (dx, dw, dbias, db) of `linear_forward`, None where not needed; db is a 0-dim float32 tensor.
+
+    y, n, a, index as the forward gave them; with y None (or n empty) what is missing is recomputed from x and weight.
+    """
+    check_dtype("linear", x)
+    return backward(
+        dy, x, weight, bias, b, b_tensor, y, n, a, index, normalize_weight, max_out, detach, need_dx, need_dw,
+        need_dbias, need_db,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Kernels over a weight's rows, shared by linear and conv2d: the reciprocal norms, and the last stage of ∂L/∂w.
+"""Kernels over a weight's rows, shared by linear and conv2d: the reciprocal norms, ŵ, and the last stage of ∂L/∂w.
 
 A row is walked in the order (r, s, c), the order of conv2d's reduction; linear is the case R = S = 1.
 """
@@ -50,6 +50,27 @@ def weight_reciprocal_norm_kernel(
         total += w * w
     norm = tl.sqrt(tl.sum(total, axis=1))
     tl.store(out_ptr + rows, tl.where(norm == 0, 0.0, 1 / tl.where(norm == 0, 1.0, norm)), mask=row_mask)
+
+
+@triton.jit
+def weight_normalize_kernel(
+    out_ptr,
+    w_ptr, rnorm_ptr,
+    units, columns,
+    stride_ou, stride_wu, stride_wk,
+    INDEX64: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Math: ŵ = w·rnorm. Shapes: w (units, columns) any strides, rnorm (units,) float32, out (units, columns) of
+    contiguous rows. Grid: (blocks of BLOCK_U units, of BLOCK_K columns). Numerics: float32, rounded once.
+    Traffic: reads w, writes ŵ.
+    """
+    rows = widen(tl.program_id(0), INDEX64) * BLOCK_U + tl.arange(0, BLOCK_U)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    row_mask = rows < units
+    mask = row_mask[:, None] & (k < columns)[None, :]
+    w = tl.load(w_ptr + (rows[:, None] * stride_wu + k[None, :] * stride_wk), mask=mask, other=0.0).to(tl.float32)
+    rnorm = tl.load(rnorm_ptr + rows, mask=row_mask, other=0.0)
+    tl.store(out_ptr + (rows[:, None] * stride_ou + k[None, :]), w * rnorm[:, None], mask=mask)
 
 
 @triton.jit
@@ -114,6 +135,21 @@ def reciprocal_norms(weight: Tensor) -> Tensor:
         units, channels,
         *weight.stride(),
         R=r, S=s, INDEX64=index64(weight), BLOCK_U=BLOCK_U, BLOCK_K=BLOCK_K, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def normalized_weight(weight: Tensor, rnorm: Tensor) -> Tensor:
+    """ŵ of a (U, K) weight, its rows beginning at multiples of 16 bytes."""
+    units, columns = weight.shape
+    aligned = 16 // weight.itemsize
+    out = weight.new_empty((units, triton.cdiv(columns, aligned) * aligned))[:, :columns]
+    weight_normalize_kernel[(triton.cdiv(units, BLOCK_U), triton.cdiv(columns, BLOCK_K))](
+        out,
+        weight, rnorm,
+        units, columns,
+        out.stride(0), *weight.stride(),
+        INDEX64=index64(weight, out), BLOCK_U=BLOCK_U, BLOCK_K=BLOCK_K, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -24,9 +25,13 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from bcos_kernels import triton_kernels
-from bcos_kernels.triton_kernels.configs import CONFIGS
+from bcos_kernels.triton_kernels import descriptors
+from bcos_kernels.triton_kernels.configs import CONFIGS, DESCRIPTOR_CONFIGS
 
-USERS_OF_OFFSETS = ("linear", "conv2d", "batch_norm_uncentered", "weights")
+USERS_OF_OFFSETS = (
+    "linear", "conv2d", "conv2d_gradient", "batch_norm_uncentered", "conv2d_batch_norm", "weights", "bcos_math",
+    "descriptors",
+)  # fmt: skip
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -46,12 +51,20 @@ class StandInDriver:
         return 0
 
 
-def collect_instead_of_launching() -> list[tuple[str, dict, object]]:
-    """From now on a launch compiles and appends (kernel, launch keywords, compiled kernel) to the list returned.
+class Launch(NamedTuple):
+    """A kernel's name, its arguments by name, launch keywords among them, and what was compiled for it."""
+
+    kernel: str
+    arguments: dict
+    compiled: object
+
+
+def collect_instead_of_launching() -> list[Launch]:
+    """From now on a launch compiles and is appended to the list returned.
 
     Launches that differ in sizes and strides alone are compiled once, as the first one.
     """
-    collected: list[tuple[str, dict, object]] = []
+    collected: list[Launch] = []
     seen: set[tuple] = set()
     run = JITFunction.run
 
@@ -62,63 +75,98 @@ def collect_instead_of_launching() -> list[tuple[str, dict, object]]:
             return None
         seen.add(key)
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        collected.append((self.__name__, kwargs, compiled))
+        collected.append(Launch(self.__name__, dict(zip(self.arg_names, args, strict=False)) | kwargs, compiled))
         return compiled
 
     JITFunction.run = compile_only
     return collected
 
 
-def linear(rows, outputs, inputs, dtype, b=2.0, b_tensor=False, normalize=False, max_out=1, bias=False) -> None:
+def linear(
+    rows, outputs, inputs, dtype, b=2.0, b_tensor=False, normalize=False, max_out=1, bias=False, squares=False
+) -> None:
     """Every kernel of a linear layer."""
     x = torch.empty(rows, inputs, dtype=dtype)
     weight = torch.empty(outputs * max_out, inputs, dtype=dtype)
     options = (weight.new_empty(weight.shape[0]) if bias else None, b, torch.empty(()) if b_tensor else None)
-    y, n, a, index = triton_kernels.linear_forward(x, weight, *options, normalize, max_out, True)
+    y, n, a, index = triton_kernels.linear_forward(
+        x, weight, *options, normalize, max_out, True, torch.empty(rows) if squares else None
+    )
     triton_kernels.linear_backward(
         y, x, weight, *options, y, n, a, index, normalize, max_out, False, True, True, bias, b_tensor
     )
 
 
+def linear_gelu(rows, outputs, inputs, dtype) -> None:
+    """The kernels of a linear layer that know of the GELU behind it."""
+    x, weight = torch.empty(rows, inputs, dtype=dtype), torch.empty(outputs, inputs, dtype=dtype)
+    layer = (2.0, None, False, 1)
+    kept = triton_kernels.linear_gelu_forward(x, weight, None, torch.empty(rows), *layer, True, True)
+    h, _, y, n, a, index = kept
+    triton_kernels.linear_gelu_backward(h, x, weight, None, y, n, a, index, *layer, False, True, False, False, False)
+
+
+def _channels_last(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
 def conv2d(
     shape, outputs, kernel, dtype, stride=1, groups=1, b=2.0, b_tensor=False, normalize=False, max_out=1, bias=False,
-    dw=True,
+    squares=False, dw=True,
 ) -> None:  # fmt: skip
     """Every kernel of a convolution, channels_last."""
-    x = torch.empty(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    weight = torch.empty(outputs * max_out, shape[1] // groups, kernel, kernel, dtype=dtype)
-    weight = weight.contiguous(memory_format=torch.channels_last)
+    x = _channels_last(*shape, dtype=dtype)
+    weight = _channels_last(outputs * max_out, shape[1] // groups, kernel, kernel, dtype=dtype)
     geometry = ((stride, stride), (kernel // 2, kernel // 2), (1, 1), groups)
     options = (
         weight.new_empty(weight.shape[0]) if bias else None, *geometry, b, torch.empty(()) if b_tensor else None
     )  # fmt: skip
-    y, n, a, index = triton_kernels.conv2d_forward(x, weight, *options, normalize, max_out, True)
+    known = torch.empty(shape[0], *shape[2:]) if squares else None
+    y, n, a, index = triton_kernels.conv2d_forward(x, weight, *options, normalize, max_out, True, known)
     triton_kernels.conv2d_backward(
         y, x, weight, *options, y, n, a, index, normalize, max_out, False, True, dw, bias, b_tensor
     )
 
 
 def conv2d_dw(shape, outputs, dtype) -> None:
-    """The kernels of ∂L/∂w of a 1x1 convolution: its result is small enough for every tile."""
-    x = torch.empty(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    """The kernels of ∂L/∂w of a convolution that reads single pixels: its result is small enough for every tile."""
+    x = _channels_last(*shape, dtype=dtype)
     weight = torch.empty(outputs, shape[1], 1, 1, dtype=dtype)
-    y = torch.empty(shape[0], outputs, *shape[2:], dtype=dtype).contiguous(memory_format=torch.channels_last)
-    options = ((1, 1), (0, 0), (1, 1), 1, 1.0, None)
+    y = _channels_last(shape[0], outputs, *(-(-size // 2) for size in shape[2:]), dtype=dtype)
+    options = ((2, 2), (0, 0), (1, 1), 1, 1.0, None)  # a stride: it would run as a linear layer else
     triton_kernels.conv2d_backward(
         y, x, weight, None, *options, None, y, y, y, False, 1, False, False, True, False, False
     )  # fmt: skip
 
 
-def batch_norm_uncentered(shape, dtype, channels_last=False, residual=False, activation=None) -> None:
+def conv2d_batch_norm(shape, outputs, kernel, dtype, detach=False, squares=True, backward=True) -> None:
+    """The kernels of a convolution with known statistics, residual and ReLU behind it, and those of its gradient."""
+    x = _channels_last(*shape, dtype=dtype)
+    weight = _channels_last(outputs, shape[1], kernel, kernel, dtype=dtype)
+    residual, vector = _channels_last(shape[0], outputs, *shape[2:], dtype=dtype), torch.empty(outputs)
+    layer = ((1, 1), (kernel // 2, kernel // 2), (1, 1), 1, 2.0, None, False, 1)
+    known = torch.empty(shape[0], *shape[2:]) if squares else None
+    z, _, y, n, a, index, _, var = triton_kernels.conv2d_batch_norm_forward(
+        x, weight, None, vector, vector, residual, vector, known, *layer, False, 1e-5, "relu", True, detach, True
+    )
+    for training, of_z in ((True, z), (False, None)) if backward and not detach else ((False, z),) * backward:
+        triton_kernels.conv2d_batch_norm_backward(
+            z, x, weight, None, vector, vector, of_z, y, n, a, index, vector, var, *layer, training, 1e-5, "relu",
+            detach, True, False, False, False, not detach, not detach, of_z is not None,
+        )  # fmt: skip
+
+
+def batch_norm_uncentered(shape, dtype, channels_last=False, residual=False, activation=None, squares=False) -> None:
     """Every kernel of the batch normalisation."""
     x = torch.empty(shape, dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     weight = torch.empty(shape[1])
     options = (x if residual else None, None, True, 1e-5, activation)
-    y, mean, var = triton_kernels.batch_norm_uncentered_forward(x, weight, weight, *options)
+    y, mean, var, _ = triton_kernels.batch_norm_uncentered_forward(x, weight, weight, *options, squares)
     triton_kernels.batch_norm_uncentered_backward(
-        y, x, y, weight, weight, mean, var, True, 1e-5, activation, False, True, True, True, residual
-    )
+        y, x, y if residual else None, weight, weight, mean, var, True, 1e-5, activation, False, True, True, True,
+        residual,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -151,18 +199,37 @@ def launch_everything(thorough: bool) -> None:
             linear(256, 128, 128, torch.bfloat16, normalize=True, max_out=2)
             conv2d((16, 128, 8, 8), 128, 3, torch.bfloat16, stride=2, normalize=True, max_out=2)
             batch_norm_uncentered((4, 64, 8, 8), torch.bfloat16, residual=True, activation="relu")
+            conv2d_batch_norm((16, 128, 4, 4), 128, 3, torch.bfloat16)
+            linear_gelu(256, 128, 128, torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float32):
         for rows, outputs, inputs in SIZES if thorough or dtype == torch.bfloat16 else SIZES[:1]:
+            shape = (rows // 16, inputs, 4, 4)
             linear(rows, outputs, inputs, dtype)
-            conv2d((rows // 16, inputs, 4, 4), outputs, 3, dtype, dw=False)
-            conv2d_dw((rows // 16, inputs, 4, 4), outputs, dtype)
+            conv2d(shape, outputs, 3, dtype, dw=False)
+            conv2d_dw((rows // 4, inputs, 4, 4), outputs, dtype)
+        # what follows the scaling in the same kernel, norms from the sums of squares: the tiles with the most registers
+        for rows, outputs, inputs in SIZES[:2] if dtype == torch.bfloat16 else SIZES[: int(thorough)]:
+            shape = (rows // 16, inputs, 4, 4)
+            linear_gelu(rows, outputs, inputs, dtype)
+            conv2d_batch_norm(shape, outputs, 3, dtype, backward=False)
+            conv2d_batch_norm(shape, outputs, 1, dtype, backward=False)
+            conv2d_batch_norm(shape, outputs, 3, dtype, detach=True, backward=False)
+        if thorough or dtype == torch.bfloat16:
+            conv2d_batch_norm((16, 128, 4, 4), 128, 3, dtype, squares=False)
+            conv2d_batch_norm((16, 128, 4, 4), 128, 3, dtype, detach=True)
         # flags: general B from a tensor, weight norm, max_out, bias; strides, groups, channels that fill no block
         linear(256, 128, 128, dtype, b_tensor=True, normalize=True, max_out=2, bias=True)
         conv2d((16, 128, 8, 8), 128, 3, dtype, stride=2, b_tensor=True, normalize=True, max_out=2, bias=True)
         conv2d((16, 6, 16, 16), 64, 7, dtype, stride=2)
+        conv2d((16, 6, 16, 16), 64, 7, dtype, stride=2, squares=True, dw=False)
         conv2d((4, 64, 8, 8), 64, 7, dtype, groups=64)
     for dtype in (torch.bfloat16, torch.float32) if thorough else (torch.bfloat16,):
-        batch_norm_uncentered((4, 64, 8, 8), dtype, channels_last=True, residual=True, activation="relu")
+        for squares in (False, True):
+            batch_norm_uncentered(
+                (4, 64, 8, 8), dtype, channels_last=True, residual=True, activation="relu", squares=squares
+            )
+            batch_norm_uncentered((4, 64, 32, 32), dtype, activation="relu", squares=squares)
+        batch_norm_uncentered((4, 64, 8, 8), dtype, channels_last=True, activation="relu")
         batch_norm_uncentered((4, 64, 32, 32), dtype)
     if thorough:  # float16, tf32
         linear(256, 128, 128, torch.float16)
@@ -170,13 +237,37 @@ def launch_everything(thorough: bool) -> None:
         conv2d((16, 128, 4, 4), 128, 3, torch.float32)
 
 
-def forms_launched(collected: list[tuple[str, dict, object]]) -> dict[str, set[tuple[int, int]]]:
-    """Kernel → (BLOCK_M, BLOCK_N) it was compiled for."""
+def launch_descriptors() -> None:
+    """Every kernel of descriptors.py with every tile, and what may follow the scaling in the forward."""
+    for rows, outputs, inputs in ((256, 128, 128), (256, 64, 64)):
+        for squares in (False, True):
+            linear(rows, outputs, inputs, torch.bfloat16, squares=squares)
+        linear(rows, outputs, inputs, torch.float16, b=1.5, normalize=True, bias=True)
+        linear_gelu(rows, outputs, inputs, torch.bfloat16)
+        for detach in (False, True):
+            conv2d_batch_norm((rows // 16, inputs, 4, 4), outputs, 1, torch.bfloat16, detach=detach, backward=False)
+    for squares in (False, True):
+        linear(132 * 128, 256, 64, torch.bfloat16, squares=squares)
+    with offsets_of_64_bits():
+        linear(256, 128, 128, torch.bfloat16, normalize=True)
+
+
+def missing_tiles(collected: list[Launch], arch: int) -> dict[str, set[tuple[int, int]]]:
+    """Kernel → tiles (BLOCK_M, BLOCK_N) of its table that it was not compiled with."""
     found: dict[str, set[tuple[int, int]]] = {}
-    for name, keywords, _ in collected:
-        if "BLOCK_N" in keywords and "BLOCK_K" in keywords:
-            found.setdefault(name, set()).add((keywords["BLOCK_M"], keywords["BLOCK_N"]))
-    return found
+    for kernel, arguments, _ in collected:
+        if "BLOCK_N" in arguments and "BLOCK_K" in arguments:
+            found.setdefault(kernel, set()).add((arguments["BLOCK_M"], arguments["BLOCK_N"]))
+    general = {c[:2] for (bits, _), c in CONFIGS.items() if bits == 16 or arch == 90}
+    described = {DESCRIPTOR_CONFIGS[form][:2] for form in ("large", "tall")}
+    missing = {k: (described if takes_descriptors(k) else general) - forms for k, forms in found.items()}
+    if arch == 90:
+        missing["with twice the columns"] = {DESCRIPTOR_CONFIGS["wide"][:2]} - found["linear_forward_persistent_kernel"]
+    return {kernel: tiles for kernel, tiles in missing.items() if tiles}
+
+
+def takes_descriptors(kernel: str) -> bool:
+    return hasattr(descriptors, kernel) and kernel.endswith("_kernel")
 
 
 def resources(compiled: object) -> dict[str, int]:
@@ -189,20 +280,28 @@ def resources(compiled: object) -> dict[str, int]:
     return {"registers": int(found[1]), "stack_bytes": int(found[2]), "local_bytes": int(found[3])}
 
 
+def instructions(compiled: object) -> dict[str, bool]:
+    """Whether products run as Hopper's warp-group instructions, and whether tiles are copied by descriptors."""
+    ptx = compiled.asm["ptx"]
+    return {"wgmma": "wgmma.mma_async" in ptx, "tma_loads": "cp.async.bulk.tensor" in ptx}
+
+
 def main(arch: int) -> None:
     driver.set_active(StandInDriver(arch))
     collected = collect_instead_of_launching()
     # about 0.8 s of a core a kernel: everything for one GPU, for the others what uses their tensor cores
-    launch_everything(thorough=arch == 90)
-    for name, keywords, compiled in collected:
-        row = {"arch": arch, "triton": triton.__version__, "kernel": name, **resources(compiled)}
+    with mock.patch.object(descriptors, "config_of", lambda *arguments: None):
+        launch_everything(thorough=arch == 90)
+    launch_descriptors()
+    for kernel, arguments, compiled in collected:
+        row = {"arch": arch, "triton": triton.__version__, "kernel": kernel, **resources(compiled)}
         row |= {"shared_bytes": compiled.metadata.shared, "num_warps": compiled.metadata.num_warps}
-        print(json.dumps(row | {k: v for k, v in keywords.items() if k.isupper()}))
-    tiles = {c[:2] for (bits, _), c in CONFIGS.items() if bits == 16 or arch == 90}
-    for name, forms in forms_launched(collected).items():
-        missing = tiles - forms
-        if missing:
-            raise SystemExit(f"{name}: not compiled with tiles {sorted(missing)}")
+        x = arguments.get("x_ptr", arguments.get("x_desc"))
+        row |= {"bits": None if x is None else 8 * getattr(x, "base", x).dtype.itemsize}
+        print(json.dumps(row | instructions(compiled) | {k: v for k, v in arguments.items() if k.isupper()}))
+    missing = missing_tiles(collected, arch)
+    if missing:
+        raise SystemExit(f"not compiled with tiles: {missing}")
 
 
 if __name__ == "__main__":

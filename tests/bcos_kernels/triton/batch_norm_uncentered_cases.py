@@ -48,6 +48,10 @@ CASES = [
         Case("training, bare, channels_last", weight=False, bias=False, layout="channels_last"),
     ),
     Case("eval", training=False, layout="channels_last", dy_layout="channels_last"),
+    *_across_dtypes(Case("training, relu", activation="relu", layout="channels_last")),
+    Case("eval, relu", training=False, activation="relu"),
+    Case("wide rows", shape=(2, 200, 3, 3), layout="channels_last", activation="relu"),
+    Case("wide rows", shape=(2, 200, 3, 3), residual=True, dtype="bf16"),
     Case("half parameters", dtype="bf16", parameters="bf16", activation="relu"),
     Case("rows and channels", shape=(33, 5), activation="relu", residual=True),
     Case("channels last of three", shape=(6, 40, 3)),
@@ -100,10 +104,13 @@ def check(case: Case, device: str) -> None:
     """Forward, statistics, training and explanation gradients of one case against the oracle."""
     dtype, inputs = DTYPES[case.dtype], _inputs(case, device)
     x, weight, bias, dy = inputs["x"], inputs["weight"], inputs["bias"], inputs["dy"]
-    y, mean, var = triton_kernels.batch_norm_uncentered_forward(
-        x, weight, bias, inputs["residual"], inputs["running_var"], case.training, case.eps, case.activation
-    )
+    forward = (x, weight, bias, inputs["residual"], inputs["running_var"], case.training, case.eps, case.activation)
+    y, mean, var, squares = triton_kernels.batch_norm_uncentered_forward(*forward, True)
     assert y.dtype == dtype and mean.dtype == var.dtype == torch.float32
+    assert squares.is_contiguous()
+    assert_close("squares", squares, None, y.double().square().sum(1), torch.float32)
+    bare = triton_kernels.batch_norm_uncentered_forward(*forward, False)
+    assert torch.equal(bare[0], y) and bare[3].shape == (0,)
     if case.training:
         dims = [d for d in range(x.dim()) if d != 1]
         exact_var, exact_mean = torch.var_mean(x.double(), dim=dims, unbiased=False)
@@ -130,6 +137,12 @@ def check(case: Case, device: str) -> None:
                 continue
             assert gradient.dtype == of.dtype
             assert_close(f"{name}, detach={detach}", gradient, eager[name], exact[name], of.dtype)
+        if case.activation and not case.residual:
+            from_x = triton_kernels.batch_norm_uncentered_backward(
+                dy, x, None, weight, bias, mean, var, case.training, case.eps, case.activation, detach, *needs
+            )
+            for one, other in zip(gradients, from_x, strict=True):
+                assert one is None or torch.equal(one, other)
 
 
 def check_exactly(case: Case, device: str) -> None:
@@ -150,9 +163,14 @@ def test_case(case):
 
 def test_empty_batch():
     x, weight = torch.randn(0, 3, 4, 4), torch.randn(3)
-    y, mean, var = triton_kernels.batch_norm_uncentered_forward(x, weight, None, None, None, True, 1e-5, "relu")
+    y, mean, var, squares = triton_kernels.batch_norm_uncentered_forward(
+        x, weight, None, None, None, True, 1e-5, "relu", True
+    )
+    assert squares.shape == (0, 4, 4)
     assert y.shape == x.shape and var.isnan().all() and mean.isnan().all()
-    y, mean, var = triton_kernels.batch_norm_uncentered_forward(x, weight, None, None, torch.ones(3), False, 1e-5, None)
+    y, mean, var, _ = triton_kernels.batch_norm_uncentered_forward(
+        x, weight, None, None, torch.ones(3), False, 1e-5, None, False
+    )
     assert y.shape == x.shape and torch.equal(var, torch.ones(3))
     dx, dweight, dbias, dresidual = triton_kernels.batch_norm_uncentered_backward(
         y, x, None, weight, None, mean, var, False, 1e-5, None, False, True, True, False, False
@@ -163,16 +181,18 @@ def test_empty_batch():
 def test_nan_comes_out_where_it_goes_in():
     x = torch.randn(3, 4, 5)
     x[1, 2, 3] = float("nan")
-    y, _, var = triton_kernels.batch_norm_uncentered_forward(x, None, None, None, None, True, 1e-5, "relu")
+    y, _, var, _ = triton_kernels.batch_norm_uncentered_forward(x, None, None, None, None, True, 1e-5, "relu", False)
     assert var.isnan().tolist() == [False, False, True, False]
     assert y[:, 2].isnan().all() and torch.isfinite(y[:, [0, 1, 3]]).all()
-    y, _, _ = triton_kernels.batch_norm_uncentered_forward(x, None, None, None, torch.ones(4), False, 1e-5, "relu")
-    assert torch.equal(y.isnan(), x.isnan())
+    y, _, _, squares = triton_kernels.batch_norm_uncentered_forward(
+        x, None, None, None, torch.ones(4), False, 1e-5, "relu", True
+    )
+    assert torch.equal(y.isnan(), x.isnan()) and torch.equal(squares.isnan(), x.isnan().any(1))
 
 
 def test_unneeded_gradients_are_none():
     x, weight, bias, dy = torch.randn(3, 4, 5), torch.randn(4), torch.randn(4), torch.randn(3, 4, 5)
-    _, mean, var = triton_kernels.batch_norm_uncentered_forward(x, weight, bias, None, None, True, 1e-5, None)
+    _, mean, var, _ = triton_kernels.batch_norm_uncentered_forward(x, weight, bias, None, None, True, 1e-5, None, False)
     arguments = (dy, x, None, weight, bias, mean, var, True, 1e-5, None, False)
     full = triton_kernels.batch_norm_uncentered_backward(*arguments, True, True, True, True)
     for one in range(4):
@@ -190,7 +210,7 @@ def test_offsets_in_int64(monkeypatch):
 def test_float64_is_not_built():
     x = torch.randn(3, 4, dtype=torch.float64)
     with pytest.raises(NotImplementedError, match="batch_norm_uncentered: .*float16, got torch.float64"):
-        triton_kernels.batch_norm_uncentered_forward(x, None, None, None, None, True, 1e-5, None)
+        triton_kernels.batch_norm_uncentered_forward(x, None, None, None, None, True, 1e-5, None, False)
 
 
 def test_public_function():

@@ -42,6 +42,7 @@ class Case:
     weight_layout: str = "contiguous"
     scale: float = 1.0
     recompute: bool = False  # backward without y, as after an in-place change of the output
+    squares: bool = False  # Σ_c x² is given
     zeros: bool = False  # a sample and a unit of zeros
 
     def __str__(self) -> str:
@@ -63,7 +64,29 @@ CASES = [
         Case("groups, b tensor, max_out 2", b=1.75, b_tensor=True, max_out=2, groups=2, outputs=4),
         Case("recomputed", recompute=True, normalize=True, max_out=2, bias=True, stride=(2, 1), outputs=5),
         Case("1x1", kernel=(1, 1), padding=(0, 0), shape=(2, 16, 5, 4), layout="contiguous", dy_layout="contiguous"),
+        Case("1x1 as linear", kernel=(1, 1), padding=(0, 0), shape=(2, 16, 5, 4), dy_layout="contiguous"),
+        Case("squares given", squares=True, stride=(2, 1)),
     ),
+    Case(
+        "1x1 as linear, all options",
+        kernel=(1, 1),
+        padding=(0, 0),
+        b=1.75,
+        b_tensor=True,
+        normalize=True,
+        max_out=2,
+        bias=True,
+        weight_layout="channels_last",
+        squares=True,
+    ),
+    Case("1x1 as linear, b 1", kernel=(1, 1), padding=(0, 0), b=1.0, max_out=3, outputs=6, bias=True),
+    Case("1x1 as linear, zeros", kernel=(1, 1), padding=(0, 0), zeros=True, normalize=True),
+    Case("1x1 as linear, recomputed", kernel=(1, 1), padding=(0, 0), recompute=True, max_out=2, squares=True),
+    Case("1x1 of padded images", kernel=(1, 1), shape=(1, 6, 4, 4)),
+    Case("squares given, dilation", squares=True, dilation=(2, 3), padding=(2, 3), normalize=True, b=1.5),
+    Case("squares given, several tiles", squares=True, shape=(2, 3, 13, 10), outputs=70, layout="contiguous"),
+    Case("squares given, groups", squares=True, groups=2, outputs=4),
+    Case("squares given, stem", squares=True, shape=(1, 6, 9, 10), kernel=(7, 7), stride=(2, 2), padding=(3, 3)),
     Case("tile-exact", shape=(1, 32, 8, 8), outputs=32, kernel=(1, 1), padding=(0, 0)),
     Case("channels in blocks", shape=(1, 32, 6, 6), outputs=33, weight_layout="channels_last"),
     Case("channels in blocks", shape=(1, 64, 5, 5), outputs=64, dtype="bf16", normalize=True),
@@ -143,7 +166,10 @@ def check(case: Case, device: str) -> None:
     dtype, inputs = DTYPES[case.dtype], _inputs(case, device)
     x, weight, bias, dy = inputs["x"], inputs["weight"], inputs["bias"], inputs["dy"]
     options = (*case.geometry, case.b if inputs["b"] is None else 0.0, inputs["b"])
-    y, n, a, index = triton_kernels.conv2d_forward(x, weight, bias, *options, case.normalize, case.max_out, True)
+    squares = x.float().square().sum(1) if case.squares else None
+    y, n, a, index = triton_kernels.conv2d_forward(
+        x, weight, bias, *options, case.normalize, case.max_out, True, squares
+    )
     assert y.dtype == dtype
     channels_last = _is_channels_last(x) or _is_channels_last(weight)
     assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -242,10 +268,31 @@ def test_nan_reaches_the_windows_that_see_it():
     assert dw.isnan().any()
 
 
+def test_given_squares_are_what_the_norms_are_made_of():
+    x, weight, squares = torch.randn(2, 4, 5, 5), torch.randn(3, 4, 3, 3), torch.rand(2, 5, 5)
+    _, n, _, _ = triton_kernels.conv2d_forward(x, weight, None, *PLAIN, False, 1, False, squares)
+    box = torch.nn.functional.conv2d(squares.double()[:, None], torch.ones(1, 1, 3, 3, dtype=torch.double), padding=1)
+    assert_close("n", n, None, (box + 1e-6).sqrt(), torch.float32)
+
+
+def test_one_pixel_windows_run_as_a_linear_layer(monkeypatch):
+    conv2d = importlib.import_module("bcos_kernels.triton_kernels.conv2d")
+    calls = []
+    launch = conv2d.linear.launch_forward
+    monkeypatch.setattr(conv2d.linear, "launch_forward", lambda *a, **k: (calls.append(1), launch(*a, **k)))
+    x, weight = torch.randn(2, 4, 5, 5), torch.randn(3, 4, 1, 1)
+    window = ((1, 1), (0, 0), (1, 1), 1, 2.0, None)
+    for t in (x, lay_out(x, "channels_last")):
+        triton_kernels.conv2d_forward(t, weight, None, *window, False, 1, False)
+    assert len(calls) == 1
+
+
 def test_offsets_in_int64(monkeypatch):
-    module = importlib.import_module("bcos_kernels.triton_kernels.conv2d")
-    monkeypatch.setattr(module, "index64", lambda *tensors: True)
+    for name in ("conv2d", "conv2d_gradient"):
+        module = importlib.import_module(f"bcos_kernels.triton_kernels.{name}")
+        monkeypatch.setattr(module, "index64", lambda *tensors: True)
     check(Case("int64", max_out=2, normalize=True, stride=(2, 1), groups=2, outputs=4, bias=True), "cpu")
+    check(Case("int64", squares=True, stride=(1, 2)), "cpu")
 
 
 def test_float64_is_not_built():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,25 @@ def prepare_interpreter() -> None:
 
     interpreter.GridExecutor.__call__ = launch_patching_anew
     interpreter.InterpretedFunction.__call__ = call
+
+
+def use_descriptors(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let the kernels of descriptors.py run in the interpreter, in two programs; returns a list of those that have."""
+    module = importlib.import_module("bcos_kernels.triton_kernels.descriptors")
+    ran: list[str] = []
+
+    def noting(name: str, launch: Callable) -> Callable:
+        def launcher(*arguments):
+            ran.append(name)
+            return launch(*arguments)
+
+        return launcher
+
+    monkeypatch.setattr(module, "architecture", lambda: 90)
+    monkeypatch.setattr(module, "multiprocessors", lambda x: 2)
+    for name in ("forward", "backward_dx", "backward_dw"):
+        monkeypatch.setattr(module, name, noting(name, getattr(module, name)))
+    return ran
 
 
 def run_in_interpreter(cases: str, at_least: int) -> None:

@@ -18,6 +18,7 @@ from tests.bcos_kernels.triton.harness import (
     lay_out,
     prepare_interpreter,
     random,
+    use_descriptors,
 )
 
 
@@ -38,6 +39,7 @@ class Case:
     weight_layout: str = "contiguous"
     scale: float = 1.0
     recompute: bool = False  # backward without y, as after an in-place change of the output
+    squares: bool = False  # Σ x² of the rows is given
     zero_row: int | None = None
     zero_unit: int | None = None
 
@@ -56,7 +58,13 @@ CASES = [
         Case("max_out 2, b tensor", b=1.75, b_tensor=True, max_out=2),
         Case("recomputed", recompute=True, normalize=True, max_out=2, bias=True),
         Case("b 1, bias, max_out 3", b=1.0, bias=True, max_out=3, outputs=9),
+        Case("squares given", squares=True),
     ),
+    Case("squares given, several tiles", squares=True, rows=70, inputs=70, outputs=70, normalize=True, max_out=2),
+    Case("squares given, general b", squares=True, b=1.5),
+    Case("squares given, b 1", squares=True, b=1.0),
+    Case("squares given, zero rows", squares=True, zero_row=3, dtype="fp16"),
+    Case("squares given, values of 1e4", squares=True, scale=1e4, dtype="fp16"),
     Case("tile-exact", rows=64, inputs=64, outputs=64),
     Case("several tiles, splits", rows=300, inputs=70, outputs=70, dtype="bf16"),
     Case("several tiles, splits", rows=300, inputs=70, outputs=140),
@@ -78,6 +86,16 @@ CASES = [
     Case("values of 1e4", scale=1e4, dtype="fp16"),
     Case("values of 1e4, general b", scale=1e4, dtype="fp16", b=1.5, normalize=True),
 ]
+
+# taken by tensor descriptors where there are any: tiles in both directions, none of them full
+DESCRIPTOR_CASES = [
+    Case("descriptors", rows=150, inputs=72, outputs=136, dtype="bf16", normalize=True, bias=True),
+    Case("descriptors", rows=150, inputs=72, outputs=136, dtype="fp16", squares=True),
+    Case("descriptors, tall", rows=150, inputs=136, outputs=64, dtype="bf16", b=1.5, squares=True),
+    Case("descriptors, twice the columns", rows=150, inputs=64, outputs=256, dtype="bf16"),
+    Case("descriptors, splits", rows=600, inputs=40, outputs=64, dtype="bf16", b=1.0, bias=True),
+]
+CASES += DESCRIPTOR_CASES
 
 
 def _inputs(case: Case, device: str) -> dict[str, torch.Tensor | None]:
@@ -121,7 +139,10 @@ def check(case: Case, device: str) -> None:
     dtype, inputs = DTYPES[case.dtype], _inputs(case, device)
     x, weight, bias, dy = inputs["x"], inputs["weight"], inputs["bias"], inputs["dy"]
     options = (case.b if inputs["b"] is None else 0.0, inputs["b"])
-    y, n, a, index = triton_kernels.linear_forward(x, weight, bias, *options, case.normalize, case.max_out, True)
+    squares = x.float().square().sum(1) if case.squares else None
+    y, n, a, index = triton_kernels.linear_forward(
+        x, weight, bias, *options, case.normalize, case.max_out, True, squares
+    )
     assert y.dtype == dtype and y.is_contiguous()
     is_one = case.b == 1 and not case.b_tensor
     assert n.shape == ((0,) if is_one else (case.rows,)) and n.dtype == torch.float32
@@ -164,6 +185,23 @@ def interpreter():
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_case(case):
     check(case, "cpu")
+
+
+@pytest.mark.parametrize("case", DESCRIPTOR_CASES, ids=str)
+def test_descriptors(case, monkeypatch):
+    ran = use_descriptors(monkeypatch)
+    check(case, "cpu")
+    assert set(ran) == {"forward", "backward_dx", "backward_dw"}
+
+
+@pytest.mark.parametrize("layout", ["offset", "strided", "transposed", "expanded"])
+def test_what_descriptors_cannot_describe(layout, monkeypatch):
+    ran = use_descriptors(monkeypatch)
+    case = Case("not described", rows=80, inputs=64, outputs=64, dtype="bf16", layout=layout, weight_layout=layout)
+    inputs = _inputs(case, "cpu")
+    y, *_ = triton_kernels.linear_forward(inputs["x"], inputs["weight"], None, 2.0, None, False, 1, False)
+    assert_close("y", y, None, _oracle(case, inputs, torch.float64, False)["y"], torch.bfloat16)
+    assert not ran
 
 
 @pytest.mark.parametrize("rows, inputs, outputs", [(0, 5, 4), (3, 5, 0), (3, 0, 4)])
@@ -211,6 +249,14 @@ def test_nan_comes_out_where_it_goes_in():
         if b != 1:
             assert gradients[0][2].isnan().all() and torch.isfinite(gradients[0][[0, 1, 3, 4]]).all()
         assert gradients[1].isnan().any()
+
+
+def test_given_squares_are_what_the_norms_are_made_of():
+    x, weight, squares = torch.randn(5, 4), torch.randn(6, 4), torch.rand(5)
+    y, n, _, _ = triton_kernels.linear_forward(x, weight, None, 2.0, None, False, 1, False, squares)
+    assert_close("n", n, None, squares.double().sqrt(), torch.float32)
+    a = x @ weight.t()
+    assert_close("y", y, None, (a * a.abs() / n[:, None]).double(), torch.float32)
 
 
 def test_ties_go_to_the_first_unit():

@@ -5,7 +5,18 @@ import itertools
 import pytest
 import torch
 
-from bcos_kernels.triton_kernels.configs import CONFIGS, config_for, fitted, flattened, form_of, reduced, widened
+from bcos_kernels.triton_kernels.configs import (
+    CONFIGS,
+    DESCRIPTOR_CONFIGS,
+    config_for,
+    descriptor_config_for,
+    doubled,
+    fitted,
+    flattened,
+    form_of,
+    reduced,
+    shortened,
+)
 
 SIZES = (1, 3, 16, 17, 32, 33, 64, 65, 128, 1000, 100_000)
 
@@ -17,11 +28,41 @@ def shared_bytes(config, bits):
 @pytest.mark.parametrize("key", CONFIGS, ids=str)
 def test_tiles_fit(key):
     config, bits = CONFIGS[key], key[0]
-    for variant in (config, flattened(config), reduced(config, 2), widened(config, True), config._replace(block_k=16)):
+    for variant in (
+        config,
+        flattened(config),
+        reduced(config, 2),
+        shortened(config, True),
+        config._replace(block_k=16),
+    ):
         blocks = variant[:3]
         assert all(block >= 16 and block & (block - 1) == 0 for block in blocks)  # what tl.dot takes
         assert shared_bytes(variant, bits) <= 100 * 1024
         assert variant.block_m * variant.block_n // (32 * variant.num_warps) <= 128  # registers of the accumulator
+
+
+@pytest.mark.parametrize("config", DESCRIPTOR_CONFIGS.values(), ids=str)
+def test_tiles_of_descriptors_fit(config):
+    # a warp group multiplies 64 rows; a copy's box has at most 256 elements a side
+    assert config.block_m % 64 == 0 and config.num_warps % 4 == 0 and max(config[:3]) <= 256
+    assert shared_bytes(config, 16) <= 227 * 1024
+    assert config.block_m * config.block_n // (32 * config.num_warps) <= 128
+
+
+def test_descriptors_are_for_results_that_fill_their_tiles():
+    used = set()
+    for m, n, k in itertools.product(SIZES, SIZES, SIZES):
+        assert descriptor_config_for(m, n, k, torch.float32) is None
+        config = descriptor_config_for(m, n, k, torch.bfloat16)
+        assert (config is None) == (m < 64 or n < 32 or k < 32)
+        used.add(config)
+    assert used == {None, DESCRIPTOR_CONFIGS["large"], DESCRIPTOR_CONFIGS["tall"]}
+
+
+def test_twice_the_columns_where_there_is_a_tile_for_each_program():
+    large, wide = DESCRIPTOR_CONFIGS["large"], DESCRIPTOR_CONFIGS["wide"]
+    assert doubled(large, 132 * 128, 256, 132) == wide and doubled(large, 66 * 128, 512, 132) == wide
+    assert doubled(large, 131 * 128, 256, 132) == large and doubled(large, 100_000, 384, 132) == large
 
 
 def test_every_size_has_a_tile_and_every_tile_a_size():

@@ -10,7 +10,9 @@ import torch
 from bcos_kernels import triton_kernels
 
 LAUNCHERS = [
-    f"{op}_{direction}" for op in ("linear", "conv2d", "batch_norm_uncentered") for direction in ("forward", "backward")
+    f"{op}_{direction}"
+    for op in ("linear", "conv2d", "batch_norm_uncentered", "conv2d_batch_norm", "linear_gelu")
+    for direction in ("forward", "backward")
 ]
 
 

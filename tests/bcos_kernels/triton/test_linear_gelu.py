@@ -1,0 +1,17 @@
+"""The Triton linear layer with a GELU against the float64 reference: in the interpreter, and on a GPU where there is
+one."""
+
+import pytest
+
+from tests.bcos_kernels.triton.harness import run_in_interpreter
+from tests.bcos_kernels.triton.linear_gelu_cases import CASES, check_exactly
+
+
+def test_in_interpreter():
+    run_in_interpreter("linear_gelu_cases.py", at_least=len(CASES))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_on_gpu(case):
+    check_exactly(case, "cuda")

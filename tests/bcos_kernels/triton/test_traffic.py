@@ -1,0 +1,144 @@
+"""What the Triton backend moves, by the model of traffic.py, against the floor of a layer and against a plain layer.
+
+The floor reads every input and writes every result once. Plain is what convolution (or product), batch normalisation,
+addition and ReLU move as kernels of a library, one each for the forward, the statistics, the normalisation with what
+follows it, dx, dw, and the two passes of the normalisation's backward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from unittest import mock
+
+import pytest
+import torch
+
+from bcos_kernels import triton_kernels
+from bcos_kernels.triton_kernels import descriptors
+from tests.bcos_kernels.triton.traffic import KERNELS, channels_last, moved, recording, size
+
+EPS = 1e-5
+
+
+class Layer:
+    """A convolution of ResNet-50 with its normalisation, residual and ReLU, bfloat16, batch 32, channels_last."""
+
+    def __init__(self, channels: int, outputs: int, pixels: int, kernel: int):
+        self.x = channels_last(32, channels, pixels, pixels)
+        self.weight = channels_last(outputs, channels, kernel, kernel)
+        self.y = channels_last(32, outputs, pixels, pixels)
+        self.vector = torch.empty(outputs, device="meta")
+        self.n = torch.empty(32, 1, pixels, pixels, device="meta")
+        self.squares = torch.empty(32, pixels, pixels, device="meta")
+        self.nothing = torch.empty(0, device="meta")
+        self.window = ((1, 1), (kernel // 2, kernel // 2), (1, 1), 1)
+        self.options = (*self.window, 2.0, None, False, 1)
+
+    def conv2d(self, squares: bool = True) -> None:
+        known = self.squares if squares else None
+        triton_kernels.conv2d_forward(self.x, self.weight, None, *self.options, True, known)
+
+    def conv2d_backward(self) -> None:
+        nothing = self.nothing
+        triton_kernels.conv2d_backward(
+            self.y, self.x, self.weight, None, *self.window, 2.0, None, self.y, self.n, nothing, nothing, False, 1,
+            False, True, True, False, False,
+        )  # fmt: skip
+
+    def block(self, training: bool, keep: bool) -> None:
+        triton_kernels.conv2d_batch_norm_forward(
+            self.x, self.weight, None, self.vector, self.vector, self.y, None if training else self.vector,
+            self.squares, *self.options, training, EPS, "relu", keep, False, True,
+        )  # fmt: skip
+
+    def block_backward(self, residual: bool) -> None:
+        triton_kernels.conv2d_batch_norm_backward(
+            self.y, self.x, self.weight, None, self.vector, self.vector, self.y if residual else None, self.y, self.n,
+            self.nothing, self.nothing, self.vector, self.vector, *self.options, True, EPS, "relu", False,
+            True, True, False, False, True, True, residual,
+        )  # fmt: skip
+
+    def explanation_backward(self) -> None:
+        triton_kernels.conv2d_batch_norm_backward(
+            self.y, self.x, self.weight, None, self.vector, self.vector, self.y, self.y, self.n, self.nothing,
+            self.nothing, self.nothing, self.vector, *self.options, False, EPS, "relu", True,
+            True, False, False, False, False, False, False,
+        )  # fmt: skip
+
+
+# what is run → (x, w, y read or written at the floor, by a plain layer), in tensors of these sizes
+FORMS = {
+    "conv2d": (lambda layer: layer.conv2d(), (1, 1, 1), (1, 1, 1)),
+    "conv2d, squares unknown": (lambda layer: layer.conv2d(squares=False), (1, 1, 1), (1, 1, 1)),
+    "conv2d, backward": (lambda layer: layer.conv2d_backward(), (2, 2, 2), (2, 2, 2)),
+    # y goes out, in for the statistics and in again: all of it has to be known first
+    "block, training": (lambda layer: layer.block(True, True), (1, 1, 5), (1, 1, 5)),
+    "block, inference": (lambda layer: layer.block(False, False), (1, 1, 2), (1, 1, 2)),
+    # dz, y and z in, the residual's gradient out; the sums have to be known before dx
+    "block, backward": (lambda layer: layer.block_backward(True), (2, 2, 7), (2, 2, 10)),
+    "block, backward without residual": (lambda layer: layer.block_backward(False), (2, 2, 4), (2, 2, 7)),
+    "explanation, backward": (lambda layer: layer.explanation_backward(), (1, 1, 2), (1, 1, 4)),
+}
+# (form, channels, outputs, pixels, kernel) → most that may be moved, in units of the floor and of a plain layer
+CASES = {
+    ("conv2d", 64, 256, 56, 1): (1.02, 1.02),
+    ("conv2d", 64, 64, 56, 3): (1.04, 1.04),
+    ("conv2d, squares unknown", 64, 64, 56, 3): (1.02, 1.02),
+    # a pass from dy and y to ∂L/∂a, and the norm's term reads x once more
+    ("conv2d, backward", 64, 256, 56, 1): (2.4, 2.4),
+    ("conv2d, backward", 256, 64, 56, 1): (1.8, 1.8),
+    ("block, training", 64, 256, 56, 1): (1.02, 1.02),
+    ("block, training", 64, 64, 56, 3): (1.02, 1.02),
+    ("block, training", 512, 2048, 7, 1): (1.02, 1.02),
+    ("block, inference", 64, 256, 56, 1): (1.03, 1.03),
+    ("block, inference", 512, 512, 7, 3): (1.01, 1.01),
+    # the norm's term alone is left
+    ("block, backward", 64, 256, 56, 1): (1.5, 1.05),
+    ("block, backward", 64, 64, 56, 3): (1.55, 1.15),
+    # dw's splits, float32: more than the activations, which are small here
+    ("block, backward", 512, 2048, 7, 1): (2.1, 1.51),
+    ("block, backward without residual", 64, 64, 56, 3): (1.8, 1.2),
+    ("block, backward without residual", 256, 64, 56, 1): (1.7, 1.33),
+    # the mask is in the slope, nothing flows through the norm
+    ("explanation, backward", 64, 256, 56, 1): (1.9, 1.01),
+    ("explanation, backward", 64, 64, 56, 3): (1.7, 1.01),
+}
+
+
+@pytest.mark.parametrize("described", [False, True], ids=["general", "descriptors"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_moves_little_more_than_it_must(case, described, record_property):
+    form, channels, outputs, pixels, kernel = case
+    run, *counts = FORMS[form]
+    layer = Layer(channels, outputs, pixels, kernel)
+    with recording() as launches, mock.patch.object(descriptors, "architecture", lambda: 90 * described):
+        run(layer)
+    total = sum(launch.read + launch.written for launch in launches)
+    sizes = (size(layer.x), size(layer.weight), size(layer.y))
+    ratios = [total / sum(c * s for c, s in zip(count, sizes, strict=True)) for count in counts]
+    record_property("launches", [launch._asdict() for launch in launches])
+    print(f"{case}: {ratios[0]:.3f} of the floor, {ratios[1]:.3f} of a plain layer, {len(launches)} launches")
+    for ratio, bound, name in zip(ratios, CASES[case], ("floor", "plain layer"), strict=True):
+        assert ratio < bound, f"{ratio:.3f} times the {name}: " + ", ".join(map(str, launches))
+
+
+def test_every_kernel_is_in_the_table():
+    names = set()
+    for file in {*triton_kernels._FILES.values(), "bcos_math", "weights", "descriptors", "epilogue"}:
+        module = __import__(f"bcos_kernels.triton_kernels.{file}", fromlist=["_"])
+        names |= {name for name in vars(module) if name.endswith("_kernel")}
+        for name in names & set(KERNELS) & set(vars(module)):
+            arguments = inspect.signature(getattr(module, name).fn).parameters
+            for written in KERNELS[name].writes.split():
+                assert f"{written}_ptr" in arguments, f"{name} has no {written}_ptr"
+    assert names == set(KERNELS)
+
+
+def test_bytes_are_those_of_the_arguments():
+    x, w, y = (torch.empty(s, dtype=torch.bfloat16, device="meta") for s in ((8, 4), (6, 4), (8, 6)))
+    n, q = torch.empty(8, device="meta"), torch.empty(8, device="meta")
+    arguments = {"y_ptr": y, "n_ptr": n, "a_ptr": None, "x_ptr": x, "w_ptr": w, "M": 8}
+    assert moved("linear_forward_kernel", arguments)[1:] == (2 * 32 + 2 * 24, 2 * 48 + 4 * 8)
+    gradient = {"dx_ptr": x, "da_ptr": y, "w_ptr": w, "x_ptr": x, "q_ptr": None}
+    assert moved("linear_backward_dx_kernel", gradient)[1:] == (2 * 48 + 2 * 24, 2 * 32)
+    assert moved("linear_backward_dx_kernel", gradient | {"q_ptr": q})[1] == 2 * 48 + 2 * 24 + 2 * 32 + 4 * 8
