@@ -203,18 +203,8 @@ def _forward(layer: _Layer, b, b_tensor, max_out, keep, squares) -> tuple[Tensor
             index = _new(units, outputs, torch.uint8)
     elif keeps_a:
         y, a = _new(units), units
-    _op("scale")(
-        y,
-        kept,
-        _present(index),
-        units,
-        n if mode != 1 else None,
-        _floats(b_tensor),
-        layer.groups,
-        max_out,
-        mode,
-        exponent,
-    )
+    norms, b_tensor = (n if mode != 1 else None), _floats(b_tensor)
+    _op("scale")(y, kept, _present(index), units, norms, b_tensor, layer.groups, max_out, mode, exponent)
     return y, n, a, index
 
 

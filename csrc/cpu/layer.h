@@ -147,7 +147,7 @@ struct Layer {
   }
   // A one-pixel layer with fewer outputs than inputs, forward: the library's convolution, whose output is small enough
   // to be passed over once more, where its matrix product is slow at this (measured on an AMD EPYC: 512 -> 128 at
-  // 8 x 28^2 5.9 ms against 7.1, 256 -> 64 at 8 x 56^2 6.1 against 9.1).
+  // 8 x 28^2 5.3 ms against 6.5, 256 -> 64 at 8 x 56^2 5.9 against 8.6).
   bool is_convolved() const {
     return !is_linear && dtype == ScalarType::Float && units() < depth() && rows() >= kConvolvedRows &&
            prefers_convolution();

@@ -47,7 +47,7 @@ void weight_norm_backward(
 
 struct Scale {
   void* y;          // may be a itself where max_out = 1
-  void* kept;       // a after the maximum, or null
+  void* kept;       // a after the maximum, or null; null where max_out = 1: a is that already
   uint8_t* index;   // winning unit, or null
   const void* a;    // (segments, channels * max_out)
   const float* n;

@@ -188,6 +188,7 @@ void scale_op(
   const int64_t outputs = s.rows * s.groups * s.channels;
   Scale p{};
   p.y = pointer(y, type, outputs, "y");
+  BCOS_CHECK(max_out > 1 || !kept.has_value(), "expected nothing to keep a in for max_out 1, got a tensor");
   p.kept = pointer(kept, type, outputs, "kept");
   p.index = pointer<uint8_t>(index, ScalarType::Byte, outputs, "index");
   p.a = pointer(a, type, a.numel(), "a");

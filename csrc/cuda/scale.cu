@@ -6,8 +6,8 @@
 //          read per channel.
 // Numerics float32; 16-bit types are rounded once. Sums over channels are shuffles in a fixed order, dL/dB one partial sum a
 //          block: a run repeats bit for bit.
-// Width    16 bytes a lane, of a general B one element: its powers are 60 instructions each, which is what such a pass takes
-//          long for (and nvcc: 8 of them in a row compile for a minute).
+// Width    16 bytes a lane, of a general B one element: its powers should be what such a pass takes long for (not measured),
+//          and 8 of them in a row made nvcc take half as long again.
 // Traffic  forward reads a, writes y; backward reads dy and y or a, writes da. GELU: the same, instead of a pass of its own.
 #include "teams.h"
 
@@ -49,7 +49,6 @@ __global__ void scale_kernel(Scale p, int lanes) {
     const float reciprocal = n == nullptr ? 1.f : 1.f / *n;
     for_packs<V>(p.s.channels, lanes, [&](int64_t c) {
       Pack<S, V> pack = read<V>(a + base + c);
-      if (p.kept != nullptr) write(static_cast<S*>(p.kept) + base + c, pack);
 #pragma unroll
       for (int i = 0; i < V; i++) {
         const float r = EACH && n != nullptr ? 1.f / n[c + i] : reciprocal;
@@ -221,7 +220,7 @@ __global__ void scale_gelu_backward_kernel(ScaleGeluBackward p, int lanes) {
 
 bool is_narrow(Mode mode, int64_t max_out) { return max_out > 1 || mode == Mode::general; }
 int width_of(const Scale& p, int bytes) {
-  return is_narrow(p.mode, p.max_out) ? 1 : vector_width(bytes, p.s.channels, {p.y, p.kept, p.a});
+  return is_narrow(p.mode, p.max_out) ? 1 : vector_width(bytes, p.s.channels, {p.y, p.a});
 }
 int width_of(const ScaleBackward& p, int bytes) {
   return is_narrow(p.mode, p.max_out) ? 1 : vector_width(bytes, p.s.channels, {p.da, p.dy, p.source});
