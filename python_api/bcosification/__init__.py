@@ -32,7 +32,7 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 
-_PACKAGES = ("convert", "evaluation", "explanation", "train")
+_PACKAGES = ("convert", "evaluation", "explanation", "models", "train")
 
 
 def __getattr__(name: str) -> Any:

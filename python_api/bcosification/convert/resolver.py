@@ -2,6 +2,7 @@
 
 torchvision:NAME, NAME      torchvision's classification models
 timm:NAME                   timm
+bcosification:NAME          SimpleViT and ViT_c of bcosification.models
 open_clip:NAME/TAG          open_clip, weights TAG
 FOLDER                      written by save_pretrained: a B-cosified model
 FILE (with arch=SPEC)       weights of a standard model
@@ -19,10 +20,11 @@ from urllib.error import URLError
 
 from torch import Tensor, nn
 
-from bcosification.convert.checkpoints import CONFIG_NAME, load, load_state, read_weights
+from bcosification.convert.checkpoints import CONFIG_NAME, load
 from bcosification.convert.families import family_of
 from bcosification.convert.preprocessing import detect, from_torchvision
 from bcosification.convert.wrapper import BcosifiedModel, reset_head
+from bcosification.weights_files import load_state, read_weights
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
@@ -267,10 +269,29 @@ def _open_clip(
     return network, {"library": "open_clip", "name": name, "weights": tag if pretrained else None}
 
 
+def _own(
+    name: str, num_classes: int | None, pretrained: bool, weights: str | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    from bcosification.models import CONSTRUCTORS
+
+    if name not in CONSTRUCTORS:
+        raise _unknown("bcosification", name, CONSTRUCTORS)
+    if weights is not None:
+        raise ValueError(f"resolve: bcosification:{name}: expected weights to be a file, got {weights!r}")
+    if not pretrained:
+        arguments = {} if num_classes is None else {"num_classes": num_classes}
+        return CONSTRUCTORS[name](**arguments), {"library": "bcosification", "name": name, "weights": None}
+    raise ValueError(
+        f"resolve: bcosification:{name}: expected weights=FILE, as B-cos v2 publishes it for standard_{name}, or "
+        "pretrained=False"
+    )
+
+
 LIBRARIES: dict[str, Callable[..., tuple[nn.Module, dict[str, Any]]]] = {
     "torchvision": _torchvision,
     "timm": _timm,
     "open_clip": _open_clip,
+    "bcosification": _own,
 }
 """Prefix of a spec -> function (name, num_classes, pretrained, weights) -> (model, info)."""
 

@@ -25,6 +25,9 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 """Largest relative error ‖got − expected‖ / ‖expected‖ that passes, by dtype."""
 
 
+_NOT_COMPARED = "not compared: another shape, behind the head that moved or of doubled channels"
+
+
 @dataclass
 class LayerReport:
     """One layer: what it was and became, calls in one forward pass, error of its output at B = 1, and the verdict."""
@@ -335,7 +338,7 @@ def _judge_layer(
         errors = [_error(one, other) for one, other in zip(got[name], expected[name], strict=True)]
         report.error = math.nan if any(map(math.isnan, errors)) else max(errors)
         if not replaced and math.inf in errors:
-            report.error, report.problem = None, "not compared: it runs after the head, which moved"
+            report.error, report.problem = None, _NOT_COMPARED
         elif not report.error <= tolerance:
             report.ok, report.problem = False, f"output differs at B=1 (tolerance {tolerance:.0e})"
         elif "MaxPool" in entry["was"] and replaced:

@@ -20,11 +20,17 @@ class Family:
     name = "generic"
     preprocessing: str | None = None
     """"imagenet": the library's weights were trained with ImageNet's mean and std."""
+    head_is_linear = False
+    """A moved head stays a linear layer, on tokens; else it becomes a 1x1 convolution, on maps."""
 
     def input_layer(self, model: nn.Module) -> str | None:
-        """The layer that reads the image: a Conv2d, or a Linear on pixels with channels outermost. None: unknown."""
+        """The layer that reads the image: a Conv2d, or a Linear on pixels. None: unknown."""
         readers = [name for name, module in model.named_modules() if type(module) is nn.Conv2d]
         return readers[0] if readers else None
+
+    def channels_innermost(self, model: nn.Module) -> bool:
+        """Where a Linear reads the image: whether its pixels have their channels innermost; else outermost."""
+        return False
 
     def head(self, model: nn.Module) -> str | None:
         """The classifier, an nn.Linear whose outputs are the logits. None: the model has none."""
