@@ -153,6 +153,8 @@ def load(folder: str | os.PathLike, model: nn.Module | None = None) -> Bcosified
         reset_head(converted, config["num_classes"])
     for name, value in config.get("layer_b", {}).items():
         converted.get_submodule(name).set_b(value)
+    for name in config.get("without_bias", []):
+        converted.get_submodule(name.removesuffix(".bias"))._parameters["bias"] = None
     for name, value in state.items():
         if name.endswith(".b"):
             converted.get_submodule(name.removesuffix(".b")).set_b(nn.Parameter(value.clone()))
