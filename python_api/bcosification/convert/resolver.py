@@ -2,7 +2,7 @@
 
 torchvision:NAME, NAME      torchvision's classification models
 timm:NAME                   timm
-bcosification:NAME          SimpleViT and ViT_c of bcosification.models
+bcosification:NAME, NAME    SimpleViT and ViT_c of bcosification.models, with B-cos v2's standard weights
 open_clip:NAME/TAG          open_clip, weights TAG
 FOLDER                      written by save_pretrained: a B-cosified model
 FILE (with arch=SPEC)       weights of a standard model
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from bcosification.convert.checkpoints import CONFIG_NAME, load
 from bcosification.convert.families import family_of
 from bcosification.convert.preprocessing import detect, from_torchvision
+from bcosification.convert.published import pretrained as published_network
 from bcosification.convert.wrapper import BcosifiedModel, reset_head
+from bcosification.models import CONSTRUCTORS
 from bcosification.weights_files import load_state, read_weights
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
@@ -76,7 +78,7 @@ def resolve(
     elif separator:
         raise _unknown_prefix(library, spec)
     else:
-        kind, library, name = "name", "torchvision", spec
+        kind, library, name = "name", "bcosification" if spec in CONSTRUCTORS else "torchvision", spec
     if kind == "folder":
         return _from_folder(path, num_classes, model, {"arch": arch, "weights": weights})
     if kind == "file":
@@ -272,8 +274,6 @@ def _open_clip(
 def _own(
     name: str, num_classes: int | None, pretrained: bool, weights: str | None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    from bcosification.models import CONSTRUCTORS
-
     if name not in CONSTRUCTORS:
         raise _unknown("bcosification", name, CONSTRUCTORS)
     if weights is not None:
@@ -281,10 +281,19 @@ def _own(
     if not pretrained:
         arguments = {} if num_classes is None else {"num_classes": num_classes}
         return CONSTRUCTORS[name](**arguments), {"library": "bcosification", "name": name, "weights": None}
-    raise ValueError(
-        f"resolve: bcosification:{name}: expected weights=FILE, as B-cos v2 publishes it for standard_{name}, or "
-        "pretrained=False"
-    )
+    try:
+        network = published_network(f"bcos/standard_{name}")
+    except RuntimeError as error:
+        hint = "weights=FILE takes a file that is here, pretrained=False random weights"
+        raise RuntimeError(f"resolve: bcosification:{name}: {error}; {hint}") from None
+    if num_classes is not None:
+        _new_head(network, num_classes, f"bcosification:{name}")
+    return network, {
+        "library": "bcosification",
+        "name": name,
+        "weights": network.bcosification_source["weights"],
+        "preprocessing": network.transform.preprocessing,
+    }
 
 
 LIBRARIES: dict[str, Callable[..., tuple[nn.Module, dict[str, Any]]]] = {
