@@ -157,11 +157,12 @@ def _canonical(checkpoint: Any, origin: str, layout: str | None, ema: bool) -> t
     averaged = {name: value for name, value in state.items() if name.startswith("ema.module.")}
     if ema and not averaged:
         raise ValueError(f"load_peer: {origin}: expected averaged weights (ema.module.*) with ema=True, got none")
-    lightning = lightning or bool(averaged)
+    # Beside the network, Lightning's module has losses and metrics.
+    inside = sum(name.startswith("model.") for name in state)
+    lightning = lightning or bool(averaged) or 0 < inside < len(state)
     if ema:
         state = {name.removeprefix("ema.module."): value for name, value in averaged.items()}
     elif lightning:
-        # Lightning's module holds the network as "model", and losses and metrics beside it.
         kept = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         state = kept or state
     prefixes = 0
@@ -200,7 +201,7 @@ def _peer_names(model: BcosifiedModel, layout: str) -> dict[str, str]:
         path, _, leaf = name.removeprefix("model.").rpartition(".")
         module: nn.Module = model.model
         parts = []
-        for part in path.split("."):
+        for part in path.split(".") if path else []:
             # B-cosification makes Sequentials anew from their children, whose names are lost.
             number = numbered and isinstance(module, nn.Sequential)
             parts.append(str(list(module._modules).index(part)) if number else part)
@@ -273,10 +274,16 @@ def _set_exponents(model: BcosifiedModel, state: Mapping[str, Tensor], layout: s
 
 
 def _drop_biases(model: BcosifiedModel, state: Mapping[str, Tensor], layout: str) -> None:
-    """Biases that the peer's network does not have, where others of it are kept."""
-    dropped = []
+    """The biases of all norms, or of all B-cos layers, where the peer's network has none of them but has others."""
+    groups: dict[bool, dict[str, str]] = {True: {}, False: {}}
     for name, peer in _peer_names(model, layout).items():
-        if name.endswith(".bias") and peer not in state:
+        if name.endswith(".bias"):
+            groups[peer.endswith(".linear.bias")][name] = peer
+    dropped = []
+    for group in groups.values():
+        if any(peer in state for peer in group.values()):
+            continue
+        for name in group:
             model.get_submodule(name.removesuffix(".bias"))._parameters["bias"] = None
             dropped.append(name)
     if dropped:

@@ -176,6 +176,11 @@ def test_averaged_weights():
     with torch.no_grad():
         assert relative_error(load_peer(content)(x), peer(x)) < 1e-6
         assert relative_error(load_peer(content, ema=True)(x), averaged(x)) < 1e-6
+    content = content["state_dict"]  # taken out, with the losses beside the network
+    with torch.no_grad():
+        assert relative_error(load_peer(content, ema=True)(x), averaged(x)) < 1e-6
+        content = {name: value for name, value in content.items() if not name.startswith("ema.")}
+        assert "criterion.weight" in content and relative_error(load_peer(content)(x), peer(x)) < 1e-6
     with pytest.raises(ValueError, match="expected averaged weights .* with ema=True, got none"):
         load_peer(peer.state_dict(), ema=True)
 
@@ -196,6 +201,10 @@ def test_biases_of_b_cosification_are_kept():
     model = load_peer(peer.state_dict())
     assert model.config["options"]["bias"] == "keep"
     assert_same(model, peer, x, "simple_vit", "model.")
+    state = peer.state_dict()
+    for lost in ("transformer.encoder_1.ff.net.linear1.linear.bias", "transformer.encoder_0.attn.norm.bias"):
+        with pytest.raises(ValueError, match=rf"missing \(1\): {lost}$"):
+            load_peer({name: value for name, value in state.items() if name != f"model.{lost}"})
 
 
 def test_norms_with_biases_in_a_network_without_others(tmp_path):

@@ -59,7 +59,7 @@ def test_nothing_of_the_peers_is_left_to_run(name):
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_the_same_numbers_fused_and_unfused(name, training):
     peer, x = MAKERS[name]()
-    fused = fuse(copy.deepcopy(peer))
+    fused = fuse(copy.deepcopy(peer), memory="low" if training else "default")
     expected = results(peer, x, training)
     largest = max(value.norm() for value in expected.values())
     for model in (fused, unfuse(fused)):
