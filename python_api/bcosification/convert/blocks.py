@@ -75,6 +75,11 @@ def _fusible_norm(norm: nn.Module) -> bool:
     return isinstance(norm, BatchNormUncentered2d) and not _has_hooks(norm)
 
 
+def _acting(activation: nn.Module | None) -> nn.Module | None:
+    """The activation, None for an nn.Identity, which stands where a conversion removed one."""
+    return None if type(activation) is nn.Identity and not _has_hooks(activation) else activation
+
+
 def norm_activation(
     norm: nn.Module,
     activation: nn.Module | None,
@@ -95,6 +100,7 @@ def norm_activation(
         recompute: the result is computed again in the backward instead of being kept (not with a residual, which would
             have to be kept in its place).
     """
+    activation = _acting(activation)
     if activation is None:
         y = _norm_add(norm, x, residual)
         return norm.recomputed(y, x) if recompute and residual is None and _fusible_norm(norm) else y
@@ -123,6 +129,7 @@ def convolution_norm_activation(
         recompute: what is between this and the next layer is computed again in the backward instead of being kept: the
             result (not with a residual), and conv's output where that is cheap.
     """
+    activation = _acting(activation)
     rectifies = activation is None or (type(activation) is nn.ReLU and not _has_hooks(activation))
     if not (rectifies and _fusible_convolution(conv) and _fusible_norm(norm)):
         return norm_activation(norm, activation, conv(x), residual, recompute=recompute)
@@ -283,12 +290,12 @@ def _sequential_forward(self: Any, x: Any) -> Any:
 
 
 def _needs(relus: tuple[str, ...], norms: tuple[str, ...]) -> Callable[[nn.Module], str | None]:
-    """A check that returns why a block is left, or None: its norms and ReLUs have to be of the right types."""
+    """A check that returns why a block is left, or None: norms have to be uncentered, activations ReLUs or removed."""
 
     def check(module: nn.Module) -> str | None:
         for name in relus:
             part = getattr(module, name, None)
-            if type(part) is not nn.ReLU:
+            if type(part) not in (nn.ReLU, nn.Identity):
                 return f"{name} is {type(part).__name__}, not ReLU"
         for name in norms:
             part = getattr(module, name, None)

@@ -158,7 +158,7 @@ def _constant_hook(module: nn.Module, gain: Tensor) -> Callable | None:
         extra = per_sample(gain, output.shape[0], output.dim(), kind) - 1
         added = constant
         if channels_first and isinstance(added, Tensor):
-            added = added.to(output.dtype).view(-1, *[1] * (output.dim() - 2))
+            added = added.to(output).view(-1, *[1] * (output.dim() - 2))
         return output + extra * added
 
     return part

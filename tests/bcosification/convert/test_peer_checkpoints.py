@@ -13,7 +13,7 @@ import torchvision
 from torch import nn
 
 import bcosification
-from bcosification import bcosify, explain, export_peer, load, load_peer, reset_head
+from bcosification import bcosify, explain, export_peer, fuse, load, load_peer, reset_head
 from bcosification.convert.peer_architectures import ARCHITECTURES, guess
 from bcosification.models import SimpleViT
 from tests.bcosification.convert.peer_networks import (
@@ -119,6 +119,14 @@ def test_a_conversion_of_ours_is_read_by_b_cosifications_network(name):
     peer, _ = bcosified(name)
     assert peer.load_state_dict(export_peer(model, "b-cosification")) == ([], [])
     assert_same(model, peer, x, name, "model.")
+
+
+def test_networks_without_activations_run_fused_too():
+    kinds = {"resnet, basic blocks": "FusedBasicBlock", "resnet, grouped bottlenecks": "FusedBottleneck"}
+    for name, kind in {**kinds, "densenet": "FusedDenseLayer"}.items():
+        model = load_peer(make_v2(name)[0].state_dict())
+        assert sum(type(module).__name__ == kind for module in model.modules()) >= 4
+        assert not fuse(model).fusion_report.left
 
 
 # --- layouts --------------------------------------------------------------------------------------------------------
