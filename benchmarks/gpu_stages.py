@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import bcos_kernels
-from bcos_kernels import cutlass_build, selftest, selftest_cases, tuning
+from bcos_kernels import cutlass_build, selftest, selftest_cases, selftest_commands, tuning
 from bcosification.evaluation.measuring import interleaved, summarized
 
 from .gpu import ROOT, OutOfTime, Run, first_line
@@ -166,7 +166,7 @@ def builds(run: Run) -> None:
 
 def tune(run: Run) -> None:
     """Checks, then rows of the tuning table, for the selftest's shapes and those of two networks; saved one by one."""
-    session = selftest.Session(run.device, selftest.usable(run.device), lambda text: print(text, flush=True))
+    session = selftest_commands.Session(run.device, selftest.usable(run.device), lambda text: print(text, flush=True))
     every = selftest.precisions(run.device, quick=run.rehearsal)
     for op in dict.fromkeys(case.op for case in selftest_cases.cases()):  # what is not right is not timed
         if run.left() <= 0:
@@ -263,7 +263,7 @@ def layers(run: Run) -> None:
 
 def _named(layer: nn.Module, backend: str) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        with bcos_kernels.backend(backend):
+        with selftest.exactly(backend):
             return layer(x)
 
     forward.parameters = layer.parameters
@@ -399,7 +399,7 @@ def sanitizer(run: Run) -> None:
 
 
 def _sanitized(run: Run, tool: str, checker: str, backend: str) -> dict:
-    log = run.out / f"gpu_{checker}_{backend}.log"
+    log = run.out / f"gpu_{checker}_{backend.replace(':', '_')}.log"
     command = [
         tool, "--tool", checker, "--error-exitcode", "86", "--log-file", str(log), sys.executable, "-m",
         "benchmarks.gpu_guards", backend,
