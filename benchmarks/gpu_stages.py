@@ -7,6 +7,7 @@ turn. A row of something wrong has status "wrong", of something that raised "fai
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -18,6 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,10 +27,12 @@ from torch import Tensor, nn
 
 import bcos_kernels
 from bcos_kernels import cutlass_build, selftest, selftest_cases, selftest_commands, tuning
+from bcosification.evaluation.benchmarking import Step, explain_one_by_one, gradient_error, inference, input_gradient
 from bcosification.evaluation.measuring import interleaved, summarized
 
 from .gpu import ROOT, OutOfTime, Run, first_line
-from .gpu_guards import guarded, repeated
+from .gpu_guards import SKIPPED, guarded, repeated
+from .networks import NETWORKS, Models, NotHere, inputs
 from .shapes import convolutions
 
 
@@ -74,6 +78,12 @@ def environment(run: Run) -> None:
             return {"status": "there" if status == 0 else "missing", "says": wanted[:200]}
 
         run.attempt("tools", name, look)
+    for name in ("torchvision", "bcos", "einops", "nvidia-cutlass"):
+        try:
+            values = {"status": "there", "says": importlib.metadata.version(name)}
+        except importlib.metadata.PackageNotFoundError:
+            values = {"status": "missing", "says": f"pip install {name}, or --wheels"}
+        run.add("packages", name, **values)
     if run.device.type == "cuda":
         properties = torch.cuda.get_device_properties(run.device)
         run.add(
@@ -334,13 +344,18 @@ def networks(run: Run) -> None:
         "vit_b": (lambda: _vit(768, 12), 128),
         "vit_s": (lambda: _vit(384, 6), 256),
     }
-    contenders = {"eager": ("plain", "peer", "ours", "ours-low"),
+    contenders = {"eager": ("plain", "peer", "ours", "ours-low"), PACKAGE: (),
                   "compiled": ("plain", "plain-compiled", "peer-compiled", "ours-compiled")}  # fmt: skip
     size, rounds, dtypes = 224, 3, ("bfloat16", "float32")
     if run.rehearsal:
         known = {"resnet18": (lambda: torchvision.models.resnet18(num_classes=10), 2)}
-        contenders, size, rounds, dtypes = {"eager": ("plain", "ours")}, 64, 1, ("float32",)
+        contenders, size, rounds, dtypes = {"eager": ("plain", "ours"), PACKAGE: ()}, 64, 1, ("float32",)
     for how, group in contenders.items():
+        if how == PACKAGE:
+            for dtype in dtypes:
+                for name in [name for name in known if name in NETWORKS]:
+                    _of_the_package(run, name, dtype, known[name][1], size, rounds)
+            continue
         for dtype in dtypes:
             for name, (make, batch) in known.items():
                 label = f"{name}, {dtype}, batch {batch}, {how}"
@@ -372,6 +387,64 @@ def networks(run: Run) -> None:
                         values["backends"] = ran
                     run.add(label, f"{row['contender']}, {row['task']}", **values)
                 del original, converted, images
+
+
+PACKAGE = "package bcos"
+
+
+def _of_the_package(run: Run, name: str, dtype: str, batch: int, size: int, rounds: int) -> None:
+    """The package's own network of that kind, as it is and fused by us, in turn with the plain one. Other networks than
+    the converted ones: weights normalised, and its ViTs have no class token. Logits are compared before times."""
+    label = f"{name}, {dtype}, batch {batch}, {PACKAGE}"
+    if not run.due(label, seconds=0 if run.rehearsal else 60):
+        return
+    run.free()
+    names = {"plain": "plain", "peer": "bcos", "fused-peer": "bcos, fused"}
+    models = Models(name, size)
+    autocast = None if dtype == "float32" else getattr(torch, dtype)
+    try:
+        made = {who: models.build(who).to(run.device) for who in names}
+        images = {who: inputs(who, batch, size).to(run.device) for who in names}
+        few = {who: t[:4] for who, t in images.items()}
+        expected, got = (inference(made[who].eval(), few[who]) for who in ("peer", "fused-peer"))
+        error = gradient_error({"logits": got}, {"logits": expected})
+        if not error < 1e-3 * (10 if tuning._tf32("conv2d") else 1):
+            run.add(label, "bcos, fused", status="wrong", difference_from_peer=error)
+            return
+        labels = torch.arange(batch, device=run.device)
+        tasks = {
+            "training": lambda who: Step(made[who].train(), images[who], labels, autocast=autocast),
+            "inference": lambda who: partial(inference, made[who].eval(), images[who], autocast=autocast),
+            "explanation": lambda who: _explainer(who, made[who].eval(), images[who], autocast),
+        }
+        for task, prepare in tasks.items():
+            runs = {who: prepare(who) for who in names}
+            times = interleaved(runs, rounds=rounds, warmup=1, device=run.device)
+            for who, values in reversed(summarized(times).items()):  # plain last: a case counts as measured by it
+                rate = batch / values["median_ms"] * 1e3
+                extra = {"difference_from_peer": error} if who == "fused-peer" else {}
+                run.add(label, f"{names[who]}, {task}", images_per_s=rate, **values, **extra)
+    except NotHere as error:
+        run.add(label, "bcos", status="not run", reason=f"{error.status}: {first_line(error)}")
+    except Exception as error:  # of one network
+        run.add(label, "bcos", status="failed", reason=f"{type(error).__name__}: {first_line(error)}")
+
+
+def _explainer(who: str, model: nn.Module, images: Tensor, autocast: torch.dtype | None) -> Callable[[], object]:
+    """Of plain the input gradient; of the package image by image, as it explains; fused, in batches."""
+    if who == "plain":
+        return partial(input_gradient, model, images, autocast=autocast)
+    if who == "peer":
+        return partial(explain_one_by_one, model, images, autocast=autocast)
+
+    def ours():
+        from bcosification.explanation import explain
+
+        with warnings.catch_warnings(), torch.autocast(images.device.type, autocast, enabled=autocast is not None):
+            warnings.simplefilter("ignore")  # in 16 bits the sum of the contributions is the logit roughly
+            return explain(model, images, batch_size=len(images))
+
+    return ours
 
 
 # --- sanitizer --------------------------------------------------------------------------------------------------------
@@ -412,6 +485,8 @@ def _sanitized(run: Run, tool: str, checker: str, backend: str) -> dict:
     summary = next((line.strip("= ") for line in reversed(text.splitlines()) if "SUMMARY" in line), "")
     if "not supported" in text:
         return {"status": "not run", "reason": "the device refuses it"}
+    skipped = [line.removeprefix(SKIPPED) for line in text.splitlines() if line.startswith(SKIPPED)]
+    seen = {"skipped": "; ".join(skipped)} if skipped else {}
     if status == 0:
-        return {"status": "right", "says": summary[:200]}
-    return {"status": "wrong" if status == 86 else "failed", "says": summary[:200] or first_line(text)}
+        return {"status": "right", "says": summary[:200], **seen}
+    return {"status": "wrong" if status == 86 else "failed", "says": summary[:200] or first_line(text), **seen}
