@@ -6,14 +6,12 @@ left the sums of squares, and two in the backward. With a BatchNorm behind it th
 normalisation's passes: the convolution's own output a is kept in the place of y, y is never stored, and as many bytes
 move as in the plain network.
 
-That is the variant "library"; inside `running("cutlass")` kernels of cutlass.py stand in for a product with its pass
-where they take the call.
+That is the variant "library"; in the variant "cutlass" kernels of cutlass.py stand in for a product with its pass where
+they take the call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from . import composed, cutlass
 from .layouts import memory_format, norms_format, own_format, with_layout
 
 STRICT_LAYOUTS = True  # takes any strides, and returns those that the ops' fakes announce
+VARIANTS = {"cutlass": cutlass}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LIBRARY = Path(__file__).parent / "_lib" / "libbcos_kernels_cuda.so"
@@ -46,26 +45,6 @@ def unusable_reason() -> str | None:
     except OSError as error:
         return f"its library {_LIBRARY.name} does not load: {error}"
     return None
-
-
-VARIANTS = ("library", "cutlass")
-"""The first is what runs unless another is asked for."""
-
-
-def unusable_variant(name: str) -> str | None:
-    """Why a variant cannot run here, or None."""
-    return unusable_reason() if name == "library" else cutlass.unusable_reason()
-
-
-@contextmanager
-def running(variant: str) -> Iterator[Callable[[], str]]:
-    """Launchers inside run in ``variant``; what is given tells which one it was: what CUTLASS does not take is the
-    library's."""
-    if variant == "library":
-        yield lambda: "library"
-        return
-    with cutlass.running() as use:
-        yield lambda: "cutlass" if use.ran else "library"
 
 
 @cache

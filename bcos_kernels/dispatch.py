@@ -87,12 +87,19 @@ def base(name: str) -> str:
     return name.partition(":")[0]
 
 
+def _variant_module(name: str) -> object:
+    """What a backend's module has for a variant: ``unusable_reason()``, and ``running()``, a context inside which the
+    backend's launchers run so; it gives an object whose ``ran`` tells whether kernels of the variant did."""
+    backend, _, variant = name.partition(":")
+    return _module(backend).VARIANTS[variant]
+
+
 def _unusable(name: str) -> str | None:
     """Why a backend, or a variant of one, cannot run on this machine, or None."""
     if name == "reference":
         return None
     if name in VARIANTS:
-        return _module(base(name)).unusable_variant(name.partition(":")[2])
+        return _variant_module(name).unusable_reason()
     return _module(base(name)).unusable_reason()
 
 
@@ -252,10 +259,9 @@ def _launch(name: str, launcher: str, arguments: tuple) -> tuple[tuple, str]:
     """(what a launcher gives, what ran: the variant that was asked for, or its backend, whose own kernels served)."""
     if name not in VARIANTS:
         return _launcher(name, launcher)(*arguments), base(name)
-    variant = name.partition(":")[2]
-    with _module(base(name)).running(variant) as ran:
+    with _variant_module(name).running() as use:
         result = _launcher(name, launcher)(*arguments)
-        return result, name if ran() == variant else base(name)
+    return result, name if use.ran else base(name)
 
 
 def _run_tuned(op: str, direction: str, tensor: Tensor, arguments: tuple, forward: str) -> tuple:

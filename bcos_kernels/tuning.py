@@ -9,10 +9,10 @@ A table is a JSON file, one a device. ``tuning_tables/`` holds those that come w
       "torch": "2.11.0+cu130", "triton": "3.6.0", "kernels": {"triton": "0123456789ab"}}]}
 
 ``backends``: those that computed the right numbers, fastest first; "reference" is the library plus eager passes,
-"cuda:cutlass" a variant of the CUDA backend. A row
-holds for the torch and the Triton it was measured with, and a backend of it for the code that was checked
-(`fingerprint`): what has changed since counts as unverified. Rows of another device of the same architecture serve
-where there are none of the device itself. A backend that was ``wrong`` anywhere serves no shape of that op and dtype.
+"cuda:cutlass" a variant of the CUDA backend. A row holds for the torch and the Triton it was measured with, and a
+backend of it for the code that was checked (`fingerprint`): what has changed since counts as unverified. Rows of
+another device of the same architecture serve where there are none of the device itself. A backend that was ``wrong``
+anywhere serves no shape of that op and dtype.
 """
 
 from __future__ import annotations

@@ -330,6 +330,8 @@ class Kernels(types.SimpleNamespace):
 
     def __init__(self, failing=None):
         super().__init__(calls=[], variants=[], takes=lambda: True, variant_failing=None, why_no_variant=None)
+        variant = types.SimpleNamespace(unusable_reason=lambda: self.why_no_variant, running=self.running)
+        self.VARIANTS = {"cutlass": variant}
         for name in tuning._CLASSES:
             setattr(self, "_".join(name), self._launcher("_".join(name), failing))
 
@@ -347,17 +349,13 @@ class Kernels(types.SimpleNamespace):
     def unusable_reason(self):
         return None
 
-    def unusable_variant(self, variant):
-        return self.why_no_variant if variant == "cutlass" else None
-
     @contextlib.contextmanager
-    def running(self, variant):
-        assert variant == "cutlass"
+    def running(self):
         self.variants.append("inside")
         try:
-            yield lambda: variant if self.takes() else "library"
+            yield types.SimpleNamespace(ran=self.takes())
         finally:
-            self.variants[-1] = variant
+            self.variants[-1] = "cutlass"
 
 
 dispatch_launcher = dispatch._launcher
