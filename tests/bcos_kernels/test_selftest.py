@@ -160,7 +160,7 @@ def test_the_command_where_something_is_wrong(backend, monkeypatch, capsys):
     monkeypatch.setattr(bcos_kernels.cpu, "linear_forward", scaled(launch, 0, 1.01))
     assert main(["selftest", "--quick", "--device", "cpu"]) == 1
     captured = capsys.readouterr()
-    assert "WRONG in 3 of 3" in captured.out and "wrong: cpu, B = 2: x 37x45, weight 29x45: y: " in captured.err
+    assert "WRONG in 4 of 4" in captured.out and "wrong: cpu, B = 2: x 37x45, weight 29x45: y: " in captured.err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

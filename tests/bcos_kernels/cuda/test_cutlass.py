@@ -336,6 +336,21 @@ def test_the_selftest_checks_and_times_both(monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_the_selftest_s_calls_reach_every_kernel(precision):
+    """The few that the checkers see, too."""
+    with emulated(), python_kernels() as ran:
+        for quick in (True, False):
+            ran.clear()
+            for case in selftest_cases.cases(quick):
+                if case.op != "batch_norm_uncentered":
+                    (result,) = selftest.check(case, precision, ["cuda:cutlass"], CPU)
+                    assert result.status == "right", (case, result.detail)
+            if precision == "bfloat16":
+                assert set(ran) == set(KERNELS)
+
+
+@needs_compiler
 def test_wrong_numbers_of_the_variant_are_its_own(monkeypatch):
     monkeypatch.setitem(KERNELS, "linear_forward", lambda *arguments: linear_forward(*arguments) * 1.1)
     with emulated(), python_kernels():
