@@ -74,12 +74,13 @@ def bcosify(
         BatchNorm            ->  x / sqrt(running_var + eps) * w + bias - running_mean / sqrt(running_var + eps) * w
         max pooling          ->  average pooling; classifier -> 1x1 B-cos convolution before global pooling
 
-    With b=1, bias="keep" and pool="keep" the logits in eval mode are those of ``model`` on normalised images (of a
-    ConvNeXt only with head="keep": its classifier begins with a LayerNorm, which the pooling then comes after).
+    With b=1, bias="keep" and pool="keep" the logits in eval mode are those of ``model`` on normalised images. Where
+    a LayerNorm or an activation belongs to the classifier (ConvNeXt, MobileNetV3, MaxViT), that takes head="keep":
+    moved, it is applied at every position instead of to their mean. docs/families.md says it of each family.
 
     Args:
-        model: a standard network; torchvision's ResNet, DenseNet, ConvNeXt and VisionTransformer families and
-            nn.Sequential are known whole, other classes are converted layer by layer with head="keep".
+        model: a standard network; torchvision's classifiers and nn.Sequential are known whole (`bcosify families` lists
+            all), other classes are converted layer by layer with head="keep".
         b: exponent of all B-cos layers, a number >= 1, default 2.
         bias: "remove" all biases (default), "keep" them, or "decay": kept now, to be removed during training
             (``BcosifiedModel.remove_biases``).

@@ -234,6 +234,13 @@ def test_swins_windows_are_masked_where_they_were_shifted():
             torch.testing.assert_close(converted(x), attention(x), rtol=1e-12, atol=1e-13)
 
 
+def test_swins_projections_have_to_be_plain():
+    network, _ = make("swin")
+    nn.utils.parametrizations.weight_norm(network.features[1][0].attn.proj)
+    with pytest.raises(ValueError, match=r"its proj is not a plain nn.Linear.*: features.1.0.attn"):
+        bcosify(network)
+
+
 def test_swin_v2s_position_bias_stays_as_it_is():
     network, _ = make("swin v2")
     converted = bcosify(network)

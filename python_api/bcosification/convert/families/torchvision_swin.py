@@ -17,7 +17,7 @@ from bcosification.convert.families.positionwise_head import (
     PositionwiseHeadFamily,
     largest_probability,
 )
-from bcosification.convert.rules import Options, linear, qkv_linear, rule
+from bcosification.convert.rules import NoRule, Options, linear, qkv_linear, rule
 
 _V1 = "torchvision.models.swin_transformer.ShiftedWindowAttention"
 _V2 = "torchvision.models.swin_transformer.ShiftedWindowAttentionV2"
@@ -88,6 +88,10 @@ class WindowAttention(ChangedForward):
 @rule(_V1, _V2)
 def window_attention(layer: nn.Module, options: Options) -> nn.Module:
     """ShiftedWindowAttention, replaced whole: qkv stays linear, with q and k constant; proj becomes a BcosLinear."""
+    for name in ("qkv", "proj"):
+        part = getattr(layer, name)
+        if type(part) is not nn.Linear or part._forward_hooks or part._forward_pre_hooks:
+            raise NoRule(f"its {name} is not a plain nn.Linear, which its own forward reads the weight of")
     layer.qkv = qkv_linear(layer.qkv, options, key_bias=not hasattr(layer, "logit_scale"))
     layer.proj = linear(layer.proj, options)
     return change_class(layer, WindowAttention)
