@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bcosification.convert.families.base import Family, HeadBeforePool, change_class, register
+from bcosification.convert.class_change import change_class
+from bcosification.convert.families.base import Family, HeadBeforePool, register
 from bcosification.convert.rules import FACTORS, Options
 from bcosification.models.fully_convolutional import FullyConvolutionalConvNeXt, FullyConvolutionalVGG
 
@@ -44,6 +45,9 @@ class FullyConvolutionalVGGFamily(FullyConvolutionalFamily):
     """VGG: convolutions, BatchNorms and pooling; a 7×7, a 1×1 convolution and the classifier."""
 
     name = "fully_convolutional_vgg"
+    title = "B-cos v2's VGG, of bcosification.models"
+    converts = "convolutions, BatchNorms, pooling; the whole classifier before the pooling"
+    keeps = "ReLUs"
 
     def architecture(self, model: nn.Module) -> dict[str, Any]:
         head = model.classifier[-1]
@@ -58,6 +62,10 @@ class FullyConvolutionalConvNeXtFamily(FullyConvolutionalFamily):
     """ConvNeXt: stem, stages and downsampling; norm and classifier."""
 
     name = "fully_convolutional_convnext"
+    title = "B-cos v2's ConvNeXt, of bcosification.models"
+    converts = "convolutions, norms, GELUs; the whole classifier before the pooling"
+    keeps = "layer scales, stochastic depth"
+    cannot = "be exact at B = 1 with LayerNorms and the head before the pooling (head='keep' is)"
 
     def head_move_changes(self, model: nn.Module) -> str | None:
         if model.norm == "batch":

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bcosification.convert.families.base import Family, HeadBeforePool, change_class, register
+from bcosification.convert.class_change import change_class
+from bcosification.convert.families.base import Family, HeadBeforePool, register
 from bcosification.convert.rules import RULES, Options, layer_norm, linear, linear_as_it_is, rule
 from bcosification.models.simple_vit import Attention, SimpleViT
 from bcosification.nn import DetachableModule
@@ -52,6 +53,10 @@ class SimpleViTFamily(Family):
     """
 
     name = "simple_vit"
+    title = "SimpleViT and ViT_c of bcosification.models"
+    converts = "stem or patch embedding, MLPs, output projections, LayerNorms, GELUs; the classifier before the mean"
+    keeps = "q, k, v projections, computed positions; q and k constant"
+    cannot = "be exact at B = 1 with the head before the mean: its LayerNorm comes first (head='keep' is)"
     preprocessing = "imagenet"
     head_is_linear = True
 
