@@ -2,7 +2,7 @@
 
 from . import flops
 from .dispatch import backend, backends, dispatched
-from .functional import batch_norm_uncentered, conv2d, conv2d_batch_norm, linear, linear_gelu
+from .functional import batch_norm_uncentered, conv2d, conv2d_batch_norm, layer_norm, linear, linear_gelu
 from .recompute import recomputed
 
 __version__ = "0.1.0"
@@ -13,6 +13,7 @@ __all__ = [
     "conv2d",
     "conv2d_batch_norm",
     "dispatched",
+    "layer_norm",
     "linear",
     "linear_gelu",
     "recomputed",

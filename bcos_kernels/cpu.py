@@ -115,6 +115,23 @@ def batch_norm_uncentered_backward(
     return dx, dweight, dbias, dresidual
 
 
+def layer_norm_forward(x, dims, weight, bias, eps, emits_squares):
+    """(y, mean, 1/√(var + eps), Σ y² per row) of x (..., features of ``dims`` dimensions)."""
+    return _op("layer_norm_forward")(x, dims, weight, bias, eps, emits_squares)
+
+
+def layer_norm_backward(dy, x, dims, weight, bias, mean, rstd, detach, need_dx, need_dweight, need_dbias):
+    """Gradients (dx, dweight, dbias)."""
+    needs = (need_dx, need_dweight, need_dbias)
+    found = _op("layer_norm_backward")(dy, x, dims, weight, mean, rstd, detach, *needs)
+    dx, dweight, dbias = _gradients(found, needs)
+    if need_dweight:
+        dweight = dweight.to(weight.dtype)
+    if need_dbias:
+        dbias = dbias.to(bias.dtype)
+    return dx, dweight, dbias
+
+
 def _is_fused(x: Tensor, weight: Tensor, b: float, b_tensor: Tensor | None, max_out: int) -> bool:
     """Whether convolution and normalisation run as one: B = 2, channels innermost, neither float16 nor empty."""
     rows = is_channels_last(x) or is_channels_last(weight)

@@ -1,7 +1,7 @@
 """How many floating-point operations the ops take, for torch.utils.flop_counter.FlopCounterMode.
 
 Counted as torch counts its own layers: two per multiply-add of the matrix product or convolution, nothing for passes
-over elements (norms, scaling, batch normalisation). A backward that has to compute the pre-scale outputs again counts
+over elements (norms, scaling, normalisations). A backward that has to compute the pre-scale outputs again counts
 them again.
 
 The formulas are registered when the counter is imported: importing it here would import Triton too (over a second).
@@ -43,7 +43,7 @@ def conv2d_backward(
     return (needs[0] + needs[1] + _again(b_tensor, b, y, a)) * _convolution(weight, dy)
 
 
-def batch_norm_uncentered(*arguments, **others) -> int:
+def normalization(*arguments, **others) -> int:
     """0: passes over elements are not counted."""
     return 0
 
@@ -92,8 +92,10 @@ def _register() -> None:
         "conv2d_batch_norm_backward": conv2d_batch_norm_backward,
         "linear_gelu": linear_gelu,
         "linear_gelu_backward": linear_gelu_backward,
-        "batch_norm_uncentered": batch_norm_uncentered,
-        "batch_norm_uncentered_backward": batch_norm_uncentered,
+        "batch_norm_uncentered": normalization,
+        "batch_norm_uncentered_backward": normalization,
+        "layer_norm": normalization,
+        "layer_norm_backward": normalization,
     }
     for name, formula in formulas.items():
         op = getattr(torch.ops.bcos_kernels, name)

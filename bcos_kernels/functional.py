@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd, autograd_conv2d_batch_norm, autograd_linear_gelu, dispatch, ops, reference, squares, validation
+from . import (
+    autograd,
+    autograd_conv2d_batch_norm,
+    autograd_layer_norm,
+    autograd_linear_gelu,
+    dispatch,
+    ops,
+    reference,
+    squares,
+    validation,
+)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -429,3 +441,58 @@ def conv2d_batch_norm(
     if training and z.numel():
         _update(running_var, var, momentum)
     return squares.declare(z, emitted, squares.CHANNELS)
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    channels_first: bool = False,
+    detach: bool = False,
+) -> Tensor:
+    """Layer normalisation, torch.nn.functional.layer_norm, with an explanation mode; it leaves the norms of its rows to
+    the B-cos layer that reads them.
+
+    Equivalent to::
+
+        centred = x - x.mean(-1, keepdim=True)          # over all of normalized_shape's dimensions
+        var = centred.square().mean(-1, keepdim=True)   # detach: of centred.detach()
+        y = centred / (var + eps).sqrt() * weight + bias
+
+    Args:
+        x: (..., *normalized_shape), float32, float64, bfloat16 or float16, any layout.
+        normalized_shape: an int or a sequence of ints, the last dimensions of x; their elements are normalised together.
+        weight, bias: of shape normalized_shape, any floating type, or None (no scaling, no shift).
+        eps: added to the variance, default 1e-5.
+        channels_first: x is (N, C, ...) and normalised over its C channels at every position; normalized_shape is (C,).
+            channels_last x is read in place.
+        detach: explanation mode: the variance is a constant at every order, the mean is not.
+
+    Returns:
+        Of x's shape and dtype, contiguous; channels_last with channels_first. Statistics are float32 (float64 for
+        float64). Under autocast as torch's: on CPUs in x's dtype, elsewhere in float32, which is returned.
+
+    Raises:
+        ValueError, TypeError: shapes, values, dtypes that do not fit.
+
+    Source: https://arxiv.org/abs/1607.06450; explanation mode: B-cos networks v2, https://arxiv.org/abs/2306.10898.
+
+    >>> import torch, bcos_kernels
+    >>> bcos_kernels.layer_norm(torch.randn(2, 5, 16), (16,)).shape
+    torch.Size([2, 5, 16])
+    """
+    if isinstance(x, Tensor) and x.device.type != "cpu" and _autocast_dtype(x) is not None:
+        x = x.float()
+    dims = validation.check_layer_norm(x, normalized_shape, weight, bias, eps, channels_first)
+    rows = x.movedim(1, -1) if channels_first else x
+    emits = dims == 1 and x.dim() >= 2 and (x.dim() == 4 or not channels_first) and squares.wanted(x)
+    if _op_alone(_differentiates(x, weight, bias)):
+        y, _, _, emitted = ops.run("layer_norm", rows, dims, weight, bias, eps, detach, emits)
+    else:
+        y, _, _, emitted = autograd.apply(autograd_layer_norm.LayerNorm, rows, weight, bias, dims, eps, detach, emits)
+    if channels_first:
+        return squares.declare(y.movedim(-1, 1), emitted, squares.CHANNELS)
+    return squares.declare(y, emitted if emitted.dim() == 1 else emitted.flatten(), squares.FEATURES)

@@ -132,6 +132,15 @@ def _batch_norm_uncentered_backward(launch: Callable, dy, x, *options) -> tuple:
     return _as(dx, own_format(x)), dweight, dbias, _as(dresidual, own_format(x))
 
 
+def _layer_norm_forward(launch: Callable, x, *options) -> tuple:
+    if _takes(launch, "emits_squares"):
+        y, mean, rstd, squares = launch(x, *options)
+    else:
+        y, mean, rstd = launch(x, *options[:-1])
+        squares = sum_squares(y, -1) if options[-1] else rstd.new_empty((0,))
+    return tuple(map(_contiguous, (y, mean, rstd, squares)))
+
+
 def _conv2d_batch_norm_forward(launch: Callable, x, weight, *options) -> tuple:
     x, weight = canonical(x), canonical(weight)
     z, squares, y, n, a, index, mean, var = launch(x, weight, *options)
@@ -158,6 +167,8 @@ _AROUND = {
     "conv2d_batch_norm_backward": _conv2d_batch_norm_backward,
     "linear_gelu_forward": _dense,
     "linear_gelu_backward": _dense,
+    "layer_norm_forward": _layer_norm_forward,
+    "layer_norm_backward": _dense,
 }
 
 

@@ -438,3 +438,51 @@ _define(
     _linear_gelu_backward,
     _linear_backward_fake,
 )
+
+# layer_norm -----------------------------------------------------------------------------------------------------------
+
+
+def _layer_norm(x, dims, weight, bias, eps, detach=False, emits_squares=False):
+    return dispatch.run("layer_norm", "forward", x, (x, dims, weight, bias, eps, emits_squares))
+
+
+def _layer_norm_fake(x, dims, weight, bias, eps, detach=False, emits_squares=False):
+    rows, wide = x.shape[: x.dim() - dims], reference.statistics_dtype(x.dtype)
+    mean, rstd = x.new_empty(rows, dtype=wide), x.new_empty(rows, dtype=wide)
+    return x.new_empty(x.shape), mean, rstd, x.new_empty(rows if emits_squares else (0,), dtype=wide)
+
+
+_define(
+    "layer_norm(Tensor x, int dims, Tensor? weight, Tensor? bias, float eps, bool detach=False, "
+    "bool emits_squares=False) -> (Tensor y, Tensor mean, Tensor rstd, Tensor squares)",
+    _layer_norm,
+    _layer_norm_fake,
+    statistics=2,
+)
+
+
+def _layer_norm_backward(dy, x, dims, weight, bias, mean, rstd, eps, detach, needs, backend):
+    return dispatch.run(
+        "layer_norm",
+        "backward",
+        x,
+        (dy, x, dims, weight, bias, mean, rstd, detach, *needs),
+        backend or _remembered_backend(rstd),
+    )
+
+
+def _layer_norm_backward_fake(dy, x, dims, weight, bias, mean, rstd, eps, detach, needs, backend):
+    return (
+        x.new_empty(x.shape if needs[0] else (0,)),
+        weight.new_empty(weight.shape) if needs[1] else x.new_empty((0,)),
+        bias.new_empty(bias.shape) if needs[2] else x.new_empty((0,)),
+    )
+
+
+# eps is there for derivatives of second order, which are the definition's
+_define(
+    "layer_norm_backward(Tensor dy, Tensor x, int dims, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
+    "float eps, bool detach, bool[] needs, str backend) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    _layer_norm_backward,
+    _layer_norm_backward_fake,
+)

@@ -2,7 +2,8 @@
 
 Two forms of each op live here:
 
-* ``linear``, ``conv2d``, ``batch_norm_uncentered``: the definition, differentiable to any order by autograd;
+* ``linear``, ``conv2d``, ``batch_norm_uncentered``, ``layer_norm``: the definition, differentiable to any order by
+  autograd;
 * ``*_forward`` / ``*_backward``: the same mathematics with its gradient written out, in the form that every backend has
   (autograd cannot run inside an opaque op). The tests hold the two against each other.
 
@@ -13,6 +14,8 @@ epsilons are those of the package ``bcos`` 0.1.3.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -233,6 +236,32 @@ def batch_norm_uncentered(
 
 def _channels(vector: Tensor, x: Tensor) -> Tensor:
     return vector.view((1, -1) + (1,) * (x.dim() - 2))
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    channels_first: bool = False,
+    detach: bool = False,
+) -> Tensor:
+    """Layer normalisation, the definition; with ``detach`` the variance, but not the mean, is a constant."""
+    if channels_first:
+        y = layer_norm(x.movedim(1, -1), normalized_shape, weight, bias, eps, detach=detach)
+        return y.movedim(-1, 1)
+    dims = tuple(range(-1 if isinstance(normalized_shape, int) else -len(normalized_shape), 0))
+    wide = x.to(statistics_dtype(x.dtype))
+    centred = wide - wide.mean(dims, keepdim=True)
+    var = (centred.detach() if detach else centred).square().mean(dims, keepdim=True)
+    y = centred * (var + eps).rsqrt()
+    if weight is not None:
+        y = y * weight.to(wide.dtype)
+    if bias is not None:
+        y = y + bias.to(wide.dtype)
+    return y.to(x.dtype)
 
 
 # The same mathematics in a backend's form: forward and backward of opaque ops, no autograd inside.
@@ -457,3 +486,36 @@ def batch_norm_uncentered_backward(
         dbias = g.sum(dims).to(bias.dtype)
     # a copy: an op may not return one of its inputs
     return dx, dweight, dbias, g.to(x.dtype, copy=True) if need_dresidual else None
+
+
+def layer_norm_forward(x, dims, weight, bias, eps):
+    """Backend form of `layer_norm` over the last ``dims`` dimensions: (y, mean, 1/√(var + eps)), the statistics of the
+    shape of the other dimensions."""
+    shape = x.shape[x.dim() - dims :]
+    over = tuple(range(-dims, 0))
+    wide = x.to(statistics_dtype(x.dtype))
+    mean = wide.mean(over)
+    var = (wide - mean.view(mean.shape + (1,) * dims)).square().mean(over)
+    return layer_norm(x, shape, weight, bias, eps), mean, (var + eps).rsqrt()
+
+
+def layer_norm_backward(dy, x, dims, weight, bias, mean, rstd, detach, need_dx, need_dweight, need_dbias):
+    """Backend form of the gradient of `layer_norm`: with g = w·∂L/∂y and x̂ = (x − mean)·rstd,
+    ∂L/∂x = rstd·(g − mean of g − x̂·mean of g·x̂), the last term not with ``detach``."""
+    dtype = statistics_dtype(x.dtype)
+    over, rest = tuple(range(-dims, 0)), tuple(range(x.dim() - dims))
+    mean, rstd = (t.to(dtype).view(t.shape + (1,) * dims) for t in (mean, rstd))
+    dy = dy.to(dtype)
+    x_hat = (x.to(dtype) - mean) * rstd
+    dx = dweight = dbias = None
+    if need_dx:
+        g = dy if weight is None else dy * weight.to(dtype)
+        dx = g - g.mean(over, keepdim=True)
+        if not detach:
+            dx = dx - x_hat * (g * x_hat).mean(over, keepdim=True)
+        dx = (dx * rstd).to(x.dtype)
+    if need_dweight:
+        dweight = ((dy * x_hat).sum(rest) if rest else dy * x_hat).to(weight.dtype)
+    if need_dbias:
+        dbias = (dy.sum(rest) if rest else dy).to(bias.dtype)
+    return dx, dweight, dbias

@@ -41,6 +41,8 @@ KERNELS = ("triton", "cuda", "cuda:cutlass")
 """The backends, and variants of one, that need a verified row to be picked; "cuda" is its variant "library"."""
 JOINT = ("conv2d_batch_norm", "linear_gelu")
 """Ops whose backward takes what its forward's backend has kept in its own way: one row, the forward's, is for both."""
+WITHOUT_PRODUCTS = ("batch_norm_uncentered", "layer_norm")
+"""Ops that tf32 says nothing about."""
 _FIELDS = {
     "op": str, "direction": str, "dtype": str, "shape_class": list, "backends": list, "torch": str, "triton": str,
     "kernels": dict,
@@ -92,6 +94,11 @@ def _batch_norm(x, training) -> tuple:
     return training, x.stride(1) == 1, _rows(x.numel() // max(channels, 1)), _width(channels)
 
 
+def _layer_norm(x, dims) -> tuple:
+    features = x.shape[x.dim() - dims :].numel()
+    return _rows(x.numel() // max(features, 1)), _width(features)
+
+
 # (op, direction) → the class of a launcher's arguments
 _CLASSES = {
     ("linear", "forward"): lambda a: _linear(a[0], a[1], a[3], a[4], a[6]),
@@ -110,6 +117,8 @@ _CLASSES = {
         *_conv2d(a[1], a[2], a[13], a[15], a[16], a[17], a[18], a[20]),
         a[21],
     ),
+    ("layer_norm", "forward"): lambda a: _layer_norm(a[0], a[1]),
+    ("layer_norm", "backward"): lambda a: _layer_norm(a[1], a[2]),
 }
 
 
@@ -125,7 +134,7 @@ def _tf32(op: str) -> bool:
 def precision(op: str, dtype: torch.dtype) -> str:
     """A dtype as rows name it: "tf32" for float32 where torch lets the op's products run so, "" for float64, which no
     kernels are built for."""
-    if dtype is torch.float32 and op != "batch_norm_uncentered" and _tf32(op):
+    if dtype is torch.float32 and op not in WITHOUT_PRODUCTS and _tf32(op):
         return "tf32"
     return _PRECISIONS.get(dtype, "")
 

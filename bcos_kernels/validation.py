@@ -134,6 +134,36 @@ def check_conv2d(
         raise ValueError(f"{op}: expected padding to be ints, 'same' or 'valid', got {padding!r}")
 
 
+def check_layer_norm(x, normalized_shape, weight, bias, eps, channels_first) -> int:
+    """The number of dimensions that are normalised."""
+    op = "layer_norm"
+    check_tensor(op, "x", x)
+    check_floating(op, "x", x)
+    if isinstance(normalized_shape, (tuple, list)):
+        shape = tuple(normalized_shape)
+    else:
+        shape = (check_int(op, "normalized_shape", normalized_shape, 0),)
+    dims = len(shape)
+    if channels_first:
+        if dims != 1 or x.dim() < 2 or x.shape[1] != shape[0]:
+            expected = "x of shape (N, channels, ...) and normalized_shape (channels,) with channels_first"
+            raise ValueError(f"{op}: expected {expected}, got {tuple(x.shape)} and {shape}")
+    elif not dims or dims > x.dim() or x.shape[x.dim() - dims :] != shape:
+        raise ValueError(f"{op}: expected x of shape (..., *normalized_shape), got {tuple(x.shape)} and {shape}")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is None:
+            continue
+        check_same(op, name, t, x, dtype=False)
+        check_floating(op, name, t)
+        if t.shape != shape:
+            raise ValueError(f"{op}: expected {name} of shape {shape} (normalized_shape), got {tuple(t.shape)}")
+    if isinstance(eps, bool) or not isinstance(eps, (Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: expected eps to be a number, got {type(eps).__name__} {eps!r}")
+    if not eps >= 0:
+        raise ValueError(f"{op}: expected eps >= 0, got {eps}")
+    return dims
+
+
 def check_batch_norm(x, running_var, weight, bias, training, momentum, eps, activation, residual) -> None:
     op = "batch_norm_uncentered"
     check_tensor(op, "x", x)

@@ -20,6 +20,7 @@ struct Tables {
         avx512::register_batch_norm(table, type);
         avx512::register_scale_norm(table, type);
         avx512::register_scale_gelu(table, type);
+        avx512::register_layer_norm(table, type);
         continue;
       }
 #endif
@@ -30,6 +31,7 @@ struct Tables {
         avx2::register_batch_norm(table, type);
         avx2::register_scale_norm(table, type);
         avx2::register_scale_gelu(table, type);
+        avx2::register_layer_norm(table, type);
         continue;
       }
 #endif
@@ -39,6 +41,7 @@ struct Tables {
       baseline::register_batch_norm(table, type);
       baseline::register_scale_norm(table, type);
       baseline::register_scale_gelu(table, type);
+      baseline::register_layer_norm(table, type);
     }
   }
 };

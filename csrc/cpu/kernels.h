@@ -125,6 +125,24 @@ struct ScaleGeluBackwardArguments {
   bool detach;
 };
 
+// Layer normalisation; scale and shift (columns), mean, rstd and squares one a row, all in the statistics type.
+struct LayerNormArguments {
+  const void* x;
+  void *y, *mean, *rstd;
+  const void *scale, *shift;
+  void* squares;  // sum of y^2 of every row, or null
+  int64_t columns;
+  double eps;
+};
+struct LayerNormBackwardArguments {
+  void* dx;       // or null
+  double* sums;   // (chunks, 2, columns): dw, db; or null
+  void* scratch;  // (chunks, 2, columns), statistics type, beside the sums
+  const void *dy, *x, *scale, *mean, *rstd;
+  int64_t columns;
+  bool detach;
+};
+
 struct Kernels {
   // norms; items are rows, (image, pixel) pairs or (image, group) planes
   // linear: |x| + 1e-12, else (a window of one pixel) sqrt(|x|^2 + 1e-6)
@@ -168,6 +186,9 @@ struct Kernels {
   // scaling and GELU together; items are rows
   void (*scale_gelu_rows)(const ScaleGeluArguments&, int64_t begin, int64_t end);
   void (*scale_gelu_backward_rows)(const ScaleGeluBackwardArguments&, int64_t begin, int64_t end);
+  // layer normalisation; items are rows
+  void (*layer_norm_rows)(const LayerNormArguments&, int64_t begin, int64_t end);
+  void (*layer_norm_backward_rows)(const LayerNormBackwardArguments&, int64_t chunk, int64_t begin, int64_t end);
   // scaling and batch normalisation together; items are (image, pixel) pairs
   void (*scale_norm_rows)(const ScaleNormArguments&, int64_t begin, int64_t end);
   void (*scale_norm_backward_rows)(const ScaleNormBackwardArguments&, int64_t begin, int64_t end);
@@ -181,6 +202,7 @@ void register_norm(Kernels*, Type);
 void register_batch_norm(Kernels*, Type);
 void register_scale_norm(Kernels*, Type);
 void register_scale_gelu(Kernels*, Type);
+void register_layer_norm(Kernels*, Type);
 }  // namespace baseline
 #if defined(BCOS_HAVE_AVX2)
 namespace avx2 {
@@ -189,6 +211,7 @@ void register_norm(Kernels*, Type);
 void register_batch_norm(Kernels*, Type);
 void register_scale_norm(Kernels*, Type);
 void register_scale_gelu(Kernels*, Type);
+void register_layer_norm(Kernels*, Type);
 }  // namespace avx2
 #endif
 #if defined(BCOS_HAVE_AVX512)
@@ -198,6 +221,7 @@ void register_norm(Kernels*, Type);
 void register_batch_norm(Kernels*, Type);
 void register_scale_norm(Kernels*, Type);
 void register_scale_gelu(Kernels*, Type);
+void register_layer_norm(Kernels*, Type);
 }  // namespace avx512
 #endif
 

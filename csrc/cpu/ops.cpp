@@ -1,6 +1,7 @@
 // The CPU backend as private ops bcos_kernels_cpp::*, against the LibTorch stable ABI; bcos_kernels/cpu.py calls them.
 #include "batch_norm.h"
 #include "conv2d_batch_norm.h"
+#include "layer_norm.h"
 #include "layers.h"
 #include "linear_gelu.h"
 
@@ -25,6 +26,9 @@ STABLE_TORCH_LIBRARY(bcos_kernels_cpp, m) {
   m.def("batch_norm_backward(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
         "bool training, float eps, bool relu, bool detach, bool need_dx, bool need_dweight, bool need_dbias, bool need_dresidual)"
         BCOS_OUTPUTS);
+  m.def("layer_norm_forward(Tensor x, int dims, Tensor? weight, Tensor? bias, float eps, bool emits_squares)" BCOS_OUTPUTS);
+  m.def("layer_norm_backward(Tensor dy, Tensor x, int dims, Tensor? weight, Tensor mean, Tensor rstd, bool detach, "
+        "bool need_dx, bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor)");
   m.def("linear_gelu_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? squares, bool normalize_weight, bool keep, "
         "bool emits_squares)" BCOS_OUTPUTS);
   m.def("linear_gelu_backward(Tensor dh, Tensor x, Tensor weight, Tensor? bias, Tensor y, Tensor n, "
@@ -47,6 +51,8 @@ STABLE_TORCH_LIBRARY_IMPL(bcos_kernels_cpp, CPU, m) {
   m.impl("conv2d_backward", TORCH_BOX(&bcos::cpu::conv2d_backward));
   m.impl("batch_norm_forward", TORCH_BOX(&bcos::cpu::batch_norm_forward));
   m.impl("batch_norm_backward", TORCH_BOX(&bcos::cpu::batch_norm_backward));
+  m.impl("layer_norm_forward", TORCH_BOX(&bcos::cpu::layer_norm_forward));
+  m.impl("layer_norm_backward", TORCH_BOX(&bcos::cpu::layer_norm_backward));
   m.impl("linear_gelu_forward", TORCH_BOX(&bcos::cpu::linear_gelu_forward));
   m.impl("linear_gelu_backward", TORCH_BOX(&bcos::cpu::linear_gelu_backward));
   m.impl("conv2d_batch_norm_forward", TORCH_BOX(&bcos::cpu::conv2d_batch_norm_forward));
