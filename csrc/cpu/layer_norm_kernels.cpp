@@ -15,7 +15,7 @@ namespace bcos::cpu::BCOS_ISA {
 namespace {
 
 constexpr int kTogether = 4;
-constexpr int64_t kRows = 32;  // rows of a block
+constexpr int64_t kRows = 64;  // rows whose shares of dw and db are summed in float
 
 // Rows r to r + 3; past the end the last one again, so that there is one loop only.
 template <class S>
@@ -25,6 +25,15 @@ struct Four {
     for (int i = 0; i < kTogether; i++) of[i] = static_cast<const S*>(base) + (r + i < end ? r + i : end - 1) * columns;
   }
 };
+
+// The next rows, on their way to the cache while these are worked on.
+template <class S>
+inline void fetch(const void* base, int64_t columns, int64_t r, int64_t end) {
+  const int64_t stop = r + kTogether < end ? r + kTogether : end;
+  const char *p = reinterpret_cast<const char*>(static_cast<const S*>(base) + r * columns);
+  const char *last = reinterpret_cast<const char*>(static_cast<const S*>(base) + stop * columns);
+  for (; p < last; p += 64) __builtin_prefetch(p);
+}
 
 template <class S>
 inline void sums(const Four<S>& x, int64_t n, Wide<S>* sum) {
@@ -63,45 +72,99 @@ inline void moments(const Four<S>& x, int64_t n, const Wide<S>* mean, Wide<S>* f
   second[0] = e, second[1] = f, second[2] = g, second[3] = h;
 }
 
+// What a row's y is made of: y = (x - mean - slip) rstd w + b.
+template <class W>
+struct Moment {
+  W mean, slip, rstd;
+};
+
+template <class S>
+inline S normalized(S x, const Moment<Wide<S>>& m, Wide<S> scale, Wide<S> shift) {
+  return store<S>((load(x) - m.mean - m.slip) * m.rstd * scale + shift);
+}
+
+template <class W>
+inline W square(W v) {
+  return v * v;
+}
+
+// y of four rows, and their sums of squares.
 template <class S, bool emits>
-inline void write(
-    const S* __restrict x, S* __restrict y, const Wide<S>* __restrict scale, const Wide<S>* __restrict shift, int64_t n,
-    Wide<S> mean, Wide<S> slip, Wide<S> rstd, Wide<S>* squares) {
+inline void write_four(
+    const Four<S>& x, S* y, const Wide<S>* __restrict scale, const Wide<S>* __restrict shift, int64_t n,
+    const Moment<Wide<S>>* m, Wide<S>* squares) {
   using W = Wide<S>;
-  W sum = 0;
-#pragma omp simd reduction(+ : sum)
+  S *__restrict y0 = y, *__restrict y1 = y + n, *__restrict y2 = y + 2 * n, *__restrict y3 = y + 3 * n;
+  const S *__restrict x0 = x.of[0], *__restrict x1 = x.of[1], *__restrict x2 = x.of[2], *__restrict x3 = x.of[3];
+  const Moment<W> m0 = m[0], m1 = m[1], m2 = m[2], m3 = m[3];
+  W a = 0, b = 0, c = 0, d = 0;
+#pragma omp simd reduction(+ : a, b, c, d)
   for (int64_t i = 0; i < n; i++) {
-    y[i] = store<S>((load(x[i]) - mean - slip) * rstd * scale[i] + shift[i]);
-    if constexpr (emits) sum += load(y[i]) * load(y[i]);
+    const W w = scale[i], v = shift[i];
+    y0[i] = normalized(x0[i], m0, w, v);
+    y1[i] = normalized(x1[i], m1, w, v);
+    y2[i] = normalized(x2[i], m2, w, v);
+    y3[i] = normalized(x3[i], m3, w, v);
+    if constexpr (emits) {
+      a += square(load(y0[i]));
+      b += square(load(y1[i]));
+      c += square(load(y2[i]));
+      d += square(load(y3[i]));
+    }
   }
-  if constexpr (emits) *squares = sum;
+  if constexpr (emits) squares[0] = a, squares[1] = b, squares[2] = c, squares[3] = d;
 }
 
 template <class S>
-void layer_norm_rows(const LayerNormArguments& s, int64_t begin, int64_t end) {
+inline Wide<S> write(
+    const S* __restrict x, S* __restrict y, const Wide<S>* __restrict scale, const Wide<S>* __restrict shift, int64_t n,
+    const Moment<Wide<S>>& m) {
+  Wide<S> squares = 0;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t i = 0; i < n; i++) {
+    y[i] = normalized(x[i], m, scale[i], shift[i]);
+    squares += square(load(y[i]));
+  }
+  return squares;
+}
+
+template <class S, bool emits>
+void forward(const LayerNormArguments& s, int64_t begin, int64_t end) {
   using W = Wide<S>;
   const int64_t n = s.columns;
   const W count = static_cast<W>(n), eps = static_cast<W>(s.eps);
   const W *scale = static_cast<const W*>(s.scale), *shift = static_cast<const W*>(s.shift);
+  W *means = static_cast<W*>(s.mean), *rstds = static_cast<W*>(s.rstd), *squares = static_cast<W*>(s.squares);
   for (int64_t r = begin; r < end; r += kTogether) {
     const Four<S> x(s.x, n, r, end);
+    fetch<S>(s.x, n, r + kTogether, end);
     W mean[kTogether], first[kTogether], second[kTogether];
+    Moment<W> m[kTogether];
     sums(x, n, mean);
-    for (W& m : mean) m /= count;
+    for (W& v : mean) v /= count;
     moments(x, n, mean, first, second);
-    for (int i = 0; i < kTogether && r + i < end; i++) {
+    for (int i = 0; i < kTogether; i++) {
       const W slip = first[i] / count, var = second[i] / count - slip * slip;
-      const W rstd = 1 / std::sqrt((var < 0 ? W(0) : var) + eps);
-      static_cast<W*>(s.mean)[r + i] = mean[i] + slip;
-      static_cast<W*>(s.rstd)[r + i] = rstd;
-      S* y = static_cast<S*>(s.y) + (r + i) * n;
-      if (s.squares != nullptr) {
-        write<S, true>(x.of[i], y, scale, shift, n, mean[i], slip, rstd, static_cast<W*>(s.squares) + r + i);
-      } else {
-        write<S, false>(x.of[i], y, scale, shift, n, mean[i], slip, rstd, nullptr);
-      }
+      m[i] = {mean[i], slip, 1 / std::sqrt((var < 0 ? W(0) : var) + eps)};
+      if (r + i >= end) continue;
+      means[r + i] = mean[i] + slip;
+      rstds[r + i] = m[i].rstd;
+    }
+    S* y = static_cast<S*>(s.y) + r * n;
+    if (r + kTogether <= end) {
+      write_four<S, emits>(x, y, scale, shift, n, m, emits ? squares + r : nullptr);
+      continue;
+    }
+    for (int i = 0; r + i < end; i++) {
+      const W sum = write(x.of[i], y + i * n, scale, shift, n, m[i]);
+      if (emits) squares[r + i] = sum;
     }
   }
+}
+
+template <class S>
+void layer_norm_rows(const LayerNormArguments& s, int64_t begin, int64_t end) {
+  s.squares != nullptr ? forward<S, true>(s, begin, end) : forward<S, false>(s, begin, end);
 }
 
 // Sums of g and of g (x - mean).
@@ -180,6 +243,7 @@ void backward(const LayerNormBackwardArguments& s, int64_t chunk, int64_t begin,
     for (int64_t i = 0; has_sums && i < 2 * n; i++) dw[i] = 0;
     for (int64_t r = r0; r < r1; r += kTogether) {
       const Four<S> dy(s.dy, n, r, end), x(s.x, n, r, end);
+      fetch<S>(s.dy, n, r + kTogether, end);
       Row<W> rows[kTogether];
       W mean[kTogether], first[kTogether], second[kTogether];
       for (int i = 0; i < kTogether; i++) {
@@ -194,6 +258,7 @@ void backward(const LayerNormBackwardArguments& s, int64_t chunk, int64_t begin,
           rows[i].of_x = s.detach ? W(0) : second[i] / count * rows[i].rstd * rows[i].slope;
         }
       }
+      fetch<S>(s.x, n, r + kTogether, end);
       S* dx = has_dx ? static_cast<S*>(s.dx) + r * n : nullptr;
       if (r + kTogether <= r1) {
         apply<S, kTogether, has_dx, has_sums>(dy.of, x.of, dx, scale, n, rows, dw, db);

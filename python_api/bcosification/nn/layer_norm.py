@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+import bcos_kernels
 
 from .modes import DetachableModule, per_sample
 
@@ -17,6 +18,8 @@ class LayerNorm(DetachableModule, nn.LayerNorm):
         var, mean = torch.var_mean(x, dims, unbiased=False, keepdim=True)
         y = (x - mean) / (var.detach() + eps).sqrt() * weight + bias          # explanation mode
 
+    One op (`bcos_kernels.layer_norm`), which leaves the norms of its rows to a B-cos linear layer behind it.
+
     Arguments, shapes and keys are nn.LayerNorm's: LayerNorm(normalized_shape, eps=1e-5, elementwise_affine=True,
     bias=True, device=None, dtype=None); x (..., *normalized_shape).
 
@@ -27,22 +30,22 @@ class LayerNorm(DetachableModule, nn.LayerNorm):
         torch.Size([2, 5, 16])
     """
 
+    channels_first: bool = False
+
     def forward(self, x: Tensor) -> Tensor:
         gain = self.constant_gain if self.bias is not None else None
-        if not self.detach and gain is None:
-            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        # Half precision keeps fp32 statistics, as F.layer_norm does.
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        dims = tuple(range(-len(self.normalized_shape), 0))
-        var, mean = torch.var_mean(wide, dim=dims, unbiased=False, keepdim=True)
-        if self.detach:
-            var = var.detach()
-        y = (wide - mean) * (var + self.eps).rsqrt()
-        if self.weight is not None:
-            y = y * self.weight
-        if self.bias is not None:
-            bias = self.bias
-            if gain is not None:
-                bias = bias * per_sample(gain, x.shape[0], x.dim(), type(self).__name__)
-            y = y + bias
-        return y.to(x.dtype)
+        # Where the bias is added apart, half precision is rounded once all the same.
+        wide = x if gain is None else x.to(torch.promote_types(x.dtype, torch.float32))
+        y = bcos_kernels.layer_norm(
+            wide,
+            self.normalized_shape,
+            self.weight,
+            self.bias if gain is None else None,
+            self.eps,
+            channels_first=self.channels_first,
+            detach=self.detach,
+        )
+        if gain is None:
+            return y
+        bias = self.bias.view(-1, *(1,) * (x.dim() - 2)) if self.channels_first else self.bias
+        return (y + bias * per_sample(gain, x.shape[0], x.dim(), type(self).__name__)).to(x.dtype)

@@ -30,7 +30,9 @@ class LayerNorm2d(LayerNorm):
         torch.Size([2, 8, 5, 5])
     """
 
+    channels_first = True
+
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4:
             raise ValueError(f"LayerNorm2d: expected x of shape (N, C, H, W), got {tuple(x.shape)}")
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return super().forward(x)

@@ -74,7 +74,7 @@ def set_mode(model: nn.Module, mode: str) -> nn.Module:
 def definition():
     """The modules run on the plain PyTorch of reference.py: no op, no autograd Function of this package."""
     with contextlib.ExitStack() as stack:
-        for name in ("linear", "conv2d", "batch_norm_uncentered"):
+        for name in ("linear", "conv2d", "batch_norm_uncentered", "layer_norm"):
             stack.enter_context(mock.patch.object(bcos_kernels, name, getattr(reference, name)))
         for name in ("conv2d_batch_norm", "linear_gelu"):
             stack.enter_context(mock.patch.object(bcos_kernels, name, getattr(harness, name)(reference)))
