@@ -1,8 +1,8 @@
 """Which backend runs which op on which tensors, and saying so.
 
 A backend is a module with the launchers ``{linear,conv2d,batch_norm_uncentered,layer_norm}_{forward,backward}``, and
-those of fused ops where it has them (composed.py puts the others together). The choice is made when an op runs, inside the
-opaque op, so that `backend` also governs compiled graphs.
+those of fused ops where it has them (composed.py puts the others together). The choice is made when an op runs,
+inside the opaque op, so that `backend` also governs compiled graphs.
 
 On a GPU only kernels run by themselves that were verified there and are the fastest for the shape, as the tables of
 tuning.py say; everything else runs on the library plus eager passes.

@@ -49,6 +49,7 @@ _DEFINITIONS: dict[str, Callable] = {
     "batch_norm_uncentered": reference.batch_norm_uncentered,
     "conv2d_batch_norm": _definition_conv2d_batch_norm,
     "linear_gelu": _definition_linear_gelu,
+    "layer_norm": reference.layer_norm,
 }
 
 
@@ -82,7 +83,7 @@ def inputs(case: Case, precision: str, device: torch.device) -> dict[str, Tensor
     found = {}
     for name, shape in case.tensors.items():
         t = _tensor(case, name, shape, generator)
-        wide = len(shape) < 2 and not (name == "bias" and case.op != "batch_norm_uncentered")
+        wide = len(shape) < 2 and not (name == "bias" and case.op not in tuning.WITHOUT_PRODUCTS)
         t = t if wide else t.to(_DTYPES[precision])
         found[name] = t.contiguous(memory_format=torch.channels_last) if case.channels_last and t.dim() == 4 else t
     return found

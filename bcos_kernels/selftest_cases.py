@@ -64,6 +64,14 @@ def batch_norm(name: str, x: tuple[int, ...], *, channels_last: bool = True, res
     return Case("batch_norm_uncentered", name, tensors, options, channels_last=channels_last)
 
 
+def layer_norm(name: str, x: tuple[int, ...], dims: int = 1, *, values: str = "normal", **options) -> Case:
+    """Over the last ``dims`` dimensions of x, or with channels_first over the second."""
+    first = options.get("channels_first", False)
+    shape = x[1:2] if first else x[len(x) - dims :]
+    tensors, options = {"x": x, "weight": shape, "bias": shape}, {"normalized_shape": shape} | options
+    return Case("layer_norm", name, tensors, options, values, channels_last=first)
+
+
 def _case(op, name, tensors, units, values, channels_last, options) -> Case:
     if options.pop("bias", False):
         tensors["bias"] = (units,)
@@ -89,6 +97,7 @@ def cases(quick: bool = False) -> list[Case]:
         # sizes that kernels with copies of 16 bytes ask for
         linear("multiples of 8, unit weights", 40, 64, 48, normalize_weight=True),
         conv2d("multiples of 8, unit weights", (2, 16, 9, 7), 24, 3, padding=1, normalize_weight=True),
+        layer_norm("training", (37, 384)),
     ]
     if quick:
         return most
@@ -130,6 +139,13 @@ def cases(quick: bool = False) -> list[Case]:
         conv2d("evaluation, B = 1.5", (2, 16, 9, 7), 13, 3, training=False, b=1.5, **fused),
         linear("explanation, unit weights", 37, 45, 29, op="linear_gelu", detach=True, normalize_weight=True),
         linear("B = 1.5, bias", 37, 45, 29, op="linear_gelu", b=1.5, bias=True),
+        layer_norm("explanation", (3, 13, 45), detach=True),
+        layer_norm("channels first", (2, 40, 5, 7), channels_first=True),
+        layer_norm("two dimensions", (4, 5, 33), 2),
+        layer_norm("long rows", (3, 40, 25, 25), 3),
+        layer_norm("one feature", (9, 1)),
+        layer_norm("no rows", (0, 16)),
+        layer_norm("inputs of 1e4", (37, 96), values="large"),
     ]
 
 
@@ -160,6 +176,8 @@ def timed_cases(quick: bool = False, batch: int = 64) -> list[Case]:
         linear("MLP 2", tokens, 1536, 384),
         linear("MLP 1", tokens, 768, 3072),
         linear("MLP 1, GELU", tokens, 384, 1536, op="linear_gelu"),
+        layer_norm("ViT-S", (tokens, 384)),
+        layer_norm("ConvNeXt-T", (batch, 56, 56, 96)),
     ]
 
 
@@ -175,7 +193,7 @@ def network_cases(name: str, batch: int, size: int = 224) -> list[Case]:
     hook = [
         m.register_forward_hook(lambda m, arguments, y: ran.append((m, arguments[0], y)))
         for m in model.modules()
-        if isinstance(m, (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.GELU))
+        if isinstance(m, (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm, nn.GELU))
     ]
     with torch.no_grad():
         model(torch.empty((batch, 3, size, size), device="meta"))
@@ -197,6 +215,10 @@ def network_cases(name: str, batch: int, size: int = 224) -> list[Case]:
             case = linear(name, x.numel() // x.shape[-1], x.shape[-1], m.out_features, op=op)
         elif isinstance(m, nn.BatchNorm2d) and id(x) not in made:
             case = batch_norm(name, tuple(x.shape), training=True, activation="relu")
+        elif isinstance(m, nn.LayerNorm):
+            over_channels = isinstance(m, torchvision.models.convnext.LayerNorm2d)
+            options = {"channels_first": True} if over_channels else {}
+            case = layer_norm(name, tuple(x.shape), len(m.normalized_shape), **options)
         if case is not None:
             found.setdefault(f"{case.op} {case.tensors} {case.options}", case)
     return list(found.values())
@@ -206,7 +228,8 @@ _MAKERS = {"linear": linear, "linear_gelu": linear, "conv2d": conv2d, "conv2d_ba
 
 
 def cases_of_file(path: Path) -> list[Case]:
-    """Cases of a JSON file: a list of {"op", "x", "weight" (not of a BatchNorm), further arguments of the function}."""
+    """Cases of a JSON file: a list of {"op", "x", "weight" (not of a normalisation), further arguments of the
+    function; "dims" of a layer_norm, the number of its dimensions}."""
     found = []
     for entry in json.loads(path.read_text(encoding="utf-8")):
         options = dict(entry)
@@ -214,6 +237,9 @@ def cases_of_file(path: Path) -> list[Case]:
             op, x = options.pop("op"), tuple(options.pop("x"))
             if op == "batch_norm_uncentered":
                 found.append(batch_norm(path.stem, x, **options))
+                continue
+            if op == "layer_norm":
+                found.append(layer_norm(path.stem, x, **options))
                 continue
             units, _, *kernel = options.pop("weight")
             units //= options.get("max_out", 1)

@@ -20,7 +20,7 @@ from .. import layouts
 
 _FILES = {
     f"{op}_{direction}": op
-    for op in ("linear", "conv2d", "batch_norm_uncentered", "conv2d_batch_norm", "linear_gelu")
+    for op in ("linear", "conv2d", "batch_norm_uncentered", "conv2d_batch_norm", "linear_gelu", "layer_norm")
     for direction in ("forward", "backward")
 } | {"conv2d_backward": "conv2d_gradient"}
 

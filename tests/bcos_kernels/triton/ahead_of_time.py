@@ -38,8 +38,8 @@ from bcos_kernels.triton_kernels import descriptors
 from bcos_kernels.triton_kernels.configs import CONFIGS, DESCRIPTOR_CONFIGS
 
 USERS_OF_OFFSETS = (
-    "linear", "conv2d", "conv2d_gradient", "batch_norm_uncentered", "conv2d_batch_norm", "weights", "bcos_math",
-    "descriptors", "conv2d_small_groups",
+    "linear", "conv2d", "conv2d_gradient", "batch_norm_uncentered", "conv2d_batch_norm", "layer_norm", "weights",
+    "bcos_math", "descriptors", "conv2d_small_groups",
 )  # fmt: skip
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ROWS = Path(__file__).with_name("resources.json")
@@ -224,6 +224,14 @@ def batch_norm_uncentered(shape, dtype, channels_last=False, residual=False, act
     )  # fmt: skip
 
 
+def layer_norm(shape, dtype, dims=1, detach=False, squares=True) -> None:
+    """Every kernel of the layer normalisation."""
+    x = torch.empty(shape, dtype=dtype)
+    weight = torch.empty(shape[len(shape) - dims :])
+    y, mean, rstd, _ = triton_kernels.layer_norm_forward(x, dims, weight, weight, 1e-5, squares)
+    triton_kernels.layer_norm_backward(y, x, dims, weight, weight, mean, rstd, detach, True, True, True)
+
+
 @contextlib.contextmanager
 def offsets_of_64_bits():
     """Launches as with tensors of more than 2³¹ elements."""
@@ -250,6 +258,7 @@ def launch_everything(thorough: bool) -> None:
         linear(1, 1, 1, torch.bfloat16, b_tensor=True, normalize=True, max_out=3, bias=True)
         conv2d((1, 1, 1, 1), 1, 1, torch.bfloat16, b_tensor=True, normalize=True, max_out=3, bias=True)
         batch_norm_uncentered((1, 1, 1, 1), torch.bfloat16)
+        layer_norm((1, 1), torch.bfloat16)
         with offsets_of_64_bits():
             linear(256, 128, 128, torch.bfloat16, normalize=True, max_out=2)
             conv2d((16, 128, 8, 8), 128, 3, torch.bfloat16, stride=2, normalize=True, max_out=2)
@@ -258,6 +267,8 @@ def launch_everything(thorough: bool) -> None:
             conv2d((4, 64, 8, 8), 64, 7, torch.bfloat16, stride=2, groups=64, normalize=True, bias=True)
             conv2d_batch_norm((4, 64, 8, 8), 64, 3, torch.bfloat16, groups=64)
             linear_gelu(256, 128, 128, torch.bfloat16)
+            layer_norm((64, 384), torch.bfloat16)
+            layer_norm((3, 20000), torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float32):
         for rows, outputs, inputs in SIZES if thorough or dtype == torch.bfloat16 else SIZES[:1]:
             shape = (rows // 16, inputs, 4, 4)
@@ -294,6 +305,10 @@ def launch_everything(thorough: bool) -> None:
             batch_norm_uncentered((4, 64, 32, 32), dtype, activation="relu", squares=squares)
         batch_norm_uncentered((4, 64, 8, 8), dtype, channels_last=True, activation="relu")
         batch_norm_uncentered((4, 64, 32, 32), dtype)
+        for features in (96, 384, 1536, 4000) if thorough else (384, 4000):
+            layer_norm((64, features), dtype)
+        layer_norm((64, 384), dtype, detach=True, squares=False)
+        layer_norm((3, 64, 20, 20), dtype, dims=3)
     if thorough:  # float16, tf32
         linear(256, 128, 128, torch.float16)
         torch.backends.cudnn.allow_tf32 = True

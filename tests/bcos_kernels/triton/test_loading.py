@@ -11,7 +11,7 @@ from bcos_kernels import triton_kernels
 
 LAUNCHERS = [
     f"{op}_{direction}"
-    for op in ("linear", "conv2d", "batch_norm_uncentered", "conv2d_batch_norm", "linear_gelu")
+    for op in ("linear", "conv2d", "batch_norm_uncentered", "conv2d_batch_norm", "linear_gelu", "layer_norm")
     for direction in ("forward", "backward")
 ]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bcos_kernels import triton_kernels
-from bcos_kernels.triton_kernels import descriptors
+from bcos_kernels.triton_kernels import descriptors, layer_norm
 from tests.bcos_kernels.triton.traffic import KERNELS, channels_last, moved, recording, size
 
 EPS = 1e-5
@@ -126,6 +126,23 @@ def test_moves_little_more_than_it_must(case, described, record_property):
     print(f"{case}: {ratios[0]:.3f} of the floor, {ratios[1]:.3f} of a plain layer, {len(launches)} launches")
     for ratio, bound, name in zip(ratios, CASES[case], ("floor", "plain layer"), strict=True):
         assert ratio < bound, f"{ratio:.3f} times the {name}: " + ", ".join(map(str, launches))
+
+
+@pytest.mark.parametrize("features", [96, 384, 1536, 2 * layer_norm.LONGEST])
+def test_layer_norm(features):
+    """Forward: x in, y out. Backward: dy and x in, dx out, and shares of dw and db, under a tenth; once more dy and x
+    where rows are too long. A plain network's LayerNorm reads dy and x for dw and db again in any case."""
+    x = torch.empty(32 * 197, features, dtype=torch.bfloat16, device="meta")
+    vector = torch.empty(features, device="meta")
+    with recording() as launches:
+        y, mean, rstd, _ = triton_kernels.layer_norm_forward(x, 1, vector, vector, EPS, True)
+        forward = sum(launch.read + launch.written for launch in launches)
+        launches.clear()
+        triton_kernels.layer_norm_backward(y, x, 1, vector, vector, mean, rstd, False, True, True, True)
+        backward = sum(launch.read + launch.written for launch in launches)
+    assert 2 * size(x) <= forward < 2.1 * size(x)
+    passes = 3 if features <= layer_norm.LONGEST else 5
+    assert passes * size(x) <= backward < (passes + 0.7) * size(x)
 
 
 def test_every_kernel_is_in_the_table():

@@ -46,6 +46,10 @@ KERNELS = {
     "batch_norm_backward_sums_kernel": Moves("g_sum gx_sum"),
     "batch_norm_backward_parameters_kernel": Moves("dw dbias slope"),
     "batch_norm_backward_kernel": Moves("dx dresidual"),
+    "layer_norm_forward_kernel": Moves("y mean rstd squares"),
+    "layer_norm_backward_kernel": Moves("dx partial"),
+    "layer_norm_backward_dx_kernel": Moves("dx"),
+    "layer_norm_backward_sums_kernel": Moves("partial"),
     "weight_reciprocal_norm_kernel": Moves("out"),
     "weight_normalize_kernel": Moves("out"),
     "weight_gradient_kernel": Moves("dw dbias", {"partial": 2, "w": 2}),  # once more for its projection on ŵ
