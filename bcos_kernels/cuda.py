@@ -418,6 +418,45 @@ def _normalized_backward(
     return dv, q, dweight, None if dbias is None else dbias.to(bias.dtype), dresidual
 
 
+def _matrix(t: Tensor, dims: int) -> Tensor:
+    """(rows, features): the last ``dims`` dimensions are the features."""
+    features = t.shape[t.dim() - dims :].numel()
+    return t.contiguous().view(t.numel() // max(features, 1), features)
+
+
+def layer_norm_forward(x, dims, weight, bias, eps, emits_squares):
+    """(y, mean, 1/√(var + eps), Σ y² per row) of x (..., features of ``dims`` dimensions)."""
+    _check("layer_norm", x)
+    shape = x.shape[: x.dim() - dims]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    mean, rstd = (torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
+    squares = torch.empty(shape if emits_squares else (0,), dtype=torch.float32, device=x.device)
+    if not x.numel():
+        return y, mean.fill_(float("nan")), rstd.fill_(float("nan")), squares.zero_()
+    v = _matrix(x, dims)
+    vectors = (None if t is None else _floats(t).view(-1) for t in (weight, bias))
+    emitted = squares.view(-1) if emits_squares else None
+    _op("layer_norm")(y.view(v.shape), mean.view(-1), rstd.view(-1), emitted, v, *vectors, eps)
+    return y, mean, rstd, squares
+
+
+def layer_norm_backward(dy, x, dims, weight, bias, mean, rstd, detach, need_dx, need_dweight, need_dbias):
+    """Gradients (dx, dweight, dbias)."""
+    _check("layer_norm", x)
+    v = _matrix(x, dims)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
+    dweight, dbias = (
+        v.new_zeros((v.shape[1],), dtype=torch.float32) if needed else None for needed in (need_dweight, need_dbias)
+    )
+    if x.numel():
+        scale = None if weight is None else _floats(weight).view(-1)
+        statistics = (t.contiguous().view(-1) for t in (mean, rstd))
+        of_rows = None if dx is None else dx.view(v.shape)
+        _op("layer_norm_backward")(of_rows, dweight, dbias, _matrix(dy, dims), v, scale, *statistics, detach)
+    dweight = None if dweight is None else dweight.view(weight.shape).to(weight.dtype)
+    return dx, dweight, None if dbias is None else dbias.view(bias.shape).to(bias.dtype)
+
+
 def _here(launcher: str):
     return globals()[launcher]
 

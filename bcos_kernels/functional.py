@@ -464,7 +464,7 @@ def layer_norm(
 
     Args:
         x: (..., *normalized_shape), float32, float64, bfloat16 or float16, any layout.
-        normalized_shape: an int or a sequence of ints, the last dimensions of x, whose elements are normalised together.
+        normalized_shape: an int or a sequence of ints, the last dimensions of x; what they hold is normalised together.
         weight, bias: of shape normalized_shape, any floating type, or None (no scaling, no shift).
         eps: added to the variance, default 1e-5.
         channels_first: x is (N, C, ...) and normalised over its C channels at every position; normalized_shape is (C,).

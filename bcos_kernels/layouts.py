@@ -132,12 +132,12 @@ def _batch_norm_uncentered_backward(launch: Callable, dy, x, *options) -> tuple:
     return _as(dx, own_format(x)), dweight, dbias, _as(dresidual, own_format(x))
 
 
-def _layer_norm_forward(launch: Callable, x, *options) -> tuple:
+def _layer_norm_forward(launch: Callable, x, dims, *options) -> tuple:
     if _takes(launch, "emits_squares"):
-        y, mean, rstd, squares = launch(x, *options)
+        y, mean, rstd, squares = launch(x, dims, *options)
     else:
-        y, mean, rstd = launch(x, *options[:-1])
-        squares = sum_squares(y, -1) if options[-1] else rstd.new_empty((0,))
+        y, mean, rstd = launch(x, dims, *options[:-1])
+        squares = sum_squares(y.flatten(y.dim() - dims), -1) if options[-1] else rstd.new_empty((0,))
     return tuple(map(_contiguous, (y, mean, rstd, squares)))
 
 

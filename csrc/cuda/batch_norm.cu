@@ -11,7 +11,7 @@
 //          stored value.
 // Traffic  training forward reads x twice and writes z; known statistics: reads x, writes z; backward reads dz and x twice (and z
 //          twice where there was a residual), writes dx. That is what a plain BatchNorm with ReLU moves.
-#include "teams.h"
+#include "columns.h"
 
 namespace bcos::cuda {
 namespace {
@@ -34,42 +34,6 @@ __device__ inline bool is_open(float out) {
 }
 
 // --- sums over rows ---------------------------------------------------------------------------------------------------
-
-constexpr int kRowsOfFinish = 8;
-
-// Packs of channels along x, rows along y.
-inline dim3 block_of(int64_t channels, int width) {
-  unsigned lanes = 1;
-  while (lanes < 32 && static_cast<int64_t>(lanes) * width < channels) lanes *= 2;
-  return dim3(lanes, kThreads / lanes);
-}
-
-// f(row) for this thread's rows of the block's split.
-template <class F>
-__device__ inline void for_rows(int64_t rows, int64_t* first, int64_t* count, const F& f) {
-  const int64_t size = (rows + gridDim.x - 1) / gridDim.x;
-  *first = blockIdx.x * size < rows ? blockIdx.x * size : rows;
-  *count = *first + size < rows ? size : rows - *first;
-  for (int64_t row = *first + threadIdx.y; row < *first + *count; row += blockDim.y) f(row);
-}
-
-// The sums of a column of threads, at its first row.
-template <int V>
-__device__ inline void column_sum(float (&v)[V], float* shared) {
-  const unsigned thread = threadIdx.y * blockDim.x + threadIdx.x;
-  for (unsigned height = blockDim.y / 2; height > 0; height /= 2) {
-    if (threadIdx.y >= height && threadIdx.y < 2 * height) {
-#pragma unroll
-      for (int i = 0; i < V; i++) shared[i * kThreads + thread - height * blockDim.x] = v[i];
-    }
-    __syncthreads();
-    if (threadIdx.y < height) {
-#pragma unroll
-      for (int i = 0; i < V; i++) v[i] += shared[i * kThreads + thread];
-    }
-    __syncthreads();
-  }
-}
 
 template <class S, int V, By BY>
 __global__ void moments_kernel(Moments p) {
@@ -328,19 +292,8 @@ __global__ void slope_backward_kernel(NormalizeBackward p, int lanes) {
 
 By by_of(const float* n, const Segments& s) { return n == nullptr ? By::none : s.groups == 1 ? By::row : By::group; }
 
-int64_t channels_of(const Segments& s) { return s.groups * s.channels; }
-
 int width_of(int bytes, const Segments& s, std::initializer_list<const void*> pointers) {
   return vector_width(bytes, channels_of(s), pointers);
-}
-
-// Rows of a split: 16 a thread at least, and no more splits than fill a large GPU four times over.
-int64_t splits_of(const Segments& s, int width) {
-  const dim3 block = block_of(channels_of(s), width);
-  const int64_t tiles = (channels_of(s) + block.x * width - 1) / (block.x * width);
-  const int64_t most = 1024 / (tiles < 1024 ? tiles : 1024), by_rows = (s.rows + 16 * block.y - 1) / (16 * block.y);
-  const int64_t splits = by_rows < most ? by_rows : most;
-  return splits < 1 ? 1 : splits;
 }
 
 #define BCOS_FOR_BY(by, ...)                                                \
@@ -349,11 +302,6 @@ int64_t splits_of(const Segments& s, int width) {
     case By::row: { constexpr By BY = By::row; __VA_ARGS__; } break;        \
     case By::group: { constexpr By BY = By::group; __VA_ARGS__; } break;    \
   }
-
-dim3 reduction_grid(const Segments& s, int64_t splits, const dim3& block, int width) {
-  return dim3(static_cast<unsigned>(splits), static_cast<unsigned>((channels_of(s) + block.x * width - 1) / (block.x * width)));
-}
-dim3 finish_grid(const Segments& s) { return dim3(static_cast<unsigned>((channels_of(s) + 31) / 32)); }
 
 }  // namespace
 

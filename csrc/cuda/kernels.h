@@ -165,4 +165,28 @@ struct NormalizeBackward {
 };
 void normalize_backward(Type type, const NormalizeBackward& p, Stream stream);
 
+// --- layer_norm.cu ----------------------------------------------------------------------------------------------------
+
+struct LayerNorm {
+  void* y;
+  float *mean, *rstd;
+  float* squares;  // sum of y^2 per row, or null
+  const void* x;
+  const float *weight, *bias;  // or null
+  int64_t rows, columns;
+  float eps;
+};
+void layer_norm(Type type, const LayerNorm& p, Stream stream);
+
+struct LayerNormBackward {
+  void* dx;                 // or null
+  float *dweight, *dbias;   // or null
+  float* partial;           // (reduction_splits, 2, columns) scratch, null where neither is needed
+  const void *dy, *x;
+  const float *weight, *mean, *rstd;  // weight may be null
+  int64_t rows, columns;
+  bool detach;
+};
+void layer_norm_backward(Type type, const LayerNormBackward& p, Stream stream);
+
 }  // namespace bcos::cuda

@@ -382,6 +382,59 @@ void normalize_backward_op(
   launch.check("normalize_backward");
 }
 
+// --- layer normalisation ----------------------------------------------------------------------------------------------
+
+// (rows, columns)
+void check_matrix(const Tensor& x) { BCOS_CHECK(x.dim() == 2, "expected a matrix, got ", x.dim(), " dimensions"); }
+
+void layer_norm_op(
+    const Tensor& y, const Tensor& mean, const Tensor& rstd, const OptionalTensor& squares, const Tensor& x,
+    const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+  const Launch launch(x);
+  check_matrix(x);
+  const ScalarType type = x.scalar_type();
+  const int64_t rows = x.size(0), columns = x.size(1);
+  LayerNorm p{};
+  p.y = pointer(y, type, x.numel(), "y");
+  p.mean = floats(mean, rows, "mean");
+  p.rstd = floats(rstd, rows, "rstd");
+  p.squares = floats(squares, rows, "squares");
+  p.x = pointer(x, type, x.numel(), "x");
+  p.weight = floats(weight, columns, "weight");
+  p.bias = floats(bias, columns, "bias");
+  p.rows = rows;
+  p.columns = columns;
+  p.eps = static_cast<float>(eps);
+  layer_norm(type_of(x), p, launch.stream);
+  launch.check("layer_norm");
+}
+
+void layer_norm_backward_op(
+    const OptionalTensor& dx, const OptionalTensor& dweight, const OptionalTensor& dbias, const Tensor& dy, const Tensor& x,
+    const OptionalTensor& weight, const Tensor& mean, const Tensor& rstd, bool detach) {
+  const Launch launch(x);
+  check_matrix(x);
+  const ScalarType type = x.scalar_type();
+  const int64_t rows = x.size(0), columns = x.size(1);
+  const bool sums = dweight.has_value() || dbias.has_value();
+  const Tensor partial = scratch(x, sums ? reduction_splits(type_of(x), {rows, 1, columns}) : 0, columns);
+  LayerNormBackward p{};
+  p.dx = pointer(dx, type, x.numel(), "dx");
+  p.dweight = floats(dweight, columns, "dweight");
+  p.dbias = floats(dbias, columns, "dbias");
+  p.partial = sums ? static_cast<float*>(partial.data_ptr()) : nullptr;
+  p.dy = pointer(dy, type, x.numel(), "dy");
+  p.x = pointer(x, type, x.numel(), "x");
+  p.weight = floats(weight, columns, "weight");
+  p.mean = floats(mean, rows, "mean");
+  p.rstd = floats(rstd, rows, "rstd");
+  p.rows = rows;
+  p.columns = columns;
+  p.detach = detach;
+  layer_norm_backward(type_of(x), p, launch.stream);
+  launch.check("layer_norm_backward");
+}
+
 }  // namespace
 }  // namespace bcos::cuda
 
@@ -422,6 +475,10 @@ BCOS_OPS(BCOS_LIBRARY, m) {
         "Tensor? n, Tensor factors, Tensor var, float eps, int groups, bool relu) -> ()");
   m.def("normalize_backward(Tensor(a!)? dx, Tensor(b!)? q, Tensor(c!)? dresidual, Tensor dz, Tensor? x, Tensor? z, "
         "Tensor? slope, Tensor? n, Tensor? factors, Tensor? factor, Tensor? mean, int groups, bool relu, bool detach) -> ()");
+  m.def("layer_norm(Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd, Tensor(d!)? squares, Tensor x, Tensor? weight, "
+        "Tensor? bias, float eps) -> ()");
+  m.def("layer_norm_backward(Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor dy, Tensor x, Tensor? weight, "
+        "Tensor mean, Tensor rstd, bool detach) -> ()");
 }
 
 BCOS_IMPLEMENTATIONS(BCOS_LIBRARY, BCOS_DEVICE, m) {
@@ -440,6 +497,8 @@ BCOS_IMPLEMENTATIONS(BCOS_LIBRARY, BCOS_DEVICE, m) {
   m.impl("normalize", TORCH_BOX(&bcos::cuda::normalize_op));
   m.impl("normalize_sums", TORCH_BOX(&bcos::cuda::normalize_sums_op));
   m.impl("normalize_backward", TORCH_BOX(&bcos::cuda::normalize_backward_op));
+  m.impl("layer_norm", TORCH_BOX(&bcos::cuda::layer_norm_op));
+  m.impl("layer_norm_backward", TORCH_BOX(&bcos::cuda::layer_norm_backward_op));
 }
 
 #if defined(BCOS_EMULATED)

@@ -31,6 +31,7 @@ BATCH_NORM = [
     dict(training=True, activation=None, layout="contiguous"),
     dict(training=False, activation="relu", layout="contiguous"),
 ]
+LAYER_NORM = [dict(detach=False), dict(detach=True), dict(detach=False, eps=1e-2)]
 CONV2D_BATCH_NORM = [
     dict(training=True, activation="relu", padding=1, normalize_weight=True, layout="channels_last"),
     dict(training=True, activation=None, groups=2, layout="channels_last"),
@@ -82,6 +83,11 @@ def results(module, dtype: torch.dtype, wide: bool = False) -> dict[str, Tensor]
         running_var = torch.full((21,), 0.7, dtype=statistics)
         y = module.batch_norm_uncentered(leaves[0], running_var, residual=leaves[1], **options)
         record(f"batch_norm_uncentered {case}", y, leaves)
+    for features, options in zip((21, 48, (7, 9)), LAYER_NORM, strict=True):
+        shape = features if isinstance(features, tuple) else (features,)
+        x = harness.randn((2, 7, *shape), 1, dtype) + 1
+        leaves = values([x, harness.randn(shape, 2, dtype) + 1, harness.randn(shape, 3, dtype)])
+        record(f"layer_norm {shape} {options}", module.layer_norm(leaves[0], shape, *leaves[1:], **options), leaves)
     for case in CONV2D_BATCH_NORM:
         options = dict(case)
         layout, groups = options.pop("layout"), options.get("groups", 1)
@@ -107,7 +113,7 @@ def results(module, dtype: torch.dtype, wide: bool = False) -> dict[str, Tensor]
 
 def main(path: str) -> None:
     found = {}
-    ops = ("linear", "conv2d", "batch_norm_uncentered", "conv2d_batch_norm")
+    ops = ("linear", "conv2d", "batch_norm_uncentered", "conv2d_batch_norm", "layer_norm")
     with harness.only("cpu", *(f"{op}{way}" for op in ops for way in ("", "_backward"))):
         for name, dtype in harness.DTYPES.items():
             found[name] = results(bcos_kernels, dtype)

@@ -51,6 +51,10 @@ def _conv2d_batch_norm(x, weight, detach):
     return OPS.conv2d_batch_norm(x, weight, None, None, var, None, None, var, None, *WINDOW, *options)[0]
 
 
+def _layer_norm(x, weight, detach):
+    return OPS.layer_norm(x, 1, weight, None, 1e-5, detach)[0]
+
+
 CALLS = {
     "linear": (
         ((3, 4), (2, 4)), _linear,
@@ -72,6 +76,9 @@ CALLS = {
             x, w, None, *WINDOW, normalize_weight=True, norm_weight=RUNNING_VAR[:2], running_var=RUNNING_VAR[:2],
             training=False, activation="relu", detach=detach,
         ),
+    ),
+    "layer_norm": (
+        ((2, 3, 4), (4,)), _layer_norm, lambda module, x, w, detach: module.layer_norm(x, 4, w, detach=detach),
     ),
 }  # fmt: skip
 
@@ -162,7 +169,10 @@ def test_exported_programs_are_differentiated_in_the_mode_they_were_made_in(deta
 
 # Explanation mode -----------------------------------------------------------------------------------------------------
 
-SHAPES = {"linear": ((3, 4), (2, 4)), "conv2d": ((1, 4, 3, 4), (2, 2, 2, 2)), "batch_norm_uncentered": ((3, 2, 2), ())}
+SHAPES = {
+    "linear": ((3, 4), (2, 4)), "conv2d": ((1, 4, 3, 4), (2, 2, 2, 2)), "batch_norm_uncentered": ((3, 2, 2), ()),
+    "layer_norm": ((3, 5), ()),
+}  # fmt: skip
 
 
 def explaining(op: str, x: Tensor, weight: Tensor | None, b, module=bcos_kernels, detach: bool = True) -> Tensor:
@@ -170,12 +180,18 @@ def explaining(op: str, x: Tensor, weight: Tensor | None, b, module=bcos_kernels
         return module.linear(x, weight, b=b, detach=detach)
     if op == "conv2d":
         return module.conv2d(x, weight, None, *WINDOW, b=b, detach=detach)
+    if op == "layer_norm":
+        return module.layer_norm(x, x.shape[-1], detach=detach)
     return module.batch_norm_uncentered(x, None, training=True, detach=detach)
 
 
 @pytest.mark.parametrize(
     "op, b",
-    [*((op, b) for op in ("linear", "conv2d") for b in (2.0, 1.5, "tensor")), ("batch_norm_uncentered", None)],
+    [
+        *((op, b) for op in ("linear", "conv2d") for b in (2.0, 1.5, "tensor")),
+        ("batch_norm_uncentered", None),
+        ("layer_norm", None),
+    ],
 )
 def test_gradcheck_fails_when_explaining(op, b):
     """The scale is a constant, so the gradient is not the derivative; nor is the second one. At B = 1 both are."""
@@ -187,7 +203,7 @@ def test_gradcheck_fails_when_explaining(op, b):
         torch.autograd.gradcheck(lambda x: explaining(op, x, weight, b), (x,))
     with pytest.raises(GradcheckError, match="Jacobian mismatch"):
         torch.autograd.gradgradcheck(lambda x, w: explaining(op, x, w, b), (x, weight))
-    if op != "batch_norm_uncentered":
+    if b is not None:
         assert torch.autograd.gradcheck(lambda x, w: explaining(op, x, w, 1.0), (x, weight))
 
 

@@ -46,11 +46,16 @@ def conv2d_batch_norm():
     return bcos_kernels.conv2d_batch_norm(x, weight, running_var=torch.ones(5), training=False, activation="relu")
 
 
+def layer_norm():
+    return bcos_kernels.layer_norm(harness.randn((5, 6), 1, torch.float32).requires_grad_(), 6)
+
+
 OPS = {
     "linear": linear,
     "conv2d": conv2d,
     "batch_norm_uncentered": batch_norm_uncentered,
     "conv2d_batch_norm": conv2d_batch_norm,
+    "layer_norm": layer_norm,
 }
 
 
@@ -257,7 +262,8 @@ def test_backward_uses_the_forward_s_backend(first, second, op):
 @pytest.mark.parametrize("op, option", [("linear", 2.0), ("linear", 1.0), ("linear", 1.5), ("conv2d", 2.0),
                                         ("conv2d", 1.0), ("batch_norm_uncentered", True),
                                         ("batch_norm_uncentered", False), ("conv2d_batch_norm", True),
-                                        ("conv2d_batch_norm", False)])  # fmt: skip
+                                        ("conv2d_batch_norm", False), ("layer_norm", False),
+                                        ("layer_norm", True)])  # fmt: skip
 def test_compiled_graphs_obey(op, option):
     """One graph for all backends, chosen when it runs; its backward follows its forward."""
     torch.compiler.reset()
@@ -265,6 +271,7 @@ def test_compiled_graphs_obey(op, option):
         "linear": [harness.randn((5, 6), 1, torch.float32), harness.randn((4, 6), 2, torch.float32)],
         "conv2d": [harness.randn((2, 4, 6, 6), 1, torch.float32), harness.randn((5, 4, 3, 3), 2, torch.float32)],
         "batch_norm_uncentered": [harness.randn((2, 4, 3, 3), 1, torch.float32)],
+        "layer_norm": [harness.randn((5, 6), 1, torch.float32)],
     }
     tensors["conv2d_batch_norm"] = [tensors["conv2d"][0].to(memory_format=torch.channels_last), tensors["conv2d"][1]]
     tensors = tensors[op]
@@ -275,6 +282,8 @@ def test_compiled_graphs_obey(op, option):
             return bcos_kernels.batch_norm_uncentered(*leaves, torch.ones(4), training=option)
         if op == "conv2d_batch_norm":
             return bcos_kernels.conv2d_batch_norm(*leaves, running_var=torch.ones(5), training=option, detach=True)
+        if op == "layer_norm":
+            return bcos_kernels.layer_norm(*leaves, 6, detach=option)
         return getattr(bcos_kernels, op)(*leaves, b=option)
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)

@@ -101,4 +101,4 @@ def test_formulas_are_there_whatever_is_imported_first(first):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == "10"
+    assert run.stdout.strip() == "12"

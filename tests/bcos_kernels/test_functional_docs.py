@@ -15,11 +15,11 @@ from tests.bcos_kernels import harness
 from tests.bcos_kernels.tolerances import assert_close_to_reference
 
 PUBLIC = [name for name in bcos_kernels.__all__]
-WITH_EXAMPLES = ["linear", "conv2d", "batch_norm_uncentered", "conv2d_batch_norm", "backends"]
+WITH_EXAMPLES = ["linear", "conv2d", "batch_norm_uncentered", "conv2d_batch_norm", "layer_norm", "backends"]
 
 
 def test_the_public_names():
-    ops = {"linear", "conv2d", "batch_norm_uncentered", "conv2d_batch_norm", "linear_gelu"}
+    ops = {"linear", "conv2d", "batch_norm_uncentered", "conv2d_batch_norm", "linear_gelu", "layer_norm"}
     assert set(PUBLIC) == {*ops, "backend", "backends", "dispatched", "recomputed"}
 
 
@@ -100,6 +100,12 @@ def test_equivalent_of_conv2d_batch_norm(training):
     assert_close_to_reference("running_var", mine, None, theirs, torch.float64)
 
 
+def test_equivalent_of_layer_norm():
+    x, weight, bias = (harness.randn(s, i, torch.float64) for i, s in enumerate(((5, 6), (6,), (6,))))
+    expected = equivalent("layer_norm", x=x, weight=weight, bias=bias, eps=1e-5)
+    assert_close_to_reference("y", bcos_kernels.layer_norm(x, 6, weight, bias), None, expected, torch.float64)
+
+
 def test_signatures():
     """As fixed for everything that is built on them."""
     parameters = {name: inspect.signature(getattr(bcos_kernels, name)).parameters for name in PUBLIC}
@@ -121,6 +127,9 @@ def test_signatures():
     assert described("batch_norm_uncentered") == (
         "x, running_var, weight=None, bias=None, *, training, momentum=0.1, eps=1e-05, activation=None, residual=None, "
         "detach=False"
+    )
+    assert described("layer_norm") == (
+        "x, normalized_shape, weight=None, bias=None, eps=1e-05, *, channels_first=False, detach=False"
     )
     assert described("conv2d_batch_norm") == (
         "x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, running_var, norm_weight=None, "

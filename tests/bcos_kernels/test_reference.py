@@ -177,6 +177,26 @@ class TestBatchNormByHand:
         assert_equal("dx, detach", torch.autograd.grad(y, x, dy)[0], doubles([[0.5], [0.0]]))
 
 
+class TestLayerNormByHand:
+    """A row of the values 1, 1 and 4: mean 2, biased variance 2; eps = 2: σ = 2."""
+
+    def test_values(self):
+        x = doubles([[1.0, 1.0, 4.0]])
+        assert_equal("y", reference.layer_norm(x, 3, eps=2.0), doubles([[-0.5, -0.5, 1.0]]))
+        y = reference.layer_norm(x, (3,), doubles([2.0, 4.0, 1.0]), doubles([1.0, 0.0, -1.0]), 2.0)
+        assert_equal("affine", y, doubles([[0.0, -2.0, 0.0]]))
+        y = reference.layer_norm(x.t().unsqueeze(0), 3, eps=2.0, channels_first=True)
+        assert_equal("channels first", y, doubles([[[-0.5], [-0.5], [1.0]]]))
+
+    def test_gradients(self):
+        x, dy = doubles([[1.0, 1.0, 4.0]], grad=True), doubles([[3.0, 0.0, 0.0]])
+        y = reference.layer_norm(x, 3, eps=2.0)
+        # (g − 1 − x̂·mean of g·x̂)/2, x̂ = (−1/2, −1/2, 1), mean of g·x̂ = −1/2
+        assert_equal("dx", torch.autograd.grad(y, x, dy)[0], doubles([[0.875, -0.625, -0.25]]))
+        y = reference.layer_norm(x, 3, eps=2.0, detach=True)
+        assert_equal("dx, detach", torch.autograd.grad(y, x, dy)[0], doubles([[1.0, -0.5, -0.5]]))
+
+
 # Where the formulas have holes ----------------------------------------------------------------------------------------
 
 
@@ -434,4 +454,27 @@ def test_written_out_gradients_of_batch_norm(activation, training, detach):
         assert_equal("mean", mean, x.mean((0, 2, 3)))
         assert_equal("var", var, x.var((0, 2, 3), unbiased=False))
     for name, mine, theirs in zip(("dx", "dweight", "dbias", "dresidual"), got, expected, strict=True):
+        assert_equal(name, mine, theirs)
+
+
+@pytest.mark.parametrize("detach", [False, True], ids=["training", "explaining"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("affine", [False, True])
+def test_written_out_gradients_of_layer_norm(affine, dims, detach):
+    shape = (3, 4, 5)
+    features = shape[3 - dims :]
+    x = (harness.randn(shape, 1, torch.float64) + 0.5).requires_grad_()
+    weight, bias = (harness.randn(features, i, torch.float64).requires_grad_() if affine else None for i in (2, 3))
+    y = reference.layer_norm(x, features, weight, bias, 1e-3, detach=detach)
+    dy = harness.randn(shape, 4, torch.float64)
+    leaves = [t for t in (x, weight, bias) if t is not None]
+    expected = torch.autograd.grad(y, leaves, dy)
+    with torch.no_grad():
+        out, mean, rstd = reference.layer_norm_forward(x, dims, weight, bias, 1e-3)
+        got = reference.layer_norm_backward(dy, x, dims, weight, bias, mean, rstd, detach, True, affine, affine)
+    over = tuple(range(3 - dims, 3))
+    assert_equal("y", out, y)
+    assert_equal("mean", mean, x.mean(over))
+    assert_equal("rstd", rstd, (x.var(over, unbiased=False) + 1e-3).rsqrt())
+    for name, mine, theirs in zip(("dx", "dweight", "dbias"), got, expected, strict=False):
         assert_equal(name, mine, theirs)

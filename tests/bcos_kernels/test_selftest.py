@@ -297,7 +297,11 @@ def test_shapes_of_a_network():
     assert found["resnet18: x 4x512, weight 1000x512"].op == "linear"
     assert not any(case.op == "batch_norm_uncentered" for case in found.values())  # all behind a convolution
     vit = selftest_cases.network_cases("vit_b_16", 1)
-    assert {case.op for case in vit} == {"conv2d", "linear", "linear_gelu"}
+    assert {case.op for case in vit} == {"conv2d", "linear", "linear_gelu", "layer_norm"}
+    assert {case.tensors["x"] for case in vit if case.op == "layer_norm"} == {(1, 197, 768)}
+    convnext = selftest_cases.network_cases("convnext_tiny", 1, 64)
+    norms = {c.tensors["x"]: c.options.get("channels_first", False) for c in convnext if c.op == "layer_norm"}
+    assert norms[1, 96, 16, 16] and not norms[1, 16, 16, 96]  # torchvision's LayerNorm2d, and a block's LayerNorm
     assert [case.tensors["weight"] for case in vit if case.op == "linear_gelu"] == [(3072, 768)]
 
 
@@ -307,13 +311,15 @@ def test_shapes_of_a_file(tmp_path):
         {"op": "conv2d", "x": [2, 8, 6, 6], "weight": [16, 4, 3, 3], "groups": 2, "padding": 1, "max_out": 2},
         {"op": "linear_gelu", "x": [10, 16], "weight": [32, 16], "b": 1.5, "bias": True},
         {"op": "batch_norm_uncentered", "x": [2, 8, 6, 6], "training": True, "residual": True},
+        {"op": "layer_norm", "x": [2, 8, 6], "dims": 2, "eps": 1e-6},
     ]
     path.write_text(json.dumps(entries))
-    conv, linear, norm = selftest_cases.cases_of_file(path)
+    conv, linear, norm, layer_norm = selftest_cases.cases_of_file(path)
     assert conv.tensors == {"x": (2, 8, 6, 6), "weight": (16, 4, 3, 3)} and conv.options["groups"] == 2
     assert linear.tensors["bias"] == (32,) and linear.options == {"b": 1.5}
     assert norm.tensors["residual"] == (2, 8, 6, 6)
-    for case in (conv, linear, norm):
+    assert layer_norm.tensors["weight"] == (8, 6) and layer_norm.options == {"normalized_shape": (8, 6), "eps": 1e-6}
+    for case in (conv, linear, norm, layer_norm):
         (result,) = selftest.check(case, "float32", ["reference"], CPU)
         assert result.status == "right", result.detail
     path.write_text('[{"op": "conv9d", "x": [1]}]')

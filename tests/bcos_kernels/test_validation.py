@@ -39,6 +39,12 @@ def conv2d_batch_norm(x=(2, 4, 5, 5), weight=(6, 4, 3, 3), running_var=(6,), tra
     return bcos_kernels.conv2d_batch_norm(x, weight, running_var=running_var, training=training, **options | tensors)
 
 
+def layer_norm(x=(2, 3, 4), normalized_shape=(4,), dtype=torch.float32, **options):
+    x = torch.zeros(x, dtype=dtype) if isinstance(x, tuple) else x
+    options = {k: torch.ones(v) if isinstance(v, tuple) else v for k, v in options.items()}
+    return bcos_kernels.layer_norm(x, normalized_shape, **options)
+
+
 half, single, whole = torch.float16, torch.float32, torch.int64
 meta = torch.zeros(6, 4, device="meta")
 
@@ -232,6 +238,44 @@ CASES = {
     "eps a string": (lambda: batch_norm(eps="1e-5"), TypeError, "eps to be a number", "str"),
     "momentum 2": (lambda: batch_norm(momentum=2.0), ValueError, "momentum in [0, 1]", "2.0"),
     "momentum None": (lambda: batch_norm(momentum=None), TypeError, "momentum to be a number", "NoneType"),
+    # layer_norm
+    "features of other size": (
+        lambda: layer_norm(normalized_shape=(5,)),
+        ValueError,
+        "(..., *normalized_shape)",
+        "(5,)",
+    ),
+    "more features than dimensions": (
+        lambda: layer_norm(normalized_shape=(1, 2, 3, 4)),
+        ValueError,
+        "(..., *normalized_shape)",
+        "(1, 2, 3, 4)",
+    ),
+    "no features": (lambda: layer_norm(normalized_shape=()), ValueError, "(..., *normalized_shape)", "()"),
+    "normalized_shape a float": (
+        lambda: layer_norm(normalized_shape=4.0),
+        TypeError,
+        "normalized_shape to be an int",
+        "float",
+    ),
+    "LayerNorm of None": (lambda: layer_norm(x=None), TypeError, "x to be a tensor", "NoneType"),
+    "LayerNorm of integers": (lambda: layer_norm(dtype=whole), TypeError, "x.dtype to be one of", "int64"),
+    "LayerNorm's weight": (lambda: layer_norm(weight=(3,)), ValueError, "weight of shape (4,)", "(3,)"),
+    "LayerNorm's bias": (lambda: layer_norm(bias=(4, 1)), ValueError, "bias of shape (4,)", "(4, 1)"),
+    "LayerNorm's weight elsewhere": (
+        lambda: layer_norm(weight=torch.ones(4, device="meta")),
+        ValueError,
+        "weight on x's device",
+        "meta",
+    ),
+    "LayerNorm's eps < 0": (lambda: layer_norm(eps=-1.0), ValueError, "eps >= 0", "-1.0"),
+    "LayerNorm's eps None": (lambda: layer_norm(eps=None), TypeError, "eps to be a number", "NoneType"),
+    "channels first of other size": (
+        lambda: layer_norm(channels_first=True),
+        ValueError,
+        "(N, channels, ...) and normalized_shape (channels,)",
+        "(2, 3, 4) and (4,)",
+    ),
     # conv2d_batch_norm: what both check, by its name and of the shape of the output
     "fused, no batch": (lambda: conv2d_batch_norm(x=(4, 5, 5)), ValueError, "(N, C, H, W)", "(4, 5, 5)"),
     "fused, x None": (lambda: conv2d_batch_norm(x=None), TypeError, "x to be a tensor", "NoneType"),

@@ -26,6 +26,7 @@ KERNELS = {
               "scale_gelu_backward"],
     "batch_norm": ["moments", "moments_finish", "factors", "normalize_sums", "normalize_sums_finish", "normalize",
                    "normalize_backward", "slope_backward"],
+    "layer_norm": ["layer_norm", "layer_norm_backward", "layer_norm_sums", "layer_norm_sums_finish"],
 }  # fmt: skip
 MORE_REGISTERS = 8  # what another version of nvcc may take
 

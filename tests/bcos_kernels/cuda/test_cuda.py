@@ -17,7 +17,7 @@ from tests.bcos_kernels.tolerances import assert_close_to_reference
 pytestmark = pytest.mark.skipif(not harness.has_compiler(), reason="no C++ compiler here")
 
 DTYPES = ["fp32", "bf16", "fp16"]
-OPS = ("linear", "conv2d", "batch_norm_uncentered", "conv2d_batch_norm")
+OPS = ("linear", "conv2d", "batch_norm_uncentered", "conv2d_batch_norm", "layer_norm")
 
 
 def both_ways(*ops: str) -> tuple[str, ...]:
@@ -200,6 +200,52 @@ def test_batch_norm_uncentered(shape, dtype):
         "batch_norm_uncentered", lambda module: module.batch_norm_uncentered, inputs, dtype, "batch_norm_uncentered",
         running_var=running_var, training=True, activation="relu",
     )  # fmt: skip
+
+
+LAYER_NORMS = {  # shape of x, dimensions that are normalised
+    "kept": ((37, 40), 1), "odd": ((21, 45), 1), "short": ((70, 8), 1), "one feature": ((9, 1), 1),
+    "long": ((3, 2056), 1), "images": ((4, 5, 6, 48), 1), "two dimensions": ((5, 3, 4, 6), 2),
+    "many rows": ((700, 24), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("case", LAYER_NORMS)
+def test_layer_norm(case, detach, dtype):
+    """Rows in a team's registers and read again, of every alignment; a mean away from 0."""
+    dtype, (shape, dims) = harness.DTYPES[dtype], LAYER_NORMS[case]
+    of_features = shape[len(shape) - dims :]
+    x = harness.randn(shape, 1, dtype) + 4
+    inputs = dict(x=x, weight=harness.randn(of_features, 2, torch.float32) + 1)
+    inputs["bias"] = harness.randn(of_features, 3, dtype)
+    for leave_out in ((), ("weight",), ("bias",), ("weight", "bias")) if case == "odd" else ((),):
+        given = {name: t for name, t in inputs.items() if name not in leave_out}
+        compare(
+            "layer_norm", lambda module: module.layer_norm, given, dtype, "layer_norm", normalized_shape=of_features,
+            detach=detach,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["strided", "transposed", "expanded", "offset"])
+def test_layouts_of_layer_norm(layout):
+    inputs = dict(x=harness.lay_out(harness.randn((6, 5, 16), 1, torch.float32), layout), weight=torch.ones(16))
+    compare(f"{layout}", lambda module: module.layer_norm, inputs, torch.float32, "layer_norm", normalized_shape=16)
+
+
+def test_a_linear_layer_takes_the_norms_of_a_layer_norm():
+    x, w = harness.randn((10, 4, 16), 1, torch.float32), harness.randn((24, 16), 2, torch.float32, 0.3)
+    with emulated(), bcos_kernels.backend("cuda"), torch.no_grad():
+        y = bcos_kernels.layer_norm(x, 16)
+        squares = bcos_kernels.squares.squares_of(y, bcos_kernels.squares.FEATURES)
+        with_sums, without = bcos_kernels.linear(y, w), bcos_kernels.linear(y.clone(), w)
+        nan = x.clone()
+        nan[3, 1, 2] = float("nan")
+        spoiled = torch.isnan(bcos_kernels.layer_norm(nan, 16))
+        assert bcos_kernels.layer_norm(x[:0], 16).shape == (0, 4, 16)
+    assert (squares.double() - y.double().square().sum(-1).flatten()).abs().max() < 1e-5
+    assert torch.allclose(with_sums, without, rtol=1e-5, atol=1e-6)
+    assert spoiled[3, 1].all() and spoiled.sum() == 16
 
 
 def test_the_next_layer_takes_the_sums_of_squares():

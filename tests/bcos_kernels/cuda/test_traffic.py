@@ -66,6 +66,22 @@ def test_a_layer_with_its_batch_norm(with_residual):
         assert_moves("backward", reads, (1 + with_residual) * activation(O) + activation(C))
 
 
+def test_layer_norm():
+    """Forward: x in, y out. Backward: dy and x for dx, and again for dw and db, as torch's."""
+    rows, features = 300, 256
+    x = harness.randn((rows, features), 1, torch.bfloat16).requires_grad_()
+    weight, bias = torch.ones(features, requires_grad=True), torch.zeros(features, requires_grad=True)
+    size = 2 * rows * features
+    with emulated(), bcos_kernels.backend("cuda"):
+        traffic()
+        y = bcos_kernels.layer_norm(x, features, weight, bias)
+        assert_moves("forward", size, size)
+        torch.autograd.grad(y, (x, weight, bias), torch.ones_like(y), retain_graph=True)
+        assert_moves("backward", 4 * size, size)
+        torch.autograd.grad(y, x, torch.ones_like(y))
+        assert_moves("explanation, backward", 2 * size, size)
+
+
 def test_known_statistics():
     """Inference: one pass in place. Explanations: the slope goes to the convolution's output, and back is one pass."""
     x, weight, dz = tensors(3)

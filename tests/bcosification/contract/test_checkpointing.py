@@ -30,7 +30,7 @@ def test_checkpointing(name, memory, form):
     networks.set_mode(model, "training")
     options = {"use_reentrant": form == "reentrant"}
     if form == "selective":
-        names = ("conv2d", "conv2d_batch_norm", "linear", "linear_gelu")
+        names = ("conv2d", "conv2d_batch_norm", "linear", "linear_gelu", "layer_norm")
         ops = {getattr(torch.ops.bcos_kernels, name).default for name in names}
 
         def policy(context, op, *args, **kwargs):
