@@ -488,10 +488,19 @@ def batch_norm_uncentered_backward(
     return dx, dweight, dbias, g.to(x.dtype, copy=True) if need_dresidual else None
 
 
+def _library_normalizes(x: Tensor, features: int, *parameters: Tensor | None) -> bool:
+    """Whether torch's own kernels serve: on GPUs, where eager passes would be ten, and not of a single feature, whose
+    gradient would be what rounding leaves. On CPUs they keep statistics in 16 bits and lose digits to a large mean."""
+    return x.is_cuda and x.numel() > 0 and features > 1 and all(t is None or t.dtype == x.dtype for t in parameters)
+
+
 def layer_norm_forward(x, dims, weight, bias, eps):
     """Backend form of `layer_norm` over the last ``dims`` dimensions: (y, mean, 1/√(var + eps)), the statistics of the
-    shape of the other dimensions."""
-    shape = x.shape[x.dim() - dims :]
+    shape of the other dimensions; by the library's kernel where that serves."""
+    shape, rest = x.shape[x.dim() - dims :], x.shape[: x.dim() - dims]
+    if _library_normalizes(x, x.shape[x.dim() - dims :].numel(), weight, bias):
+        y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
+        return y, mean.view(rest), rstd.view(rest)
     over = tuple(range(-dims, 0))
     wide = x.to(statistics_dtype(x.dtype))
     mean = wide.mean(over)
@@ -505,6 +514,9 @@ def layer_norm_backward(dy, x, dims, weight, bias, mean, rstd, detach, need_dx, 
     dtype = statistics_dtype(x.dtype)
     over, rest = tuple(range(-dims, 0)), tuple(range(x.dim() - dims))
     mean, rstd = (t.to(dtype).view(t.shape + (1,) * dims) for t in (mean, rstd))
+    if not detach and _library_normalizes(x, x.shape[x.dim() - dims :].numel(), weight, bias):
+        shape, mask = x.shape[x.dim() - dims :], [need_dx, need_dweight, need_dbias]
+        return torch.ops.aten.native_layer_norm_backward(dy, x, shape, mean, rstd, weight, bias, mask)
     dy = dy.to(dtype)
     x_hat = (x.to(dtype) - mean) * rstd
     dx = dweight = dbias = None

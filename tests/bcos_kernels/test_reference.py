@@ -478,3 +478,22 @@ def test_written_out_gradients_of_layer_norm(affine, dims, detach):
     assert_equal("rstd", rstd, (x.var(over, unbiased=False) + 1e-3).rsqrt())
     for name, mine, theirs in zip(("dx", "dweight", "dbias"), got, expected, strict=False):
         assert_equal(name, mine, theirs)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_the_library_s_layer_norm_has_these_forms(dims, monkeypatch):
+    """What runs on GPUs: torch's kernels, called as they are here, give what the passes written out give."""
+    shape = (3, 4, 5)
+    features = shape[3 - dims :]
+    x, dy = (harness.randn(shape, i, torch.float64) for i in (1, 4))
+    weight, bias = (harness.randn(features, i, torch.float64) for i in (2, 3))
+
+    def run():
+        y, mean, rstd = reference.layer_norm_forward(x, dims, weight, bias, 1e-3)
+        gradients = reference.layer_norm_backward(dy, x, dims, weight, bias, mean, rstd, False, True, True, True)
+        return y, mean, rstd, *gradients
+
+    written_out = run()
+    monkeypatch.setattr(reference, "_library_normalizes", lambda *arguments: True)
+    for mine, theirs in zip(run(), written_out, strict=True):
+        assert_equal("library", mine, theirs)

@@ -71,7 +71,7 @@ CLASSES = [
     ("conv2d", CONVOLUTION, "bfloat16", WINDOW),
     ("conv2d_batch_norm", CONVOLUTION, "bfloat16", (*WINDOW, True)),
     ("batch_norm_uncentered", CONVOLUTION, "bfloat16", (True, True, 4, 3)),
-    ("layer_norm", LAYER, "float16", (2 + 1, 9)),
+    ("layer_norm", dict(LAYER, dims=1), "float16", (2, 9)),
 ]
 
 
