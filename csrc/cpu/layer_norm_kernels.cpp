@@ -17,6 +17,8 @@ namespace {
 constexpr int kTogether = 4;
 constexpr int64_t kRows = 64;  // rows whose shares of dw and db are summed in float
 
+static_assert(kRows % kTogether == 0, "a block ends with four rows");
+
 // Rows r to r + 3; past the end the last one again, so that there is one loop only.
 template <class S>
 struct Four {
