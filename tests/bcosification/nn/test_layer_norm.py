@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from bcos.modules import norms
 
-from bcosification.nn import LayerNorm
+from bcos_kernels import squares
+from bcosification.nn import BcosLinear, LayerNorm
 
 
 @pytest.mark.parametrize("explaining", [False, True], ids=["plain", "explaining"])
@@ -49,3 +50,24 @@ def test_half_precision_statistics_are_wide():
     ours.set_explanation_mode()
     assert ours(x).dtype == torch.bfloat16
     assert torch.allclose(ours(x).float(), plain.float(), rtol=1e-2, atol=1e-2)
+
+
+def test_a_linear_layer_behind_it_takes_its_norms():
+    """Also behind what hands its input on; explaining or not."""
+    ours, layer = LayerNorm(16), BcosLinear(16, 5)
+    x = torch.randn(2, 7, 16)
+    for between in (torch.nn.Identity(), torch.nn.Dropout(0.0), torch.nn.Dropout(0.5).eval()):
+        for explaining in (False, True):
+            ours.set_explanation_mode(explaining)
+            y = between(ours(x))
+            assert squares.squares_of(y, squares.FEATURES) is not None
+            torch.testing.assert_close(layer(y), layer(y.clone()), rtol=1e-5, atol=1e-6)
+
+
+def test_a_gain_in_half_precision_is_rounded_once():
+    ours = LayerNorm(64, dtype=torch.bfloat16)
+    torch.nn.init.uniform_(ours.bias)
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    plain = ours(x)
+    ours.constant_gain = torch.ones(3)
+    assert torch.equal(ours(x), plain)

@@ -5,7 +5,8 @@ import torch
 from bcos.modules import norms
 from torchvision.models.convnext import LayerNorm2d as TorchvisionLayerNorm2d
 
-from bcosification.nn import LayerNorm2d
+from bcos_kernels import squares
+from bcosification.nn import BcosConv2d, LayerNorm2d
 
 
 def images(*shape):
@@ -84,3 +85,24 @@ def test_layout_and_dtype_are_kept():
 def test_other_shapes_are_named():
     with pytest.raises(ValueError, match=r"LayerNorm2d: expected x of shape \(N, C, H, W\), got \(6, 5, 4\)"):
         LayerNorm2d(6)(torch.rand(6, 5, 4))
+
+
+@pytest.mark.parametrize("explaining", [False, True], ids=["plain", "explaining"])
+def test_compiled(explaining):
+    torch.compiler.reset()
+    ours = LayerNorm2d(6, dtype=torch.float64)
+    torch.nn.init.uniform_(ours.weight)
+    ours.set_explanation_mode(explaining)
+    x = images(2, 6, 5, 4).to(memory_format=torch.channels_last).requires_grad_()
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    got, expected = (torch.autograd.grad(f(x).pow(3).sum(), (x, *ours.parameters())) for f in (compiled, ours))
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_convolution_behind_it_takes_its_norms():
+    ours, x = LayerNorm2d(8), images(2, 8, 6, 6).float().to(memory_format=torch.channels_last)
+    layer = BcosConv2d(8, 5, 2, stride=2)
+    y = ours(x)
+    assert squares.squares_of(y, squares.CHANNELS) is not None
+    torch.testing.assert_close(layer(y), layer(y.clone(memory_format=torch.channels_last)), rtol=1e-5, atol=1e-6)
