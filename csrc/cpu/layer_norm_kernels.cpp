@@ -15,6 +15,7 @@ namespace bcos::cpu::BCOS_ISA {
 namespace {
 
 constexpr int kTogether = 4;
+constexpr int64_t kNear = 12 << 10;  // bytes
 constexpr int64_t kRows = 64;  // rows whose shares of dw and db are summed in float
 
 static_assert(kRows % kTogether == 0, "a block ends with four rows");
@@ -28,13 +29,18 @@ struct Four {
   }
 };
 
-// The next rows, on their way to the cache while these are worked on.
+// The next rows, on their way to the cache while these are worked on: to the nearest one unless they would drive these out
+// (24 KB of 1536 floats did: a seventh of the forward's time).
 template <class S>
 inline void fetch(const void* base, int64_t columns, int64_t r, int64_t end) {
   const int64_t stop = r + kTogether < end ? r + kTogether : end;
   const char *p = reinterpret_cast<const char*>(static_cast<const S*>(base) + r * columns);
   const char *last = reinterpret_cast<const char*>(static_cast<const S*>(base) + stop * columns);
-  for (; p < last; p += 64) __builtin_prefetch(p);
+  if (last - p <= kNear) {
+    for (; p < last; p += 64) __builtin_prefetch(p);
+  } else {
+    for (; p < last; p += 64) __builtin_prefetch(p, 0, 2);
+  }
 }
 
 template <class S>
