@@ -32,19 +32,19 @@ def layer_norm_forward_kernel(
     x_ptr, w_ptr, bias_ptr,
     M, K,
     eps,
-    WHOLE: tl.constexpr, INDEX64: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    WHOLE: tl.constexpr, INDEX64: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Math: y = (x − mean)·rstd·w + β, and Σ y² of each row.
 
     Shapes: x, y (M, K) contiguous; w, bias (K,); mean, rstd, squares (M,) float32; w, bias and squares may be None.
-    Grid: blocks of BLOCK_M rows, WHOLE with BLOCK_K ≥ K. Numerics: float32, moments in two passes, y rounded once,
+    Grid: blocks of BLOCK_M rows, WHOLE with BLOCK_C ≥ K. Numerics: float32, moments in two passes, y rounded once,
     squares of the rounded. Traffic: reads x, writes y; longer rows read x three times, twice from a cache.
     """
     rows = widen(tl.program_id(0), INDEX64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < M
     offsets = (rows * K)[:, None]
     if WHOLE:
-        columns = tl.arange(0, BLOCK_K)
+        columns = tl.arange(0, BLOCK_C)
         mask = row_mask[:, None] & (columns < K)[None, :]
         x = tl.load(x_ptr + offsets + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         mean = tl.sum(x, axis=1) / K
@@ -57,15 +57,15 @@ def layer_norm_forward_kernel(
         )
     else:
         total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        for start in range(0, K, BLOCK_K):
-            columns = start + tl.arange(0, BLOCK_K)
+        for start in range(0, K, BLOCK_C):
+            columns = start + tl.arange(0, BLOCK_C)
             mask = row_mask[:, None] & (columns < K)[None, :]
             total += tl.sum(tl.load(x_ptr + offsets + columns[None, :], mask=mask, other=0.0).to(tl.float32), axis=1)
         mean = total / K
         left = tl.zeros((BLOCK_M,), dtype=tl.float32)
         moment = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        for start in range(0, K, BLOCK_K):
-            columns = start + tl.arange(0, BLOCK_K)
+        for start in range(0, K, BLOCK_C):
+            columns = start + tl.arange(0, BLOCK_C)
             mask = row_mask[:, None] & (columns < K)[None, :]
             x = tl.load(x_ptr + offsets + columns[None, :], mask=mask, other=0.0).to(tl.float32)
             centred = tl.where(mask, x - mean[:, None], 0.0)
@@ -75,8 +75,8 @@ def layer_norm_forward_kernel(
         var = moment / K - slip * slip
         rstd = 1 / tl.sqrt(tl.where(var < 0, 0.0, var) + eps)
         squares = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        for start in range(0, K, BLOCK_K):
-            columns = start + tl.arange(0, BLOCK_K)
+        for start in range(0, K, BLOCK_C):
+            columns = start + tl.arange(0, BLOCK_C)
             mask = row_mask[:, None] & (columns < K)[None, :]
             x = tl.load(x_ptr + offsets + columns[None, :], mask=mask, other=0.0).to(tl.float32)
             x_hat = (x - mean[:, None] - slip[:, None]) * rstd[:, None]
@@ -106,17 +106,17 @@ def layer_norm_backward_kernel(
     dx_ptr, partial_ptr,
     dy_ptr, x_ptr, w_ptr, mean_ptr, rstd_ptr,
     M, K, chunk,
-    DETACH: tl.constexpr, INDEX64: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    DETACH: tl.constexpr, INDEX64: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Math: dx, and Σ dy·x̂ and Σ dy over a chunk of rows.
 
     Shapes: dy, x, dx (M, K) contiguous; w (K,); mean, rstd (M,), partial (splits, 2, K) float32; w, and dx or partial,
-    may be None. Grid: splits of chunk rows; BLOCK_K ≥ K. Numerics: float32. Traffic: reads dy and x, writes dx.
+    may be None. Grid: splits of chunk rows; BLOCK_C ≥ K. Numerics: float32. Traffic: reads dy and x, writes dx.
     """
-    columns = tl.arange(0, BLOCK_K)
+    columns = tl.arange(0, BLOCK_C)
     column_mask = columns < K
-    dw = tl.zeros((BLOCK_K,), dtype=tl.float32)
-    db = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    dw = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    db = tl.zeros((BLOCK_C,), dtype=tl.float32)
     first = widen(tl.program_id(0), INDEX64) * chunk
     for start in range(0, tl.minimum(chunk, M - first), BLOCK_M):
         rows = first + start + tl.arange(0, BLOCK_M)
@@ -150,7 +150,7 @@ def layer_norm_backward_dx_kernel(
     dx_ptr,
     dy_ptr, x_ptr, w_ptr, mean_ptr, rstd_ptr,
     M, K,
-    DETACH: tl.constexpr, INDEX64: tl.constexpr, BLOCK_K: tl.constexpr,
+    DETACH: tl.constexpr, INDEX64: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Math: dx of one row, however long.
 
@@ -159,10 +159,10 @@ def layer_norm_backward_dx_kernel(
     """
     row = widen(tl.program_id(0), INDEX64)
     mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
-    of_one = tl.zeros((BLOCK_K,), dtype=tl.float32)
-    of_x = tl.zeros((BLOCK_K,), dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
-        columns = start + tl.arange(0, BLOCK_K)
+    of_one = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    of_x = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    for start in range(0, K, BLOCK_C):
+        columns = start + tl.arange(0, BLOCK_C)
         mask = columns < K
         g = tl.load(dy_ptr + row * K + columns, mask=mask, other=0.0).to(tl.float32)
         if w_ptr is not None:
@@ -172,8 +172,8 @@ def layer_norm_backward_dx_kernel(
             x = tl.load(x_ptr + row * K + columns, mask=mask, other=0.0).to(tl.float32)
             of_x += g * (x - mean) * rstd
     mean_of_g, mean_of_gx = tl.sum(of_one, axis=0) / K, tl.sum(of_x, axis=0) / K
-    for start in range(0, K, BLOCK_K):
-        columns = start + tl.arange(0, BLOCK_K)
+    for start in range(0, K, BLOCK_C):
+        columns = start + tl.arange(0, BLOCK_C)
         mask = columns < K
         g = tl.load(dy_ptr + row * K + columns, mask=mask, other=0.0).to(tl.float32)
         if w_ptr is not None:
@@ -190,17 +190,17 @@ def layer_norm_backward_sums_kernel(
     partial_ptr,
     dy_ptr, x_ptr, mean_ptr, rstd_ptr,
     M, K, chunk,
-    INDEX64: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    INDEX64: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Math: Σ dy·x̂ and Σ dy over a chunk of rows, of a block of features.
 
-    Shapes: as `layer_norm_backward_kernel`. Grid: (blocks of BLOCK_K features, splits of chunk rows).
+    Shapes: as `layer_norm_backward_kernel`. Grid: (blocks of BLOCK_C features, splits of chunk rows).
     Numerics: float32. Traffic: reads dy and x.
     """
-    columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     column_mask = columns < K
-    dw = tl.zeros((BLOCK_K,), dtype=tl.float32)
-    db = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    dw = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    db = tl.zeros((BLOCK_C,), dtype=tl.float32)
     first = widen(tl.program_id(1), INDEX64) * chunk
     for start in range(0, tl.minimum(chunk, M - first), BLOCK_M):
         rows = first + start + tl.arange(0, BLOCK_M)
@@ -229,8 +229,8 @@ def _sizes(x: Tensor, dims: int) -> tuple[int, int]:
 
 def _tile(features: int) -> tuple[int, int, int]:
     """(rows, features, warps) of a program's tile."""
-    block_k = min(max(triton.next_power_of_2(features), 16), LONGEST)
-    return max(BLOCK // block_k, 1), block_k, 4 if block_k < 2048 else 8
+    block_c = min(max(triton.next_power_of_2(features), 16), LONGEST)
+    return max(BLOCK // block_c, 1), block_c, 4 if block_c < 2048 else 8
 
 
 def _split(rows: int, block_m: int) -> tuple[int, int]:
@@ -255,15 +255,15 @@ def layer_norm_forward(x, dims, weight, bias, eps, emits_squares):
     squares = x.new_empty(shape if emits_squares else (0,), dtype=torch.float32)
     if not x.numel():
         return y, mean.fill_(float("nan")), rstd.fill_(float("nan")), squares.zero_()
-    block_m, block_k, warps = _tile(features)
+    block_m, block_c, warps = _tile(features)
     with on_device(x):
         layer_norm_forward_kernel[(triton.cdiv(rows, block_m),)](
             y, mean, rstd, present(squares),
             x, contiguous(weight), contiguous(bias),
             rows, features,
             float(eps),
-            WHOLE=features <= block_k,
-            INDEX64=index64(x), BLOCK_M=block_m, BLOCK_K=block_k, num_warps=warps,
+            WHOLE=features <= block_c,
+            INDEX64=index64(x), BLOCK_M=block_m, BLOCK_C=block_c, num_warps=warps,
         )  # fmt: skip
     return y, mean, rstd, squares
 
@@ -275,8 +275,8 @@ def layer_norm_backward(dy, x, dims, weight, bias, mean, rstd, detach, need_dx, 
     rows, features = _sizes(x, dims)
     dx = torch.empty_like(x) if need_dx else None
     sums = x.new_empty((2, features), dtype=torch.float32) if need_dweight or need_dbias else None
-    block_m, block_k, warps = _tile(features)
-    whole, wide = features <= block_k, index64(x)
+    block_m, block_c, warps = _tile(features)
+    whole, wide = features <= block_c, index64(x)
     if not x.numel():
         sums = None if sums is None else sums.zero_()
     else:
@@ -292,16 +292,16 @@ def layer_norm_backward(dy, x, dims, weight, bias, mean, rstd, detach, need_dx, 
                     dy, x, weight, mean, rstd,
                     rows, features, chunk,
                     DETACH=detach,
-                    INDEX64=wide, BLOCK_M=block_m, BLOCK_K=block_k, num_warps=warps,
+                    INDEX64=wide, BLOCK_M=block_m, BLOCK_C=block_c, num_warps=warps,
                 )  # fmt: skip
             if not whole and need_dx:
                 layer_norm_backward_dx_kernel[(rows,)](
-                    dx, dy, x, weight, mean, rstd, rows, features, DETACH=detach, INDEX64=wide, BLOCK_K=block_k,
+                    dx, dy, x, weight, mean, rstd, rows, features, DETACH=detach, INDEX64=wide, BLOCK_C=block_c,
                     num_warps=warps,
                 )  # fmt: skip
             if not whole and partial is not None:
                 layer_norm_backward_sums_kernel[(triton.cdiv(features, 128), splits)](
-                    partial, dy, x, mean, rstd, rows, features, chunk, INDEX64=wide, BLOCK_M=SUMMED_ROWS, BLOCK_K=128,
+                    partial, dy, x, mean, rstd, rows, features, chunk, INDEX64=wide, BLOCK_M=SUMMED_ROWS, BLOCK_C=128,
                     num_warps=4,
                 )  # fmt: skip
             if partial is not None:
