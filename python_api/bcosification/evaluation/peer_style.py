@@ -14,10 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bcosification.convert.peers import unfuse
-from bcosification.nn import BatchNormUncentered2d, BcosConv2d, BcosLinear
+from bcosification.nn import BatchNormUncentered2d, BcosConv2d, BcosLinear, LayerNorm, LayerNorm2d
 from bcosification.nn.modes import DetachableModule
 
-__all__ = ["EagerBatchNormUncentered2d", "EagerBcosConv2d", "EagerBcosLinear", "peer_style"]
+__all__ = [
+    "EagerBatchNormUncentered2d",
+    "EagerBcosConv2d",
+    "EagerBcosLinear",
+    "EagerLayerNorm",
+    "EagerLayerNorm2d",
+    "peer_style",
+]
 
 
 def _unit(weight: Tensor) -> Tensor:
@@ -126,18 +133,42 @@ class EagerBatchNormUncentered2d(DetachableModule):
         return result if activation is None else F.relu(result)
 
 
+class EagerLayerNorm(DetachableModule, nn.LayerNorm):
+    """The peer's LayerNorm, torch's own but in explanation mode; x (..., *normalized_shape)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.detach:
+            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        dims = tuple(range(-len(self.normalized_shape), 0))
+        var, mean = torch.var_mean(x, dim=dims, unbiased=False, keepdim=True)
+        result = (x - mean) / (var.detach() + self.eps).sqrt_()
+        if self.weight is not None:
+            result = self.weight * result
+        return result if self.bias is None else result + self.bias
+
+
+class EagerLayerNorm2d(EagerLayerNorm):
+    """The same over the channels of x (N, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 _EAGER = {
     BcosConv2d: EagerBcosConv2d,
     BcosLinear: EagerBcosLinear,
     BatchNormUncentered2d: EagerBatchNormUncentered2d,
+    LayerNorm2d: EagerLayerNorm2d,
+    LayerNorm: EagerLayerNorm,
 }
 
 
 def peer_style(model: nn.Module) -> nn.Module:
-    """A copy of a B-cosified model whose B-cos layers and uncentered BatchNorms run by the peers' eager formulas.
+    """A copy of a B-cosified model whose B-cos layers, uncentered BatchNorms and LayerNorms run by the peers' eager
+    formulas.
 
-    Same function, same parameters and keys, same explanation mode. LayerNorm, GroupNorm, GELU and attention stay: in
-    training they are torch's own operations, here as in the peers' code.
+    Same function, same parameters and keys, same explanation mode. GroupNorm, GELU and attention stay: in training they
+    are torch's own operations, here as in the peers' code.
 
     Args:
         model: a model made by `bcosify`, or of this package's layers.

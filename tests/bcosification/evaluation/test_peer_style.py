@@ -102,6 +102,34 @@ def test_batch_norms_are_those_of_bcos(training, momentum):
     same([eager.running_var, eager.num_batches_tracked], [theirs.running_var, theirs.num_batches_tracked])
 
 
+@pytest.mark.parametrize("explaining", [False, True])
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_layer_norms_are_those_of_bcos(channels_first, explaining):
+    torch.manual_seed(0)
+    theirs = peer.norms.DetachableLayerNorm(6).double()
+    nn.init.uniform_(theirs.weight)
+    nn.init.uniform_(theirs.bias)
+    ours = (bnn.LayerNorm2d if channels_first else bnn.LayerNorm)(6).double()
+    ours.load_state_dict(theirs.state_dict())
+    eager = peer_style(ours)
+    for layer in (theirs, eager):
+        layer.set_explanation_mode(explaining)
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    moved = nn.Sequential(Moved((0, 2, 3, 1)), theirs, Moved((0, 3, 1, 2)))
+    if not channels_first:
+        x, moved = x.movedim(1, -1), theirs
+    same(gradients(eager, x), gradients(moved, x))
+
+
+class Moved(nn.Module):
+    def __init__(self, dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, x):
+        return x.permute(self.dims)
+
+
 @pytest.mark.parametrize("name", ["own_convnet", "own_transformer", "peer_convnet"])
 def test_whole_networks_keep_their_function_and_run_no_kernel_of_ours(name, monkeypatch):
     """Peers' networks are fused first; blocks are unfused by peer_style."""
