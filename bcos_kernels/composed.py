@@ -91,6 +91,11 @@ def linear_gelu_forward(
     return h, sum_squares(h, -1) if emits_squares else n.new_empty((0,)), y if keep else y.new_empty((0,)), n, a, index
 
 
+def linear_gelu_again(y, n, plain) -> Tensor:
+    """h of what the forward kept, y and n; ``plain``: B = 2 and no max-out, which backends have fused forms for."""
+    return F.gelu(y)
+
+
 def linear_gelu_backward(
     launcher: Callable[[str], Callable], dh, x, weight, bias, y, n, a, index, b, b_tensor, normalize_weight, max_out,
     detach, need_dx, need_dw, need_dbias, need_db,

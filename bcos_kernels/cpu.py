@@ -206,6 +206,13 @@ def linear_gelu_forward(x, weight, bias, squares, b, b_tensor, normalize_weight,
     return h, emitted, y, n, nothing, nothing.to(torch.uint8)
 
 
+def linear_gelu_again(y, n, plain):
+    """h of the y that the forward kept, to the same bits."""
+    if not plain or y.dtype == torch.float16:
+        return composed.linear_gelu_again(y, n, plain)
+    return _op("linear_gelu_again")(y)
+
+
 def linear_gelu_backward(
     dh, x, weight, bias, y, n, a, index, b, b_tensor, normalize_weight, max_out, detach,
     need_dx, need_dw, need_dbias, need_db,

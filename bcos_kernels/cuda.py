@@ -546,6 +546,15 @@ def linear_gelu_forward(x, weight, bias, squares, b, b_tensor, normalize_weight,
     return h, emitted, a if keep else nothing, n, nothing, _nothing(a, torch.uint8)
 
 
+def linear_gelu_again(y, n, plain):
+    """h of the a, in the place of y, and n that the forward kept, to the same bits."""
+    if not plain or y.dtype == torch.float16:
+        return composed.linear_gelu_again(y, n, plain)
+    h = _new(y)
+    _op("scale_gelu")(h, None, y, n)
+    return h
+
+
 def linear_gelu_backward(
     dh, x, weight, bias, y, n, a, index, b, b_tensor, normalize_weight, max_out, detach,
     need_dx, need_dw, need_dbias, need_db,

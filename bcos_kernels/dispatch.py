@@ -94,6 +94,11 @@ def _variant_module(name: str) -> object:
     return _module(backend).VARIANTS[variant]
 
 
+def kept_by(name: str, what: str) -> Callable:
+    """A backend's function ``what`` of what its fused op kept, or composed.py's where its op is the composed one."""
+    return getattr(_module(base(name)), what, None) or getattr(composed, what)
+
+
 def _unusable(name: str) -> str | None:
     """Why a backend, or a variant of one, cannot run on this machine, or None."""
     if name == "reference":

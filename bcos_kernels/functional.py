@@ -19,6 +19,7 @@ from . import (
     squares,
     validation,
 )
+from .recompute import viewed
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -83,7 +84,7 @@ def linear(
         x, weight, bias = _cast(dtype, x, weight, bias)
     validation.check_linear("linear", x, weight, bias, max_out)
     exponent, b_tensor = validation.check_b("linear", b, x)
-    rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    rows = viewed(x.reshape(-1, x.shape[-1]), x) if x.dim() != 2 else x
     options = (exponent, normalize_weight, max_out)
     y = _apply(
         autograd.Linear,
@@ -108,6 +109,7 @@ def linear_gelu(
     normalize_weight: bool = False,
     max_out: int = 1,
     detach: bool = False,
+    recompute: str | None = None,
 ) -> Tensor:
     """B-cos linear transform with a GELU behind it, as one op where a backend fuses them.
 
@@ -122,12 +124,14 @@ def linear_gelu(
     Args:
         x, weight, bias, b, normalize_weight, max_out: as in `linear`.
         detach: explanation mode of both: scale and gate are constants.
+        recompute: what the backward computes again instead of its being kept for the layer behind, as with
+            `recomputed`: "output", h, a pass over y; None (default) for nothing.
 
     Returns:
         (..., out_features), x's dtype (under autocast: autocast's).
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as `linear`.
+        ValueError, TypeError, NotImplementedError: as `linear`; for another ``recompute``.
 
     Source: B-cosification, https://arxiv.org/abs/2411.00715, section 3; GELU, https://arxiv.org/abs/1606.08415.
 
@@ -142,7 +146,9 @@ def linear_gelu(
     exponent, b_tensor = validation.check_b("linear_gelu", b, x)
     if detach and b_tensor is not None:
         b_tensor = b_tensor.detach()
-    rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    if recompute not in autograd_linear_gelu.RECOMPUTES:
+        raise ValueError(f"linear_gelu: expected recompute to be None or 'output', got {recompute!r}")
+    rows = viewed(x.reshape(-1, x.shape[-1]), x) if x.dim() != 2 else x
     differentiates = _differentiates(x, weight, bias, b_tensor)
     arguments = (
         rows, weight, bias, b_tensor, squares.squares_of(x, squares.FEATURES), exponent, normalize_weight, max_out,
@@ -151,8 +157,8 @@ def linear_gelu(
     if _op_alone(differentiates):
         h, emitted, *_ = ops.run("linear_gelu", *arguments)
     else:
-        h, emitted, *_ = autograd.apply(autograd_linear_gelu.LinearGelu, *arguments)
-    h = h if x.dim() == 2 else h.view(x.shape[:-1] + h.shape[-1:])
+        h, emitted, *_ = autograd.apply(autograd_linear_gelu.LinearGelu, *arguments, recompute)
+    h = h if x.dim() == 2 else viewed(h.view(x.shape[:-1] + h.shape[-1:]), h)
     return squares.declare(h, emitted, squares.FEATURES)
 
 

@@ -57,6 +57,14 @@ def recipe_of(t: Tensor | None) -> Recipe | None:
     return recipe if t._version == version else None
 
 
+def viewed(view: Tensor, tensor: Tensor) -> Tensor:
+    """Declare that ``view``, ``tensor`` in another shape, is computed again as ``tensor`` is; returns ``view``."""
+    if view is not tensor and not torch.compiler.is_compiling() and recipe_of(tensor) is not None:
+        shape = view.shape
+        view._bcos_recipe = (Recipe(lambda t: t.view(shape), (tensor,)), view._version)
+    return view
+
+
 def recomputed(tensor: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """Declare that the backward may compute ``tensor`` again instead of keeping it; returns ``tensor``.
 

@@ -186,6 +186,7 @@ struct Kernels {
   // scaling and GELU together; items are rows
   void (*scale_gelu_rows)(const ScaleGeluArguments&, int64_t begin, int64_t end);
   void (*scale_gelu_backward_rows)(const ScaleGeluBackwardArguments&, int64_t begin, int64_t end);
+  void (*gelu_rows)(const void* y, void* h, int64_t columns, int64_t begin, int64_t end);
   // layer normalisation; items are rows
   void (*layer_norm_rows)(const LayerNormArguments&, int64_t begin, int64_t end);
   void (*layer_norm_backward_rows)(const LayerNormBackwardArguments&, int64_t chunk, int64_t begin, int64_t end);

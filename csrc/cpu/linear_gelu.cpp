@@ -56,6 +56,18 @@ Outputs linear_gelu_forward(
   return {*h, or_nothing(squares, wide(l.dtype)), or_nothing(y, l.dtype), n};
 }
 
+Tensor linear_gelu_again(const Tensor& y_) {
+  const Tensor y = in_layout(y_, false);
+  STD_TORCH_CHECK(y.dim() == 2, "bcos_kernels_cpp: linear_gelu_again expects y of shape (rows, features), got ", y.dim(), " dimensions");
+  const int64_t rows = y.size(0), columns = y.size(1);
+  const Tensor h = empty({rows, columns}, y.scalar_type());
+  const Kernels& k = kernels(type_of(y));
+  in_parallel(rows, columns, [&](int64_t begin, int64_t end) {
+    k.gelu_rows(y.data_ptr(), h.data_ptr(), columns, begin, end);
+  });
+  return h;
+}
+
 std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward(
     const Tensor& dh, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& y_, const Tensor& n_,
     bool normalize_weight, bool detach, bool need_dx, bool need_dw, bool need_dbias) {

@@ -10,6 +10,8 @@ namespace bcos::cpu {
 Outputs linear_gelu_forward(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& squares,
     bool normalize_weight, bool keep, bool emits_squares);
+// h of the y that a forward kept, to the same bits
+Tensor linear_gelu_again(const Tensor& y);
 // -> (dx, dw, dbias)
 std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward(
     const Tensor& dh, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& y, const Tensor& n,

@@ -31,6 +31,7 @@ STABLE_TORCH_LIBRARY(bcos_kernels_cpp, m) {
         "bool need_dx, bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor)");
   m.def("linear_gelu_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? squares, bool normalize_weight, bool keep, "
         "bool emits_squares)" BCOS_OUTPUTS);
+  m.def("linear_gelu_again(Tensor y) -> Tensor");
   m.def("linear_gelu_backward(Tensor dh, Tensor x, Tensor weight, Tensor? bias, Tensor y, Tensor n, "
         "bool normalize_weight, bool detach, bool need_dx, bool need_dw, bool need_dbias) -> (Tensor, Tensor, Tensor)");
   m.def("conv2d_batch_norm_forward(Tensor x, Tensor? squares, Tensor weight, Tensor? bias, Tensor? running_var, "
@@ -54,6 +55,7 @@ STABLE_TORCH_LIBRARY_IMPL(bcos_kernels_cpp, CPU, m) {
   m.impl("layer_norm_forward", TORCH_BOX(&bcos::cpu::layer_norm_forward));
   m.impl("layer_norm_backward", TORCH_BOX(&bcos::cpu::layer_norm_backward));
   m.impl("linear_gelu_forward", TORCH_BOX(&bcos::cpu::linear_gelu_forward));
+  m.impl("linear_gelu_again", TORCH_BOX(&bcos::cpu::linear_gelu_again));
   m.impl("linear_gelu_backward", TORCH_BOX(&bcos::cpu::linear_gelu_backward));
   m.impl("conv2d_batch_norm_forward", TORCH_BOX(&bcos::cpu::conv2d_batch_norm_forward));
   m.impl("conv2d_batch_norm_backward", TORCH_BOX(&bcos::cpu::conv2d_batch_norm_backward));

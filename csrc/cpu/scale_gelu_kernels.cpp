@@ -4,7 +4,9 @@
 //   backward   dL/dy = dL/dh (Phi(y) + y phi(y)), Phi alone in explanation mode;  dL/da = 2 dL/dy |a|/n (1 likewise),
 //              q = (dL/dn)/|x|, dL/dn = -sum dL/dy y / n
 //
-// Traffic: forward reads a, writes h and y; backward reads dh and y, writes da.
+//   again      h = y Phi(y) of y, for a backward that has to have h and kept y alone: the forward's bits
+//
+// Traffic: forward reads a, writes h and y; backward reads dh and y, writes da; again reads y, writes h.
 #include "element.h"
 
 namespace bcos::cpu::BCOS_ISA {
@@ -28,6 +30,20 @@ void forward(const ScaleGeluArguments& s, int64_t begin, int64_t end) {
       squares += load(h[c]) * load(h[c]);
     }
     if (s.squares != nullptr) static_cast<W*>(s.squares)[r] = squares;
+  }
+}
+
+template <class S>
+void gelu_rows(const void* y_, void* h_, int64_t columns, int64_t begin, int64_t end) {
+  using W = Wide<S>;
+  for (int64_t r = begin; r < end; r++) {  // by rows, as above: an element has the same place in a vector
+    const S* __restrict y = static_cast<const S*>(y_) + r * columns;
+    S* __restrict h = static_cast<S*>(h_) + r * columns;
+#pragma omp simd
+    for (int64_t c = 0; c < columns; c++) {
+      const W v = load(y[c]);
+      h[c] = store<S>(v * normal(v).cdf);
+    }
   }
 }
 
@@ -69,6 +85,7 @@ void register_scale_gelu(Kernels* table, Type type) {
   BCOS_FOR_TYPE(type, S, {
     table->scale_gelu_rows = scale_gelu_rows<S>;
     table->scale_gelu_backward_rows = scale_gelu_backward_rows<S>;
+    table->gelu_rows = gelu_rows<S>;
   })
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import os
 import shlex
@@ -183,3 +184,14 @@ def convolutions_have_second_derivatives_of_symbolic_sizes() -> bool:
         assert "symbolic sizes" in str(error)
         return False
     return True
+
+
+def kept_bytes(forward) -> int:
+    """Allocator bytes alive after ``forward`` minus before, its result held."""
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = forward()
+    events = profile.profiler.kineto_results.events()
+    total = sum(event.nbytes() for event in events if event.name() == "[memory]")
+    del result
+    return total

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 
 import bcos_kernels
 from bcos_kernels import reference
+from bcos_kernels.recompute import recipe_of
 from bcos_kernels.squares import CHANNELS, FEATURES, squares_of
 from tests.bcos_kernels import harness
-from tests.bcos_kernels.harness import BACKENDS, DTYPES, randn
+from tests.bcos_kernels.harness import BACKENDS, DTYPES, kept_bytes, randn
 from tests.bcos_kernels.tolerances import assert_close_to_reference
 
 # rows, in, out: a product that runs in blocks of rows, one with a weight too large for it, odd sizes, one row, none
@@ -185,6 +186,54 @@ def test_only_what_is_asked_for_and_saved_tensor_hooks():
     for name, g in harness.gradients(h, leaves, torch.ones_like(h)).items():
         assert torch.allclose(g, 2 * expected[name], rtol=1e-10)
 
+@pytest.mark.parametrize("b", [2, 1.5, "learnable"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_computed_again_has_the_same_bits(backend, dtype, b):
+    """h for the layer behind, over rows of tokens, which are a view of what the ops see."""
+    dtype = DTYPES[dtype]
+    x, w1, w2 = (randn(shape, seed, dtype, 0.4) for seed, shape in enumerate([(3, 20, 33), (70, 33), (5, 70)], 1))
+    exponent = randn((), 7, dtype).abs().float() + 1 if b == "learnable" else b
+
+    def gradients(recompute):
+        leaves = [t.clone().requires_grad_() for t in (x, w1, w2)]
+        if isinstance(exponent, torch.Tensor):
+            leaves.append(exponent.clone().requires_grad_())
+        power = leaves[3] if len(leaves) == 4 else b
+        with bcos_kernels.backend(backend):
+            h = bcos_kernels.linear_gelu(leaves[0], leaves[1], b=power, recompute=recompute)
+            assert (recipe_of(h) is not None) == (recompute is not None)
+            y = bcos_kernels.linear(h, leaves[2])
+            return torch.autograd.grad(y.square().sum(), leaves)
+
+    for got, expected in zip(gradients("output"), gradients(None), strict=True):
+        assert torch.equal(got, expected)
+
+
+def leaves_of_shapes(*shapes):
+    return [randn(shape, seed, torch.float32).requires_grad_() for seed, shape in enumerate(shapes, 1)]
+
+
+def test_what_is_computed_again_is_not_kept():
+    x, w1, w2 = leaves_of_shapes((64, 16), (256, 16), (16, 256))
+
+    def kept(recompute):
+        return kept_bytes(lambda: bcos_kernels.linear(bcos_kernels.linear_gelu(x, w1, recompute=recompute), w2))
+
+    assert kept(None) - kept("output") == 64 * 256 * 4 + 64 * 4  # h, and its sums of squares that lie with it
+
+
+def test_changed_in_place_the_output_is_kept():
+    x, w1, w2 = leaves_of_shapes((9, 6), (8, 6), (4, 8))
+
+    def gradients(recompute):
+        h = bcos_kernels.linear_gelu(x, w1, recompute=recompute)
+        h += 1
+        return torch.autograd.grad(bcos_kernels.linear(h, w2).square().sum(), (x, w1, w2))
+
+    for got, expected in zip(gradients("output"), gradients(None), strict=True):
+        assert torch.equal(got, expected)
+
 
 def test_errors_name_it():
     x = torch.ones(2, 3)
@@ -192,3 +241,5 @@ def test_errors_name_it():
         bcos_kernels.linear_gelu(x, torch.ones(2, 4))
     with pytest.raises(ValueError, match="linear_gelu: expected b >= 1"):
         bcos_kernels.linear_gelu(x, torch.ones(2, 3), b=0.5)
+    with pytest.raises(ValueError, match="linear_gelu: expected recompute to be None or 'output', got 'both'"):
+        bcos_kernels.linear_gelu(torch.ones(2, 4), torch.ones(3, 4), recompute="both")

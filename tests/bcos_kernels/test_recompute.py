@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -11,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import bcos_kernels
 from bcos_kernels import batch_norm_uncentered, conv2d, recomputed
 from tests.bcos_kernels import harness
+from tests.bcos_kernels.harness import kept_bytes
 
 
 def normalized(y, weight, bias):
@@ -48,17 +47,6 @@ class Chain:
 def assert_equal(got, expected):
     for g, e in zip(got, expected, strict=True):
         assert torch.equal(g, e)
-
-
-def kept_bytes(forward) -> int:
-    """Allocator bytes alive after ``forward`` minus before, its result held."""
-    gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = forward()
-    events = profile.profiler.kineto_results.events()
-    total = sum(event.nbytes() for event in events if event.name() == "[memory]")
-    del result
-    return total
 
 
 @pytest.mark.parametrize("backend", harness.BACKENDS)

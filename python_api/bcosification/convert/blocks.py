@@ -179,8 +179,8 @@ def recomputes(self: nn.Module) -> bool:
 
 def set_recompute(model: nn.Module, recompute: bool) -> None:
     """Set whether the blocks of ``model`` that `fuse_blocks` or a conversion gave their forwards compute activations
-    again in the backward where a pass over something kept gives them: normalised and rectified ones, concatenations,
-    and outputs of one-pixel convolutions that widen."""
+    again in the backward where a pass over something kept gives them: normalised, rectified and gated ones,
+    concatenations, and outputs of one-pixel convolutions that widen."""
     for module in model.modules():
         module.__dict__.pop("recompute_activations", None)
         if recompute and not {"_library_class", "_original_class"}.isdisjoint(vars(type(module))):
@@ -270,7 +270,7 @@ def _sequential_forward(self: Any, x: Any) -> Any:
     while i < len(modules):
         module, *rest = modules[i:]
         if rest and _fusible_linear(module) and _fusible_gelu(rest[0]):
-            x, i = rest[0].behind(module, x), i + 2
+            x, i = rest[0].behind(module, x, "output" if low else None), i + 2
             continue
         conv = module if rest and _fusible_convolution(module) and _fusible_norm(rest[0]) else None
         norm, *rest = rest if conv is not None else (module, *rest)

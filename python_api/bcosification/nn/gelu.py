@@ -43,8 +43,11 @@ class GELU(GatedActivation, nn.GELU):
             raise ValueError(f"GELU: expected approximate to be 'none' or 'tanh', got {approximate!r}")
         super().__init__(approximate)
 
-    def behind(self, linear: BcosLinear, x: Tensor) -> Tensor:
-        """self(linear(x)) as one op; where it cannot be one, the two are called in turn. No hooks are called."""
+    def behind(self, linear: BcosLinear, x: Tensor, recompute: str | None = None) -> Tensor:
+        """self(linear(x)) as one op; where it cannot be one, the two are called in turn. No hooks are called.
+
+        recompute: "output": the backward computes it again instead of its being kept; None (default).
+        """
         constant = linear.constant_gain is not None and linear.bias is not None
         if constant or self.approximate != "none" or linear.detach != self.detach:
             return self.forward(linear.forward(x))
@@ -56,6 +59,7 @@ class GELU(GatedActivation, nn.GELU):
             normalize_weight=linear.normalize_weight,
             max_out=linear.max_out,
             detach=self.detach,
+            recompute=recompute,
         )
 
     def gate(self, x: Tensor) -> Tensor:

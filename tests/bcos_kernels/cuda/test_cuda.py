@@ -183,6 +183,22 @@ def test_linear_gelu(features, detach, dtype):
     compare("linear_gelu", harness.linear_gelu, inputs, dtype, "linear_gelu", detach=detach)
 
 
+@pytest.mark.parametrize("b", [2, 1.5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_gelu_computed_again_for_the_layer_behind(dtype, b):
+    dtype = harness.DTYPES[dtype]
+    shapes = [(3, 20, 24), (40, 24), (8, 40)]
+
+    def gradients(recompute):
+        x, w1, w2 = (harness.randn(shape, i, dtype, 0.4).requires_grad_() for i, shape in enumerate(shapes, 1))
+        with emulated(), bcos_kernels.backend("cuda"):
+            h = bcos_kernels.linear_gelu(x, w1, b=b, recompute=recompute)
+            return torch.autograd.grad(bcos_kernels.linear(h, w2).square().sum(), (x, w1, w2))
+
+    for got, expected in zip(gradients("output"), gradients(None), strict=True):
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("shape", [(5, 24, 9, 8), (700, 24), (3, 21, 40), (2, 2048, 3, 3)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_batch_norm_uncentered(shape, dtype):

@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -393,11 +394,25 @@ def kept_bytes(model, x):
     return total
 
 
-@pytest.mark.parametrize("name, most", [("resnet50", 0.60), ("densenet121", 0.35), ("resnet18", 0.90)])
+STANDARD = {
+    "resnet18": partial(torchvision.models.resnet18, weights=None),
+    "resnet50": partial(torchvision.models.resnet50, weights=None),
+    "densenet121": partial(torchvision.models.densenet121, weights=None),
+    "convnext_tiny": partial(torchvision.models.convnext_tiny, weights=None),
+    "vit": partial(
+        torchvision.models.VisionTransformer, image_size=64, patch_size=8, num_layers=3, num_heads=3, hidden_dim=192,
+        mlp_dim=768,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, most", [
+    ("resnet50", 0.60), ("densenet121", 0.35), ("resnet18", 0.90), ("convnext_tiny", 0.70), ("vit", 0.80)
+])  # fmt: skip
 def test_bytes_kept_of_whole_networks(name, most):
     """Against the same network with block fusion alone, which keeps what the standard network keeps."""
     torch.manual_seed(0)
-    model = bcosification.bcosify(getattr(torchvision.models, name)(weights=None)).train()
+    model = bcosification.bcosify(STANDARD[name]()).train()
     x = torch.rand(2, 3, 64, 64)
     default = kept_bytes(model, x)
     assert kept_bytes(bcosification.fuse(model, memory="low"), x) <= most * default
