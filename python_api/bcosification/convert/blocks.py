@@ -24,7 +24,7 @@ from torch.nn.modules import module as torch_module
 
 import bcos_kernels
 
-from ..nn import GELU, BatchNormUncentered2d, BcosConv2d, BcosLinear
+from ..nn import GELU, BatchNormUncentered2d, BcosConv2d, BcosLinear, LayerNorm
 from .tracing import NotTraceable, has_parts, traced_class
 
 __all__ = ["FusionReport", "fuse_blocks", "norm_activation", "recomputes", "set_recompute", "unfuse_blocks"]
@@ -182,8 +182,11 @@ def set_recompute(model: nn.Module, recompute: bool) -> None:
     again in the backward where a pass over something kept gives them: normalised, rectified and gated ones,
     concatenations, and outputs of one-pixel convolutions that widen."""
     for module in model.modules():
-        module.__dict__.pop("recompute_activations", None)
-        if recompute and not {"_library_class", "_original_class"}.isdisjoint(vars(type(module))):
+        for flag in ("recompute", "recompute_activations"):
+            module.__dict__.pop(flag, None)
+        if recompute and isinstance(module, LayerNorm):
+            module.recompute = True
+        elif recompute and not {"_library_class", "_original_class"}.isdisjoint(vars(type(module))):
             module.recompute_activations = True
 
 

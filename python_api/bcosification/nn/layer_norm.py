@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -31,21 +33,34 @@ class LayerNorm(DetachableModule, nn.LayerNorm):
     """
 
     channels_first: bool = False
+    recompute: bool = False
+    """Whether a B-cos layer behind it keeps no output but has it computed again in the backward (``fuse`` sets it)."""
 
     def forward(self, x: Tensor) -> Tensor:
         gain = self.constant_gain if self.bias is not None else None
         # Where the bias is added apart, half precision is rounded once all the same.
         wide = x if gain is None else x.to(torch.promote_types(x.dtype, torch.float32))
-        y = bcos_kernels.layer_norm(
-            wide,
-            self.normalized_shape,
-            self.weight,
-            self.bias if gain is None else None,
-            self.eps,
-            channels_first=self.channels_first,
-            detach=self.detach,
+        parameters = {"weight": self.weight, "bias": self.bias if gain is None else None}
+        given = {name: parameter for name, parameter in parameters.items() if parameter is not None}
+        normalized = partial(
+            _normalized, tuple(given), self.normalized_shape, self.eps, self.channels_first, self.detach
         )
+        y = normalized(wide, *given.values())
         if gain is None:
-            return y
+            return bcos_kernels.recomputed(y, normalized, wide, *given.values()) if self.recompute else y
         bias = self.bias.view(-1, *(1,) * (x.dim() - 2)) if self.channels_first else self.bias
         return (y + bias * per_sample(gain, x.shape[0], x.dim(), type(self).__name__)).to(x.dtype)
+
+
+def _normalized(
+    names: tuple[str, ...],
+    shape: tuple[int, ...],
+    eps: float,
+    channels_first: bool,
+    detach: bool,
+    x: Tensor,
+    *parameters: Tensor,
+) -> Tensor:
+    """`bcos_kernels.layer_norm` with the parameters under their names: what is computed again must hold no tensor."""
+    given = dict(zip(names, parameters, strict=True))
+    return bcos_kernels.layer_norm(x, shape, **given, eps=eps, channels_first=channels_first, detach=detach)
