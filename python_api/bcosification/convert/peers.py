@@ -344,9 +344,10 @@ def fuse(model: nn.Module, *, blocks: bool = True, memory: str = "default") -> n
     Args:
         model: a model, changed in place and returned; make optimisers before or after.
         blocks: also fuse known blocks (default): residual and ReLU go into the BatchNorm's pass, see `fuse_blocks`.
-        memory: "default", or "low": what a pass over something kept gives again (normalised and rectified activations,
-            concatenations, outputs of one-pixel convolutions that widen) is computed again in the backward. Same
-            numbers; needs ``blocks``; second derivatives raise. Can be changed by calling `fuse` again.
+        memory: "default", or "low": what a pass over something kept gives again (normalised, rectified and gated
+            activations, outputs of layer normalisation before B-cos layers, concatenations, outputs of one-pixel
+            convolutions that widen) is computed again in the backward. Same numbers; needs ``blocks``; second
+            derivatives raise. Can be changed by calling `fuse` again.
 
     Fused attention is torch's scaled_dot_product_attention, whose second derivatives raise where its fast kernels run.
 
