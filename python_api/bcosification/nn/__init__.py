@@ -3,6 +3,7 @@
 from .batch_norm_uncentered import BatchNormUncentered2d, SyncBatchNormUncentered2d
 from .conv2d import BcosConv2d
 from .encoding import AddInverse, Normalize
+from .gates import GatedActivation, Hardswish, Mish, QuickGELU, ReLU6, ScalingGate, SiLU, SqueezeExcitation
 from .gelu import GELU
 from .group_norm import GroupNorm
 from .layer_norm import LayerNorm
@@ -19,12 +20,20 @@ __all__ = [
     "BcosLinear",
     "DetachableModule",
     "GELU",
+    "GatedActivation",
     "GroupNorm",
+    "Hardswish",
     "LayerNorm",
     "LayerNorm2d",
     "LogitBias",
+    "Mish",
     "MultiheadAttention",
     "Normalize",
+    "QuickGELU",
+    "ReLU6",
+    "ScalingGate",
+    "SiLU",
+    "SqueezeExcitation",
     "SyncBatchNormUncentered2d",
     "explanation_mode",
 ]
