@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+import bcos_kernels
+from bcosification import bcosify, explain
 from bcosification.cli import main
 from bcosification.convert.families import FAMILIES, Family, family_of, register
 from bcosification.convert.family_checks import family_reports, randomized
 from bcosification.convert.rules import type_name
+from bcosification.evaluation.benchmarking import Step, fallback
 
 FOUND = sorted({family.name for family in FAMILIES.values()})
 
@@ -35,6 +38,24 @@ def test_examples_are_of_their_family_and_verified(name):
     assert report.ok, report.problem
     assert report.equivalence < 1e-12 and report.explanation < 1e-8 and report.completeness < 1e-10
     assert report.layers >= 2
+
+
+@pytest.mark.skipif(bcos_kernels.backends()["cpu"] is not None, reason="no CPU kernels here")
+@pytest.mark.parametrize("name", [*FOUND, "generic"])
+def test_training_steps_and_explanations_of_every_family_run_on_kernels(name):
+    """In float32, forward and backward: nothing on the fallback, which computes the same in plain PyTorch."""
+    family = Family() if name == "generic" else next(f for f in FAMILIES.values() if f.name == name)
+    torch.manual_seed(0)
+    model = bcosify(family.example(), **family.example_options)
+    images = torch.rand(2, 3, *(family.input_size(model.model) or (64, 64)))
+    step = Step(model, images, torch.arange(2))
+    with bcos_kernels.timed() as seconds:
+        step()
+        explain(model, images)
+    assert {backend for _, backend in seconds} == {"cpu"}, seconds
+    ops = {op for op, _ in seconds}
+    assert ops & {"conv2d", "conv2d_batch_norm"} and any(op.endswith("_backward") for op in ops), ops
+    assert fallback(step) == {"fallback_share": 0.0, "fallback_ops": []}
 
 
 def test_randomized_models_have_no_trivial_tensor():
