@@ -219,6 +219,32 @@ def _families(arguments: argparse.Namespace) -> int:
     return 1 if any(report.ok is False for report in reports) else 0
 
 
+def _sweep(arguments: argparse.Namespace) -> int:
+    _needs("lightning", "torchmetrics", "tqdm", "matplotlib")
+    from bcosification.train.finetuning import FinetuneConfig, load_recipe
+
+    given = _given(arguments, [field.name for field in dataclasses.fields(FinetuneConfig)])
+    values = {} if arguments.recipe is None else load_recipe(arguments.recipe)
+    if arguments.recipe is None and not {"model", "data"} & set(given):
+        from bcosification.train.sweeping import DEMO
+
+        values = dict(DEMO)
+    for option, name in (("--model", "model"), ("--data", "data")):
+        if not (given.get(name) or values.get(name)):
+            raise ValueError(f"expected {option} (or a recipe that names it, or neither: the demo)")
+    conversion = _given(arguments, CONVERSION)
+    if conversion:
+        given["conversion"] = {**values.get("conversion", {}), **conversion}
+    config = FinetuneConfig.from_mapping(values | given, "command line")
+
+    from bcosification.train.sweeping import sweep
+
+    options = {name: getattr(arguments, name) for name in ("ask", "b_values", "seeds", "grids", "pretrain_epochs")}
+    result = sweep(config, **options, say=lambda text: print(text, flush=True))
+    print(f"\n{result}\n\nrows in {result.output / 'sweep.json'}, the table in sweep.md, the figure in sweep.png")
+    return 0
+
+
 def _benchmark(arguments: argparse.Namespace) -> int:
     spec = _model_spec(arguments)
     for name, value in (("--batch", arguments.batch), ("--size", arguments.size)):
@@ -514,6 +540,7 @@ COMMANDS = {
     "convert": _convert,
     "verify": _verify,
     "families": _families,
+    "sweep": _sweep,
     "benchmark": _benchmark,
 }
 
