@@ -203,19 +203,19 @@ class _Walk:
     applied: list[dict[str, str]] = field(default_factory=list)
     unknown: list[tuple[str, str, str]] = field(default_factory=list)
 
-    def replace(self, module: nn.Module, name: str) -> nn.Module:
+    def replace(self, module: nn.Module, name: str, place: str | None = None) -> nn.Module:
         if id(module) in self.done:  # one layer registered in several places stays one layer
             return self.done[id(module)]
-        new = self._replace(module, name)
+        new = self._replace(module, name, place)
         self.done[id(module)] = new
         return new
 
-    def _replace(self, module: nn.Module, name: str) -> nn.Module:
+    def _replace(self, module: nn.Module, name: str, place: str | None) -> nn.Module:
         kind = type_name(original_class(module))
         if kind in COMPOSITES:
             self.unknown.append((name, kind, COMPOSITES[kind]))
             return module
-        rule = find_rule(module)
+        rule = find_rule(module, place)
         if rule is not None:
             try:
                 hooks = [*module._forward_hooks, *module._forward_pre_hooks, *module._backward_hooks]
@@ -239,7 +239,7 @@ class _Walk:
             self.unknown.append((name, kind, "no rule for this type"))
         for child_name, child in module._modules.items():
             if child is not None:
-                module._modules[child_name] = self.replace(child, _join(name, child_name))
+                module._modules[child_name] = self.replace(child, _join(name, child_name), f"{kind}.{child_name}")
         return module
 
 
