@@ -22,6 +22,7 @@ from bcosification.convert.rules import (
     FACTORS,
     NoRule,
     Options,
+    as_convolution,
     double_input_channels,
     find_rule,
     remove_biases,
@@ -312,11 +313,12 @@ def convert(
             except NoRule as reason:
                 problems.append(f"layer {input_name!r}: {reason}")
         if moves:
-            network.set_submodule(head_name, _as_convolution(network.get_submodule(head_name)))
+            network.set_submodule(head_name, as_convolution(network.get_submodule(head_name)))
     network = walk.replace(network, "")  # with problems, only to find the layers without a rule
-    for entry in walk.applied:
-        if moves and entry["name"] == head_name:
-            entry["was"] = type_name(nn.Linear)
+    originals = dict(model.named_modules())
+    for entry in walk.applied:  # families and the move of the head put other layers in the place of some
+        if entry["name"] in originals:
+            entry["was"] = type_name(type(originals[entry["name"]]))
     _report(model, problems, walk.unknown, options, warn)
     if options.bias == "remove":
         remove_biases(network)
@@ -395,22 +397,14 @@ def _check_head(network: nn.Module, name: str, moves: bool) -> int | None:
     head = network.get_submodule(name)
     if type(head) is nn.Linear:
         return head.out_features
+    if type(head) is nn.Conv2d and not moves:  # at every position already
+        return head.out_channels
     if moves:
         raise ValueError(
             f"bcosify: expected the classifier {name!r} to be an nn.Linear, got {type(head).__name__}; head='keep' "
             "leaves it where it is"
         )
     return None
-
-
-def _as_convolution(head: nn.Linear) -> nn.Conv2d:
-    convolution = nn.Conv2d(
-        head.in_features, head.out_features, 1, bias=head.bias is not None, device="meta", dtype=head.weight.dtype
-    )
-    weight = head.weight.detach()[:, :, None, None]
-    convolution.weight = nn.Parameter(weight, requires_grad=head.weight.requires_grad)
-    convolution.bias = head.bias
-    return convolution.train(head.training)
 
 
 def _report(

@@ -317,10 +317,33 @@ def max_pool2d(layer: nn.MaxPool2d, options: Options) -> nn.Module:
     nn.PixelUnshuffle,
     "torchvision.ops.stochastic_depth.StochasticDepth",
     "torchvision.ops.misc.Permute",
+    "torchvision.models.maxvit.SwapAxes",
+    "torchvision.models.maxvit.WindowPartition",
+    "torchvision.models.maxvit.WindowDepartition",
 )
 def linear_as_it_is(layer: nn.Module, options: Options) -> nn.Module:
     """Already linear, without constant, in eval mode: kept."""
     return layer
+
+
+@rule(bnn.Normalize)
+def normalize(layer: bnn.Normalize, options: Options) -> nn.Module:
+    """Ours already (families put it where a network normalises its input once more): kept."""
+    return layer
+
+
+def as_convolution(layer: nn.Linear, kernel: tuple[int, int] = (1, 1)) -> nn.Conv2d:
+    """The convolution that computes at every position what ``layer`` computes of flattened (C, *kernel) values.
+
+    Not a copy: it takes the parameters over.
+    """
+    weight = layer.weight.detach().unflatten(1, (-1, *kernel))
+    convolution = nn.Conv2d(
+        weight.shape[1], layer.out_features, kernel, bias=layer.bias is not None, device="meta", dtype=weight.dtype
+    )
+    convolution.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    convolution.bias = layer.bias
+    return convolution.train(layer.training)
 
 
 def double_input_channels(layer: nn.Module) -> None:

@@ -35,7 +35,7 @@ class Family:
         super().__init_subclass__(**kwargs)
         if "name" in cls.__dict__:  # what is said of networks that no family knows does not hold for one
             for attribute, default in (("title", cls.name.replace("_", " ")), ("cannot", "")):
-                if attribute not in cls.__dict__:
+                if getattr(cls, attribute) is Family.__dict__[attribute]:
                     setattr(cls, attribute, default)
 
     def input_layer(self, model: nn.Module) -> str | None:
@@ -44,7 +44,10 @@ class Family:
         return readers[0] if readers else None
 
     def head(self, model: nn.Module) -> str | None:
-        """The classifier, an nn.Linear whose outputs are the logits. None: the model has none."""
+        """The classifier, whose outputs are the logits: an nn.Linear, or a Conv2d before the pooling already.
+
+        None: the model has none.
+        """
         heads = [name for name, module in model.named_modules() if type(module) is nn.Linear]
         return heads[-1] if heads else None
 
