@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -44,14 +45,23 @@ class TorchvisionEfficientNet(PositionwiseHeadFamily):
         }
 
     def build(self, architecture: dict[str, Any]) -> nn.Module:
-        from functools import partial
-
         from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBConvConfig
 
         arguments = dict(architecture)
         kinds = {"MBConv": MBConvConfig, "FusedMBConv": FusedMBConvConfig}
         stages = [kinds[kind](*numbers) for kind, *numbers in arguments.pop("stages")]
         return EfficientNet(stages, norm_layer=partial(nn.BatchNorm2d, **arguments.pop("norm")), **arguments)
+
+    def example(self) -> nn.Module:
+        from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBConvConfig
+
+        stages = [
+            FusedMBConvConfig(1, 3, 1, 8, 8, 1),
+            FusedMBConvConfig(3, 3, 2, 8, 16, 2),
+            MBConvConfig(2, 5, 2, 16, 24, 1),
+        ]
+        norm = partial(nn.BatchNorm2d, eps=1e-3)
+        return EfficientNet(stages, 0.3, 0.2, 5, norm_layer=norm, last_channel=40)
 
 
 def _stage(stage: nn.Sequential) -> list[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,6 +145,25 @@ class TorchvisionInception(InceptionFamily):
 
         return Inception3(**architecture, init_weights=False)
 
+    def example(self) -> nn.Module:
+        from torchvision.models.inception import (
+            BasicConv2d,
+            Inception3,
+            InceptionA,
+            InceptionAux,
+            InceptionB,
+            InceptionC,
+            InceptionD,
+            InceptionE,
+        )
+
+        narrow = _narrow(BasicConv2d)
+        kinds = (InceptionA, InceptionB, InceptionC, InceptionD, InceptionE, InceptionAux)
+        blocks = [narrow, *(partial(kind, conv_block=narrow) for kind in kinds)]
+        model = Inception3(5, transform_input=True, inception_blocks=blocks, init_weights=False)
+        model.fc, model.AuxLogits.fc = nn.Linear(2048 // 8, 5), nn.Linear(768 // 8, 5)
+        return model
+
 
 @register("torchvision.models.googlenet.GoogLeNet")
 class TorchvisionGoogLeNet(InceptionFamily):
@@ -162,3 +183,19 @@ class TorchvisionGoogLeNet(InceptionFamily):
         from torchvision.models.googlenet import GoogLeNet
 
         return GoogLeNet(**architecture, init_weights=False)
+
+    def example(self) -> nn.Module:
+        from torchvision.models.googlenet import BasicConv2d, GoogLeNet, Inception, InceptionAux
+
+        narrow = _narrow(BasicConv2d)
+        blocks = [narrow, *(partial(kind, conv_block=narrow) for kind in (Inception, InceptionAux))]
+        model = GoogLeNet(5, transform_input=True, blocks=blocks, init_weights=False)
+        model.fc = nn.Linear(1024 // 8, 5)
+        return model
+
+
+def _narrow(convolution: type[nn.Module]) -> Callable[..., nn.Module]:
+    """``convolution``, a library's BasicConv2d, with an eighth of the channels that it is asked for."""
+    return lambda inputs, outputs, **options: convolution(
+        inputs if inputs == 3 else inputs // 8, outputs // 8, **options
+    )

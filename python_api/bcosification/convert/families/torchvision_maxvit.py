@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -63,10 +64,13 @@ class TorchvisionMaxViT(PositionwiseHeadFamily):
         }
 
     def build(self, architecture: dict[str, Any]) -> nn.Module:
-        from functools import partial
-
         from torchvision.models.maxvit import MaxVit
 
         arguments = dict(architecture)
         norm = partial(nn.BatchNorm2d, **arguments.pop("norm"))
         return MaxVit(norm_layer=norm, activation_layer=getattr(nn, arguments.pop("activation")), **arguments)
+
+    def example(self) -> nn.Module:
+        from torchvision.models.maxvit import MaxVit
+
+        return MaxVit((32, 32), 8, 2, [8, 16], [1, 1], 4, 0.1, mlp_ratio=2, num_classes=5, expansion_ratio=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -51,8 +52,6 @@ class TorchvisionMobileNetV2(PositionwiseHeadFamily):
         }
 
     def build(self, architecture: dict[str, Any]) -> nn.Module:
-        from functools import partial
-
         from torchvision.models.mobilenetv2 import MobileNetV2
         from torchvision.ops.misc import Conv2dNormActivation
 
@@ -70,6 +69,11 @@ class TorchvisionMobileNetV2(PositionwiseHeadFamily):
             model.classifier[-1] = nn.Linear(last, architecture["num_classes"])
             model.last_channel = last
         return model
+
+    def example(self) -> nn.Module:
+        from torchvision.models.mobilenetv2 import MobileNetV2
+
+        return MobileNetV2(5, 0.25, [[1, 16, 1, 1], [3, 24, 2, 2], [2.5, 32, 1, 1]])
 
 
 class HeadBeforePoolMobileNetV3(PositionwiseHead):
@@ -101,13 +105,21 @@ class TorchvisionMobileNetV3(PositionwiseHeadFamily):
         }
 
     def build(self, architecture: dict[str, Any]) -> nn.Module:
-        from functools import partial
-
         from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
 
         arguments = dict(architecture)
         rows = [InvertedResidualConfig(*row, width_mult=1.0) for row in arguments.pop("blocks")]
         return MobileNetV3(rows, norm_layer=partial(nn.BatchNorm2d, **arguments.pop("norm")), **arguments)
+
+    def example(self) -> nn.Module:
+        from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
+
+        rows = [
+            (8, 3, 8, 8, True, "RE", 2, 1),
+            (8, 5, 16, 16, False, "RE", 1, 1),
+            (16, 3, 24, 16, True, "HS", 1, 2),
+        ]
+        return MobileNetV3([InvertedResidualConfig(*row, 1.0) for row in rows], 24, 5)
 
 
 def _v3_row(block: nn.Module) -> list[Any]:
@@ -169,3 +181,6 @@ class TorchvisionMNASNet(PositionwiseHeadFamily):
         from torchvision.models.mnasnet import MNASNet
 
         return MNASNet(**architecture)
+
+    def example(self) -> nn.Module:
+        return self.build({"alpha": 0.2, "num_classes": 5})

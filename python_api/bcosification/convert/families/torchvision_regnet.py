@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -48,8 +49,6 @@ class TorchvisionRegNet(PositionwiseHeadFamily):
         }
 
     def build(self, architecture: dict[str, Any]) -> nn.Module:
-        from functools import partial
-
         from torchvision.models.regnet import BlockParams, RegNet
 
         arguments = dict(architecture)
@@ -58,6 +57,11 @@ class TorchvisionRegNet(PositionwiseHeadFamily):
         activation = getattr(nn, arguments.pop("activation"))
         norm = partial(nn.BatchNorm2d, **arguments.pop("norm"))
         return RegNet(blocks, activation=activation, norm_layer=norm, **arguments)
+
+    def example(self) -> nn.Module:
+        from torchvision.models.regnet import BlockParams, RegNet
+
+        return RegNet(BlockParams([1, 2], [16, 24], [8, 8], [1.0, 1.0], [2, 2], 0.25), 5, stem_width=8)
 
 
 def _common_ratio(transforms: list[nn.Module]) -> float:

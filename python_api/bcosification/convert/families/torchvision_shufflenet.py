@@ -40,3 +40,6 @@ class TorchvisionShuffleNet(PositionwiseHeadFamily):
         from torchvision.models.shufflenetv2 import ShuffleNetV2
 
         return ShuffleNetV2(**architecture)
+
+    def example(self) -> nn.Module:
+        return self.build({"stages_repeats": [1, 2, 1], "stages_out_channels": [8, 16, 24, 32, 40], "num_classes": 5})

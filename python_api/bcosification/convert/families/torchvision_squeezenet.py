@@ -45,3 +45,6 @@ class TorchvisionSqueezeNet(Family):
         from torchvision.models.squeezenet import SqueezeNet
 
         return SqueezeNet(**architecture)
+
+    def example(self) -> nn.Module:
+        return self.build({"version": "1_1", "num_classes": 5})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,8 +137,6 @@ class TorchvisionSwin(PositionwiseHeadFamily):
         }
 
     def build(self, architecture: dict[str, Any]) -> nn.Module:
-        from functools import partial
-
         from torchvision.models import swin_transformer
 
         arguments = dict(architecture)
@@ -147,6 +146,21 @@ class TorchvisionSwin(PositionwiseHeadFamily):
             downsample_layer=getattr(swin_transformer, f"PatchMerging{suffix}"),
             norm_layer=partial(nn.LayerNorm, eps=arguments.pop("eps")),
             **arguments,
+        )
+
+    def example(self) -> nn.Module:
+        return self.build(
+            {
+                "version": 2,
+                "patch_size": [4, 4],
+                "embed_dim": 8,
+                "depths": [2, 2],
+                "num_heads": [2, 4],
+                "window_size": [4, 4],
+                "mlp_ratio": 2.0,
+                "num_classes": 5,
+                "eps": 1e-5,
+            }
         )
 
 

@@ -110,6 +110,10 @@ class TorchvisionVGG(FullyConnectedFamily):
             model.classifier._modules[name] = nn.Linear(inputs, outputs)
         return model
 
+    def example(self) -> nn.Module:
+        features = [8, "M", 8, "M", 12]
+        return self.build({"features": features, "batch_norm": True, "classifier": [12 * 49, 10, 9, 5], "dropout": 0.5})
+
 
 @register("torchvision.models.alexnet.AlexNet")
 class TorchvisionAlexNet(FullyConnectedFamily):
@@ -125,3 +129,17 @@ class TorchvisionAlexNet(FullyConnectedFamily):
         from torchvision.models.alexnet import AlexNet
 
         return AlexNet(**architecture)
+
+    def example(self) -> nn.Module:
+        from torchvision.models.alexnet import AlexNet
+
+        with torch.device("meta"):  # 60 million weights, made narrower below
+            model = AlexNet()
+        widths = [3, 8, 8, 9, 10, 10]
+        convolutions = [name for name, layer in model.features.named_children() if isinstance(layer, nn.Conv2d)]
+        for name, inputs, outputs in zip(convolutions, widths[:-1], widths[1:], strict=True):
+            wide = model.features._modules[name]
+            model.features._modules[name] = nn.Conv2d(inputs, outputs, wide.kernel_size, wide.stride, wide.padding)
+        for name, inputs, outputs in (("1", 10 * 36, 12), ("4", 12, 9), ("6", 9, 5)):
+            model.classifier._modules[name] = nn.Linear(inputs, outputs)
+        return model
