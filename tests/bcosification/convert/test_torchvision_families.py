@@ -257,18 +257,24 @@ def library_models():
         mobilenet_v3_small mobilenet_v3_large mnasnet0_5 mnasnet1_3 shufflenet_v2_x0_5 shufflenet_v2_x1_5
         efficientnet_b0 efficientnet_b3 efficientnet_b5 efficientnet_v2_s regnet_x_400mf regnet_y_400mf regnet_y_1_6gf
         swin_t swin_v2_s maxvit_t resnet18 resnext50_32x4d densenet121 convnext_tiny vit_b_16""".split()
-    rest = [("mobilenet_v2", {"width_mult": 1.4}), ("mobilenet_v2", {"width_mult": 0.35}),
-            ("mobilenet_v3_large", {"dilated": True, "reduced_tail": True})]  # fmt: skip
+    rest = [
+        ("googlenet", {"aux_logits": False, "transform_input": True}),
+        ("mobilenet_v2", {"width_mult": 1.4}),
+        ("mobilenet_v2", {"width_mult": 0.35}),
+        ("mobilenet_v3_large", {"dilated": True, "reduced_tail": True}),
+    ]
     return [(name, {}) for name in names] + rest
 
 
 @pytest.mark.parametrize("name, options", library_models(), ids=lambda value: str(value))
 def test_the_librarys_own_models_are_described(name, options):
     if name in ("googlenet", "inception_v3"):
-        options = {"init_weights": False}
+        options = {**options, "init_weights": False}
     constructor = getattr(torchvision.models, name)
     with torch.device("cpu" if name.startswith("regnet") else "meta"):  # regnet's constructor reads values
         network = constructor(weights=None, **options)
+        if name == "inception_v3":
+            network.fc = nn.Linear(2048, 7)  # and not the auxiliary classifier
     told = describe(family_of(network), network)
     assert told is not None
     with torch.device("meta"):

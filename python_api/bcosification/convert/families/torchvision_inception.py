@@ -104,12 +104,22 @@ class InceptionFamily(PositionwiseHeadFamily):
         return super().prepare(model, options, True) if head_moves else change_class(model, ConvertedInception)
 
     def architecture(self, model: nn.Module) -> dict[str, Any]:
+        auxiliary = getattr(model, self.auxiliary[0])
         return {
             "num_classes": model.fc.out_features,
-            "aux_logits": getattr(model, self.auxiliary[0]) is not None,
+            # Those of the pretrained network where only fc was made anew.
+            "auxiliary_classes": None if auxiliary is None else _classes(auxiliary),
             "transform_input": model.transform_input,
             "dropout": model.dropout.p,
         }
+
+    def build(self, architecture: dict[str, Any]) -> nn.Module:
+        arguments = dict(architecture)
+        classes, auxiliary = arguments.pop("num_classes"), arguments.pop("auxiliary_classes")
+        model = self.library_class()(auxiliary or classes, auxiliary is not None, init_weights=False, **arguments)
+        if model.fc.out_features != classes:
+            model.fc = nn.Linear(model.fc.in_features, classes)
+        return model
 
 
 def _input_transform(model: nn.Module, options: Options) -> nn.Module:
@@ -140,10 +150,10 @@ class TorchvisionInception(InceptionFamily):
     def input_size(self, model: nn.Module) -> tuple[int, int]:
         return 299, 299
 
-    def build(self, architecture: dict[str, Any]) -> nn.Module:
+    def library_class(self) -> type[nn.Module]:
         from torchvision.models.inception import Inception3
 
-        return Inception3(**architecture, init_weights=False)
+        return Inception3
 
     def example(self) -> nn.Module:
         from torchvision.models.inception import (
@@ -179,10 +189,10 @@ class TorchvisionGoogLeNet(InceptionFamily):
         dropout = {} if model.aux1 is None else {"dropout_aux": model.aux1.dropout.p}
         return {**super().architecture(model), **dropout}
 
-    def build(self, architecture: dict[str, Any]) -> nn.Module:
+    def library_class(self) -> type[nn.Module]:
         from torchvision.models.googlenet import GoogLeNet
 
-        return GoogLeNet(**architecture, init_weights=False)
+        return GoogLeNet
 
     def example(self) -> nn.Module:
         from torchvision.models.googlenet import BasicConv2d, GoogLeNet, Inception, InceptionAux
@@ -192,6 +202,10 @@ class TorchvisionGoogLeNet(InceptionFamily):
         model = GoogLeNet(5, transform_input=True, blocks=blocks, init_weights=False)
         model.fc = nn.Linear(1024 // 8, 5)
         return model
+
+
+def _classes(auxiliary: nn.Module) -> int:
+    return [layer for layer in auxiliary.modules() if isinstance(layer, nn.Linear)][-1].out_features
 
 
 def _narrow(convolution: type[nn.Module]) -> Callable[..., nn.Module]:
