@@ -260,6 +260,11 @@ def _own_gated(activation: Callable) -> Callable:
     return lambda module, tape, x: activation(tape, x, inplace=module.inplace)
 
 
+def _other_gated(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
+    """Activations that were added to this package's: their own gate is recorded."""
+    return _gated(module.gate)(tape, x, inplace=module.inplace)
+
+
 def _own_scaling_gate(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
     return x * tape.constant("gate", lambda: module.scale(x))
 
@@ -499,6 +504,7 @@ def _own_handlers() -> dict[type, Callable]:
         layers.QuickGELU: _own_gated(_quick_gelu),
         layers.ReLU6: _own_gated(_relu6),
         layers.Tanh: _own_gated(_tanh),
+        layers.GatedActivation: _other_gated,
         layers.ScalingGate: _own_scaling_gate,
         layers.MultiheadAttention: _multi_head_attention,
         nn.MultiheadAttention: _multi_head_attention,

@@ -7,6 +7,7 @@ from torchvision.models.regnet import BlockParams, RegNet
 from torchvision.models.swin_transformer import SwinTransformer
 
 from bcosification.convert.families import FAMILIES
+from bcosification.convert.families.base import enlarged
 from tests.bcosification.convert.standard_networks import CLASSES
 
 
@@ -66,20 +67,16 @@ BY_CLASS = {"alexnet", "googlenet", "inception v3"}
 
 
 def randomize(model, seed=0):
-    """Random parameters and statistics, float64, eval mode; a B = 2 network of them passes its signal on.
-
-    There a layer of n inputs and weights of size s gives s^2 n^(1/2) times the size of its input.
-    """
+    """Random parameters and statistics, float64, eval mode; a B = 2 network of them passes its signal on."""
     generator = torch.Generator().manual_seed(seed)
-    model = model.double().eval()
+    torch.manual_seed(seed)
+    model = enlarged(model.double().eval())
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.empty_like(parameter).uniform_(-0.3, 0.3, generator=generator))
         for module in model.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                module.weight.normal_(0, module.weight[0].numel() ** -0.25, generator=generator)
-            elif isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.3, generator=generator)
                 module.running_var.uniform_(0.5, 1.5, generator=generator)
             elif hasattr(module, "relative_position_bias_table"):

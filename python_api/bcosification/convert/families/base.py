@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from bcosification.convert.class_change import ChangedForward
@@ -81,6 +82,19 @@ class Family:
     def build(self, architecture: dict[str, Any]) -> nn.Module:
         """A model with random weights, from what ``architecture`` returned."""
         raise NotImplementedError(f"{self.name}: models of this family are not built from a description")
+
+
+def enlarged(model: nn.Module) -> nn.Module:
+    """``model`` with random weights of a size at which a B = 2 network passes its signal on, in place.
+
+    Of n inputs, weights of size s make outputs of s^2 n^(1/2) times the size of the inputs. For examples that have no
+    norms: with the usual initialisation nothing of the image would be left after a few layers.
+    """
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.weight.normal_(0, module.weight[0].numel() ** -0.25)
+    return model
 
 
 FAMILIES: dict[str, Family] = {}

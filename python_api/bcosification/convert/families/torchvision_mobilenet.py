@@ -31,7 +31,7 @@ class TorchvisionMobileNetV2(PositionwiseHeadFamily):
     name = "torchvision_mobilenet_v2"
     title = "torchvision MobileNetV2"
     converts = "convolutions, BatchNorms, ReLU6s; the classifier before the pooling"
-    keeps = ""
+    keeps = "the linear bottlenecks, which have no activation"
     reader = "features.0.0"
     mixin = HeadBeforePoolMobileNetV2
 

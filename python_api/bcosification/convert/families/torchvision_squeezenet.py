@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from bcosification.convert.families.base import Family, register
+from bcosification.convert.families.base import Family, enlarged, register
 
 
 @register("torchvision.models.squeezenet.SqueezeNet")
@@ -47,4 +47,4 @@ class TorchvisionSqueezeNet(Family):
         return SqueezeNet(**architecture)
 
     def example(self) -> nn.Module:
-        return self.build({"version": "1_1", "num_classes": 5})
+        return enlarged(self.build({"version": "1_1", "num_classes": 5}))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bcosification.convert.class_change import change_class
-from bcosification.convert.families.base import Family, HeadBeforePool, register
+from bcosification.convert.families.base import Family, HeadBeforePool, enlarged, register
 from bcosification.convert.rules import Options, as_convolution
 
 
@@ -122,6 +122,9 @@ class TorchvisionAlexNet(FullyConnectedFamily):
     name = "torchvision_alexnet"
     title = "torchvision AlexNet"
 
+    def input_size(self, model: nn.Module) -> tuple[int, int]:
+        return 224, 224
+
     def architecture(self, model: nn.Module) -> dict[str, Any]:
         return {"num_classes": model.classifier[-1].out_features, "dropout": model.classifier[0].p}
 
@@ -142,4 +145,4 @@ class TorchvisionAlexNet(FullyConnectedFamily):
             model.features._modules[name] = nn.Conv2d(inputs, outputs, wide.kernel_size, wide.stride, wide.padding)
         for name, inputs, outputs in (("1", 10 * 36, 12), ("4", 12, 9), ("6", 9, 5)):
             model.classifier._modules[name] = nn.Linear(inputs, outputs)
-        return model
+        return enlarged(model)
