@@ -115,7 +115,9 @@ class OwnGatedNet(nn.Module):
         super().__init__()
         self.stem = bnn.BcosConv2d(6, 8, 3, padding=1, stride=2, normalize_weight=False)
         self.norm = bnn.BatchNormUncentered2d(8)
-        self.gates = nn.ModuleList([bnn.SiLU(inplace=True), bnn.Hardswish(), bnn.Mish(), bnn.QuickGELU(), bnn.ReLU6()])
+        self.gates = nn.ModuleList(
+            [bnn.SiLU(inplace=True), bnn.Hardswish(), bnn.Mish(), bnn.QuickGELU(), bnn.ReLU6(), bnn.Tanh()]
+        )
         self.layers = nn.ModuleList([bnn.BcosConv2d(8, 8, 1, bias=True, normalize_weight=False) for _ in self.gates])
         self.scales = bnn.SqueezeExcitation(8, 3, nn.SiLU, nn.Hardsigmoid)
         self.tail = HeadBeforePool(bnn.BcosConv2d(8, CLASSES, normalize_weight=False), bnn.LogitBias(-2.0))
@@ -123,7 +125,7 @@ class OwnGatedNet(nn.Module):
     def forward(self, x):
         x = self.norm(self.stem(x))
         for gate, layer in zip(self.gates, self.layers, strict=True):
-            x = x + layer(gate(6 * x))
+            x = x + layer(gate(40 * x)) / 8  # beyond the 6 of ReLU6 and hardswish
         return self.tail(self.scales(x))
 
 

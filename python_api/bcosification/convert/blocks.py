@@ -346,6 +346,7 @@ BLOCK_RULES: dict[str, BlockRule] = {
     ),
     "torchvision.models.densenet._Transition": BlockRule("FusedTransition", _SEQUENTIAL, _has_pair),
     "torchvision.ops.misc.Conv2dNormActivation": BlockRule("FusedConv2dNormActivation", _SEQUENTIAL, _has_pair),
+    "torchvision.models.regnet.SimpleStemIN": BlockRule("FusedSimpleStemIN", _SEQUENTIAL, _has_pair),
     "torchvision.ops.misc.MLP": BlockRule("FusedMLP", _SEQUENTIAL, _has_pair),
     "torchvision.models.vision_transformer.MLPBlock": BlockRule("FusedMLPBlock", _SEQUENTIAL, _has_pair),
     "torch.nn.modules.container.Sequential": BlockRule("FusedSequential", _SEQUENTIAL, _has_pair),

@@ -22,6 +22,7 @@ from bcosification.convert.rules import (
     FACTORS,
     NoRule,
     Options,
+    as_convolution,
     double_input_channels,
     find_rule,
     remove_biases,
@@ -203,19 +204,19 @@ class _Walk:
     applied: list[dict[str, str]] = field(default_factory=list)
     unknown: list[tuple[str, str, str]] = field(default_factory=list)
 
-    def replace(self, module: nn.Module, name: str) -> nn.Module:
+    def replace(self, module: nn.Module, name: str, place: str | None = None) -> nn.Module:
         if id(module) in self.done:  # one layer registered in several places stays one layer
             return self.done[id(module)]
-        new = self._replace(module, name)
+        new = self._replace(module, name, place)
         self.done[id(module)] = new
         return new
 
-    def _replace(self, module: nn.Module, name: str) -> nn.Module:
+    def _replace(self, module: nn.Module, name: str, place: str | None) -> nn.Module:
         kind = type_name(original_class(module))
         if kind in COMPOSITES:
             self.unknown.append((name, kind, COMPOSITES[kind]))
             return module
-        rule = find_rule(module)
+        rule = find_rule(module, place)
         if rule is not None:
             try:
                 hooks = [*module._forward_hooks, *module._forward_pre_hooks, *module._backward_hooks]
@@ -239,7 +240,7 @@ class _Walk:
             self.unknown.append((name, kind, "no rule for this type"))
         for child_name, child in module._modules.items():
             if child is not None:
-                module._modules[child_name] = self.replace(child, _join(name, child_name))
+                module._modules[child_name] = self.replace(child, _join(name, child_name), f"{kind}.{child_name}")
         return module
 
 
@@ -312,11 +313,12 @@ def convert(
             except NoRule as reason:
                 problems.append(f"layer {input_name!r}: {reason}")
         if moves:
-            network.set_submodule(head_name, _as_convolution(network.get_submodule(head_name)))
+            network.set_submodule(head_name, as_convolution(network.get_submodule(head_name)))
     network = walk.replace(network, "")  # with problems, only to find the layers without a rule
-    for entry in walk.applied:
-        if moves and entry["name"] == head_name:
-            entry["was"] = type_name(nn.Linear)
+    originals = dict(model.named_modules())
+    for entry in walk.applied:  # families and the move of the head put other layers in the place of some
+        if entry["name"] in originals:
+            entry["was"] = type_name(type(originals[entry["name"]]))
     _report(model, problems, walk.unknown, options, warn)
     if options.bias == "remove":
         remove_biases(network)
@@ -395,22 +397,14 @@ def _check_head(network: nn.Module, name: str, moves: bool) -> int | None:
     head = network.get_submodule(name)
     if type(head) is nn.Linear:
         return head.out_features
+    if type(head) is nn.Conv2d and not moves:  # at every position already
+        return head.out_channels
     if moves:
         raise ValueError(
             f"bcosify: expected the classifier {name!r} to be an nn.Linear, got {type(head).__name__}; head='keep' "
             "leaves it where it is"
         )
     return None
-
-
-def _as_convolution(head: nn.Linear) -> nn.Conv2d:
-    convolution = nn.Conv2d(
-        head.in_features, head.out_features, 1, bias=head.bias is not None, device="meta", dtype=head.weight.dtype
-    )
-    weight = head.weight.detach()[:, :, None, None]
-    convolution.weight = nn.Parameter(weight, requires_grad=head.weight.requires_grad)
-    convolution.bias = head.bias
-    return convolution.train(head.training)
 
 
 def _report(

@@ -88,7 +88,7 @@ def _check(family: Family, report: FamilyReport) -> None:
     if model is None:
         report.problem = "not checked: the family has no example"
         return
-    size = family.input_size(model) or (32, 32)
+    size = family.example_size or family.input_size(model) or (32, 32)
     model = randomized(model)
     report.parameters = sum(parameter.numel() for parameter in model.parameters())
     images = torch.rand(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

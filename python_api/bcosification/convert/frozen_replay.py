@@ -249,6 +249,7 @@ _silu = _gated(lambda x: 1 / (1 + torch.exp(-x)))
 _quick_gelu = _gated(lambda x: 1 / (1 + torch.exp(-1.702 * x)))
 _hardswish = _gated(lambda x: (x + 3).clamp(0, 6) / 6)
 _mish = _gated(lambda x: 1 - 2 / ((1 + torch.exp(x)) ** 2 + 1))  # tanh(log(1 + e^x)), written out
+_tanh = _gated(lambda x: torch.where(x == 0, torch.ones_like(x), x.sinh() / x.cosh() / x))
 _hardtanh = _gated(_clamped)
 _relu6 = _gated(lambda x: _clamped(x, 0, 6))
 _leaky_relu = _gated(lambda x, negative_slope=0.01: _slope(x, negative_slope))
@@ -257,6 +258,11 @@ _prelu = _gated(_slope)
 
 def _own_gated(activation: Callable) -> Callable:
     return lambda module, tape, x: activation(tape, x, inplace=module.inplace)
+
+
+def _other_gated(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
+    """Activations that were added to this package's: their own gate is recorded."""
+    return _gated(module.gate)(tape, x, inplace=module.inplace)
 
 
 def _own_scaling_gate(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
@@ -497,6 +503,8 @@ def _own_handlers() -> dict[type, Callable]:
         layers.Mish: _own_gated(_mish),
         layers.QuickGELU: _own_gated(_quick_gelu),
         layers.ReLU6: _own_gated(_relu6),
+        layers.Tanh: _own_gated(_tanh),
+        layers.GatedActivation: _other_gated,
         layers.ScalingGate: _own_scaling_gate,
         layers.MultiheadAttention: _multi_head_attention,
         nn.MultiheadAttention: _multi_head_attention,

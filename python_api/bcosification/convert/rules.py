@@ -9,6 +9,8 @@ libraries are registered under their dotted name, which needs no import::
 
     @rule("torchvision.ops.misc.FrozenBatchNorm2d")
     def frozen_batch_norm(layer, options): ...
+
+A key may also name a child of a class, whose rule then comes before that of its own type: "my.Attention.qkv".
 """
 
 from __future__ import annotations
@@ -60,8 +62,10 @@ COMPOSITES: dict[str, str] = {
 
 FACTORS: dict[str, tuple[str, ...]] = {
     "torchvision.models.convnext.CNBlock": ("layer_scale",),
+    "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": ("relative_position_bias_table",),
 }
-"""Modules with children -> names of their own parameters that only multiply activations: linear, so they stay."""
+"""Modules with children -> names of their own parameters that only multiply activations or are part of an attention
+matrix: they add no constant, so they stay."""
 
 
 def type_name(kind: type) -> str:
@@ -70,7 +74,7 @@ def type_name(kind: type) -> str:
 
 
 def rule(*kinds: type | str) -> Callable[[Rule], Rule]:
-    """Register a function as the rule of one or more layer types (classes or dotted names)."""
+    """Register a function as the rule of one or more layer types (classes or dotted names, or children of classes)."""
 
     def register(function: Rule) -> Rule:
         for kind in kinds:
@@ -80,9 +84,9 @@ def rule(*kinds: type | str) -> Callable[[Rule], Rule]:
     return register
 
 
-def find_rule(layer: nn.Module) -> Rule | None:
-    """The rule for this layer's exact type, or None."""
-    return RULES.get(type_name(type(layer)))
+def find_rule(layer: nn.Module, place: str | None = None) -> Rule | None:
+    """The rule for this layer's place ("class of its parent.name in it") or else for its exact type, or None."""
+    return RULES.get(place) or RULES.get(type_name(type(layer)))
 
 
 def _moved(old: nn.Module, new: nn.Module) -> nn.Module:
@@ -225,6 +229,17 @@ def multihead_attention(layer: nn.MultiheadAttention, options: Options) -> nn.Mo
     return _moved(layer, new)
 
 
+@rule("torchvision.models.maxvit.RelativePositionalMultiHeadAttention.to_qkv")
+def qkv_linear(layer: nn.Module, options: Options, *, key_bias: bool = True) -> nn.Module:
+    """The joint projection of an attention to q, k, v stays linear, q and k being constants in explanation mode."""
+    if type(layer) is not nn.Linear:
+        raise NoRule("it projects to q, k and v: expected an nn.Linear")
+    new = bnn.QKVLinear(layer.in_features, layer.out_features, device="meta", key_bias=key_bias)
+    _take_over(new, "weight", layer.weight)
+    _take_over(new, "bias", layer.bias)
+    return _moved(layer, new)
+
+
 @rule(nn.GELU)
 def gelu(layer: nn.GELU, options: Options) -> nn.Module:
     """GELU -> x times a gate that is a constant in explanation mode, or nothing when activations are removed."""
@@ -238,6 +253,7 @@ GATED: dict[str, type[bnn.GatedActivation]] = {
     "torch.nn.modules.activation.Hardswish": bnn.Hardswish,
     "torch.nn.modules.activation.Mish": bnn.Mish,
     "torch.nn.modules.activation.ReLU6": bnn.ReLU6,
+    "torch.nn.modules.activation.Tanh": bnn.Tanh,
     "open_clip.transformer.QuickGELU": bnn.QuickGELU,
 }
 """Activations x·g(x) without parameters -> the same with a gate that is a constant in explanation mode."""
@@ -245,10 +261,12 @@ GATED: dict[str, type[bnn.GatedActivation]] = {
 
 @rule(*GATED)
 def gated_activation(layer: nn.Module, options: Options) -> nn.Module:
-    """SiLU, Hardswish, Mish, ReLU6, QuickGELU -> the same with a constant gate, or nothing when activations go."""
+    """SiLU, Hardswish, ReLU6, Tanh and others -> the same with a constant gate, or nothing when activations go."""
     if options.activation == "remove":
         return _moved(layer, nn.Identity())
-    return _moved(layer, GATED[type_name(type(layer))](inplace=getattr(layer, "inplace", False)))
+    new = GATED[type_name(type(layer))]()
+    new.inplace = getattr(layer, "inplace", False)
+    return _moved(layer, new)
 
 
 @rule("torchvision.ops.misc.SqueezeExcitation")
@@ -299,10 +317,33 @@ def max_pool2d(layer: nn.MaxPool2d, options: Options) -> nn.Module:
     nn.PixelUnshuffle,
     "torchvision.ops.stochastic_depth.StochasticDepth",
     "torchvision.ops.misc.Permute",
+    "torchvision.models.maxvit.SwapAxes",
+    "torchvision.models.maxvit.WindowPartition",
+    "torchvision.models.maxvit.WindowDepartition",
 )
 def linear_as_it_is(layer: nn.Module, options: Options) -> nn.Module:
     """Already linear, without constant, in eval mode: kept."""
     return layer
+
+
+@rule(bnn.Normalize)
+def normalize(layer: bnn.Normalize, options: Options) -> nn.Module:
+    """Ours already (families put it where a network normalises its input once more): kept."""
+    return layer
+
+
+def as_convolution(layer: nn.Linear, kernel: tuple[int, int] = (1, 1)) -> nn.Conv2d:
+    """The convolution that computes at every position what ``layer`` computes of flattened (C, *kernel) values.
+
+    Not a copy: it takes the parameters over.
+    """
+    weight = layer.weight.detach().unflatten(1, (-1, *kernel))
+    convolution = nn.Conv2d(
+        weight.shape[1], layer.out_features, kernel, bias=layer.bias is not None, device="meta", dtype=weight.dtype
+    )
+    convolution.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    convolution.bias = layer.bias
+    return convolution.train(layer.training)
 
 
 def double_input_channels(layer: nn.Module) -> None:

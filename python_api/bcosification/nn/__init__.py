@@ -3,7 +3,7 @@
 from .batch_norm_uncentered import BatchNormUncentered2d, SyncBatchNormUncentered2d
 from .conv2d import BcosConv2d
 from .encoding import AddInverse, Normalize
-from .gates import GatedActivation, Hardswish, Mish, QuickGELU, ReLU6, ScalingGate, SiLU, SqueezeExcitation
+from .gates import GatedActivation, Hardswish, Mish, QuickGELU, ReLU6, ScalingGate, SiLU, SqueezeExcitation, Tanh
 from .gelu import GELU
 from .group_norm import GroupNorm
 from .layer_norm import LayerNorm
@@ -12,6 +12,7 @@ from .linear import BcosLinear
 from .logits import LogitBias
 from .modes import DetachableModule, explanation_mode
 from .multihead_attention import MultiheadAttention
+from .qkv_linear import QKVLinear
 
 __all__ = [
     "AddInverse",
@@ -29,11 +30,13 @@ __all__ = [
     "Mish",
     "MultiheadAttention",
     "Normalize",
+    "QKVLinear",
     "QuickGELU",
     "ReLU6",
     "ScalingGate",
     "SiLU",
     "SqueezeExcitation",
     "SyncBatchNormUncentered2d",
+    "Tanh",
     "explanation_mode",
 ]

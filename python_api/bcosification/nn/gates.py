@@ -19,6 +19,7 @@ __all__ = [
     "ScalingGate",
     "SiLU",
     "SqueezeExcitation",
+    "Tanh",
 ]
 
 
@@ -156,6 +157,23 @@ class ReLU6(GatedActivation, nn.ReLU6):
 
     def activate(self, x: Tensor) -> Tensor:
         return F.relu6(x, inplace=self.inplace)
+
+
+class Tanh(GatedActivation, nn.Tanh):
+    """nn.Tanh, as x times a gate tanh(x)/x (1 at 0) that is a constant in explanation mode.
+
+    Source: B-cosification, arXiv:2411.00715, section 3, whose constant gates this is another one of.
+
+    Example:
+        >>> Tanh()(torch.zeros(2))
+        tensor([0., 0.])
+    """
+
+    def gate(self, x: Tensor) -> Tensor:
+        return torch.where(x == 0, torch.ones_like(x), torch.tanh(x) / x)
+
+    def activate(self, x: Tensor) -> Tensor:
+        return torch.tanh(x)
 
 
 class ScalingGate(DetachableModule):

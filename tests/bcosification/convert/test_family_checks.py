@@ -47,7 +47,7 @@ def test_training_steps_and_explanations_of_every_family_run_on_kernels(name):
     family = Family() if name == "generic" else next(f for f in FAMILIES.values() if f.name == name)
     torch.manual_seed(0)
     model = bcosify(family.example(), **family.example_options)
-    images = torch.rand(2, 3, *(family.input_size(model.model) or (64, 64)))
+    images = torch.rand(2, 3, *(family.example_size or family.input_size(model.model) or (64, 64)))
     step = Step(model, images, torch.arange(2))
     with bcos_kernels.timed() as seconds:
         step()

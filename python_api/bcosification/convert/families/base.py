@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from bcosification.convert.class_change import ChangedForward
@@ -30,6 +31,8 @@ class Family:
     """What the conversion cannot do or does not keep exactly, in a few words; "" where there is nothing to say."""
     example_options: dict[str, Any] = {"mean": 0.5, "std": 0.25, "head": "keep"}
     """Options of ``bcosify`` that ``example``'s conversion needs; by default none."""
+    example_size: tuple[int, int] | None = None
+    """Height and width of images for ``example``; None: ``input_size``, or 32 x 32."""
     preprocessing: str | None = None
     """"imagenet": the library's weights were trained with ImageNet's mean and std."""
 
@@ -38,7 +41,7 @@ class Family:
         if "name" in cls.__dict__:  # what is said of networks that no family knows does not hold for one
             defaults = {"title": cls.name.replace("_", " "), "cannot": "", "example_options": {}}
             for attribute, default in defaults.items():
-                if attribute not in cls.__dict__:
+                if getattr(cls, attribute) is Family.__dict__[attribute]:
                     setattr(cls, attribute, default)
 
     def input_layer(self, model: nn.Module) -> str | None:
@@ -47,7 +50,10 @@ class Family:
         return readers[0] if readers else None
 
     def head(self, model: nn.Module) -> str | None:
-        """The classifier, an nn.Linear whose outputs are the logits. None: the model has none."""
+        """The classifier, whose outputs are the logits: an nn.Linear, or a Conv2d before the pooling already.
+
+        None: the model has none.
+        """
         heads = [name for name, module in model.named_modules() if type(module) is nn.Linear]
         return heads[-1] if heads else None
 
@@ -85,8 +91,8 @@ class Family:
     def example(self) -> nn.Module | None:
         """A small model of the family with random weights, for `bcosify families --check`. None: nobody wrote one.
 
-        Everything that the family handles should be in it once; images are ``input_size`` or 32 x 32. A library that
-        is not installed may raise its ImportError.
+        Everything that the family handles should be in it once; images are of ``example_size``. A library that is not
+        installed may raise its ImportError.
         """
         if type(self) is not Family:
             return None
@@ -104,6 +110,19 @@ class _AnyNetwork(nn.Module):
     def forward(self, x):
         x = self.norm(self.stem(x))
         return self.head((x + self.act(self.body(x))).mean((2, 3)))
+
+
+def enlarged(model: nn.Module) -> nn.Module:
+    """``model`` with random weights of a size at which a B = 2 network passes its signal on, in place.
+
+    Of n inputs, weights of size s make outputs of s^2 n^(1/2) times the size of the inputs. For examples that have no
+    norms: with the usual initialisation nothing of the image would be left after a few layers.
+    """
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.weight.normal_(0, module.weight[0].numel() ** -0.25)
+    return model
 
 
 FAMILIES: dict[str, Family] = {}

@@ -85,7 +85,7 @@ def test_verify_finds_a_moved_head_that_is_never_called(monkeypatch):
         _, flatten, head = self.classifier
         return flatten(self.avgpool(head(self.features(x))))
 
-    monkeypatch.setattr(type(converted.model).__mro__[1], "_forward_impl", forgets_the_norm)
+    monkeypatch.setattr(type(converted.model).__mro__[1], "forward", forgets_the_norm)
     report = verify(network, converted, images)
     (failed,) = [layer for layer in report.layers if not layer.ok]
     assert not report.ok and failed.name == "classifier.0"
@@ -175,7 +175,9 @@ def test_other_classifiers():
     with torch.no_grad():
         assert torch.equal(bcosify(network)(images), bcosify(make("convnext")[0])(images))
     network.classifier = nn.Sequential(norm, flatten, nn.Linear(12, 12).double(), linear)
-    with pytest.raises(ValueError, match=r"got Linear\(.*\) as 'classifier.2'; head='keep' leaves it"):
+    assert verify(network, bcosify(network), images).ok
+    network.classifier = nn.Sequential(norm, flatten, nn.Unflatten(1, (12, 1)), nn.Flatten(), linear)
+    with pytest.raises(ValueError, match=r"got Unflatten\(.*\) as 'classifier.2'; head='keep' leaves it"):
         bcosify(network)
     kept = bcosify(network, **EXACT, head="keep")
     assert relative_error(kept(images).detach(), network(normalized(images)).detach()) < 1e-12
