@@ -452,7 +452,6 @@ def test_every_missing_package_is_told_before_anything_is_done(command, package,
             "expected as many values in --mean as in --std, got 3 and 1",
         ),
         (["convert", "foo:bar", "--out", "x"], "prefix among torchvision:, timm:, open_clip:"),
-        (["convert", "mobilenet_v2", "--no-pretrained", "--out", "x"], "expected --head keep, or a family"),
         (["convert", "weights.pth", "--out", "x"], "found none at 'weights.pth'"),
         (["convert", "resnet18", "--arch", "resnet18", "--out", "x"], "expected --arch with a weights file only"),
         (["convert", "resnet18", "--no-pretrained", "--mean", "nan", "--out", "x"], "expected --mean to be one finite"),
@@ -652,11 +651,20 @@ def test_broken_folders_and_runs_are_refused(run_folder, tmp_path, monkeypatch, 
     assert not (tmp_path / "executed").exists()
 
 
+class Unknown(torch.nn.Sequential):
+    """A network that no family knows: its forward is its own."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
 def _no_standard_network(kind):
     network = torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 3), torch.nn.Softplus() if kind == "unknown" else torch.nn.ReLU(),
         torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4),
     )  # fmt: skip
+    if kind == "no family":
+        return Unknown(*network)
     if kind == "tied":
         network[5].weight = network[4].weight
     if kind == "converted":
@@ -673,6 +681,8 @@ def _no_standard_network(kind):
     [
         ("unknown", ["without one:\n  torch.nn.modules.activation.Softplus: no rule for this type: 1\n",
                      "--on-unknown keep leaves them as they are", "convert.rules.rule", "convert.families.register"]),
+        ("no family", [f"no family knows the forward of {__name__}.Unknown, so its head", "expected --head keep, or a "
+                       "family registered for this class, got --head before_pool"]),
         ("tied", ["every layer to have its own parameters, got '4.weight' and '5.weight', which are one tensor (tied"]),
         ("converted", ["submodule '0' is bcosification.nn.conv2d.BcosConv2d, which is B-cos already"]),
         ("compiled", ["a plain model, got OptimizedModule; convert its ._orig_mod"]),

@@ -28,6 +28,7 @@ __all__ = ["HubMixin", "model_card"]
 
 REPOSITORY_FILES = ("config.json", "model.safetensors")
 """What is read from a repository. Nothing else is downloaded, so no pickle and no code."""
+DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
 def _require_hub(what: str) -> None:
@@ -58,12 +59,17 @@ class HubMixin(ModelHubMixin):
             The model in eval mode, on the CPU.
 
         Raises:
-            FileNotFoundError, ValueError: as ``bcosification.load``. RuntimeError: a repository, without
-            huggingface_hub. huggingface_hub's errors where the repository cannot be read.
+            FileNotFoundError, ValueError: as ``bcosification.load``. TypeError: another option. RuntimeError: a
+            repository, without huggingface_hub. huggingface_hub's errors where the repository cannot be read.
 
         Example:
             >>> model = BcosifiedModel.from_pretrained("user/resnet50-bcos")
         """
+        unknown = sorted(set(options) - set(DOWNLOAD_OPTIONS))
+        if unknown:
+            raise TypeError(
+                f"from_pretrained: expected options among {', '.join(DOWNLOAD_OPTIONS)}; got {', '.join(unknown)}"
+            )
         if _missing is not None:
             if not os.path.isdir(name):
                 _require_hub(f"from_pretrained({str(name)!r})")
@@ -76,8 +82,7 @@ class HubMixin(ModelHubMixin):
         *,
         model_id: str,
         model: nn.Module | None = None,
-        config: dict[str, Any] | None = None,  # huggingface_hub gives it; load reads and checks it itself
-        **options: Any,
+        **options: Any,  # those of the download, and what huggingface_hub read from config.json; load reads it itself
     ) -> BcosifiedModel:
         from bcosification.convert.checkpoints import load
 
@@ -85,7 +90,8 @@ class HubMixin(ModelHubMixin):
         if not os.path.isdir(folder):
             from huggingface_hub import snapshot_download
 
-            folder = snapshot_download(model_id, allow_patterns=list(REPOSITORY_FILES), **options)
+            download = {name: value for name, value in options.items() if name in DOWNLOAD_OPTIONS}
+            folder = snapshot_download(model_id, allow_patterns=list(REPOSITORY_FILES), **download)
         return load(folder, model=model)
 
     def save_pretrained(

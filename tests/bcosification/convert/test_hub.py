@@ -43,6 +43,12 @@ def test_folders_are_read_as_load_reads_them(converted, tmp_path):
             assert torch.equal(other(images), model(images))
 
 
+def test_other_options_are_named(converted, tmp_path):
+    converted[0].save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="expected options among revision, token, .*; got revison"):
+        BcosifiedModel.from_pretrained(tmp_path, revison="v1")
+
+
 def test_a_network_that_config_cannot_build_is_given(tmp_path):
     model = bcosify(sequential(), mean=MEAN, std=STD)
     model.save_pretrained(tmp_path)
