@@ -11,7 +11,7 @@ from torch import nn
 
 from bcosification.convert.conversion import bcosify
 from bcosification.convert.families import FAMILIES, Family
-from bcosification.convert.rules import type_name
+from bcosification.convert.families.base import enlarged
 from bcosification.convert.verification import verify
 
 __all__ = ["FamilyReport", "family_reports", "randomized"]
@@ -27,6 +27,7 @@ class FamilyReport:
         ok: whether every check holds; None: not checked. problem: why there is no check, or what failed.
         equivalence: error of the logits at B = 1, biases kept, in float64 (relative); completeness, explanation: as in
             ``verify``'s report. All None without a check.
+        contributions: the smallest |Σ contributions| of an image: what of it reaches the logit, past the constant.
         layers: B-cos layers of the example. parameters: of the example.
     """
 
@@ -41,6 +42,7 @@ class FamilyReport:
     equivalence: float | None = None
     completeness: float | None = None
     explanation: float | None = None
+    contributions: float | None = None
     layers: int | None = None
     parameters: int | None = None
     differs_by: list[str] = field(default_factory=list)
@@ -81,7 +83,10 @@ def family_reports(names: Sequence[str] = (), *, check: bool = False) -> list[Fa
 
 def _check(family: Family, report: FamilyReport) -> None:
     try:
-        model = family.example()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = family.example()
+            model = None if model is None else randomized(model)
     except ImportError as error:
         report.problem = f"not checked: {error}"
         return
@@ -89,7 +94,6 @@ def _check(family: Family, report: FamilyReport) -> None:
         report.problem = "not checked: the family has no example"
         return
     size = family.example_size or family.input_size(model) or (32, 32)
-    model = randomized(model)
     report.parameters = sum(parameter.numel() for parameter in model.parameters())
     images = torch.rand(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     try:
@@ -101,6 +105,7 @@ def _check(family: Family, report: FamilyReport) -> None:
     report.ok = found.ok
     report.equivalence, report.completeness = found.equivalence.error, found.completeness.error
     report.explanation = max(found.explanation.error, found.explanation.largest)
+    report.contributions = min(map(abs, found.completeness.contributions))
     report.layers = sum("Bcos" in entry["becomes"] for entry in converted.conversion)
     report.differs_by = found.equivalence.differs_by
     if not found.ok:
@@ -113,26 +118,25 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     """``model`` in float64 and eval mode, with parameters and statistics in which a mistake shows, in place.
 
     Norms start as 1 and 0, biases as 0 or near it, layer scales at 1e-6: a conversion that forgot one of them would
-    give the same logits. Afterwards all of them are something else.
+    give the same logits. Afterwards all of them are something else, and weights are of a size at which a B = 2 network
+    passes its signal on. Draws weights from torch's generator, the rest from one of its own with this seed.
     """
     generator = torch.Generator().manual_seed(seed)
-    model = model.double().eval()
+    model = enlarged(model.double().eval())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "layer_scale" in name or name.endswith("gamma"):
                 parameter.uniform_(0.5, 1.5, generator=generator)
             elif parameter.dim() <= 1:
                 parameter.add_(torch.empty_like(parameter).uniform_(-0.3, 0.3, generator=generator))
-            elif parameter.dim() == 2 or not _is_weight(model, name):
-                parameter.add_(torch.empty_like(parameter).normal_(0, 0.1, generator=generator))
+            elif not _is_weight(model, name):  # positions, tokens, biases of attention
+                parameter.add_(torch.empty_like(parameter).normal_(0, 0.3, generator=generator))
         for module in model.modules():
             if getattr(module, "running_var", None) is not None:
-                module.running_mean.normal_(0, 0.5, generator=generator)
-                # Small variances keep the signal of a B = 2 network with random weights from dying out.
-                module.running_var.uniform_(0.002, 0.01, generator=generator)
+                module.running_mean.normal_(0, 0.3, generator=generator)
+                module.running_var.uniform_(0.5, 1.5, generator=generator)
     return model
 
 
 def _is_weight(model: nn.Module, name: str) -> bool:
-    owner = model.get_submodule(name.rpartition(".")[0])
-    return type_name(type(owner)).startswith("torch.nn.modules.conv.")
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), (nn.Conv2d, nn.Linear))
