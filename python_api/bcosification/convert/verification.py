@@ -23,11 +23,15 @@ from bcosification.convert.preprocessing import Preprocessing
 from bcosification.convert.rules import Options, biases, type_name
 from bcosification.convert.wrapper import BcosifiedModel
 from bcosification.nn.evaluation_mode import evaluation_mode
+from bcosification.weights_files import shortened
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 """Largest relative error ‖got − expected‖ / ‖expected‖ that passes, by dtype."""
 PREPROCESSING_TOLERANCE = 1e-4
 """Of normalised images: float32, so that 1e-6 is rounding."""
+
+
+_NOT_COMPARED = "not compared: another shape, behind the head that moved or of doubled channels"
 
 
 @dataclass
@@ -217,11 +221,6 @@ class Report:
             ("without a rule", self.without_rule),
             ("biases left", self.biases),
         ]
-
-
-def shortened(names: list[str], most: int = 6) -> str:
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _verdict(ok: bool) -> str:
@@ -540,7 +539,7 @@ def _judge_layer(
         report.error, report.largest = (math.nan if any(map(math.isnan, e)) else max(e) for e in (errors, largest))
         if not replaced and math.inf in errors:
             report.error = report.largest = None
-            report.problem = "not compared: it runs after the head, which moved"
+            report.problem = _NOT_COMPARED
         elif not report.error <= tolerance:
             report.ok, report.problem = False, f"output differs at B=1 (tolerance {tolerance:.0e})"
         elif "MaxPool" in entry["was"] and replaced:

@@ -32,7 +32,6 @@ import torch
 from torch import Tensor, nn
 
 import bcosification
-from bcosification.convert.checkpoints import load_state, read_weights
 from bcosification.convert.preprocessing import Preprocessing
 from bcosification.evaluation import grid_pointing_game
 from bcosification.evaluation.benchmarking import aligned
@@ -41,6 +40,7 @@ from bcosification.explanation import bcos_contributions
 from bcosification.nn import Normalize
 from bcosification.nn.evaluation_mode import evaluation_mode
 from bcosification.train.finetuning import FinetuneConfig, check_writable, data_for, finetune, takes_size, train
+from bcosification.weights_files import load_state, read_weights
 
 __all__ = ["B_VALUES", "DEMO", "QUESTIONS", "Sweep", "Variant", "sweep", "variants"]
 

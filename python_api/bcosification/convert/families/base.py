@@ -35,6 +35,8 @@ class Family:
     """Height and width of images for ``example``; None: ``input_size``, or 32 x 32."""
     preprocessing: str | None = None
     """"imagenet": the library's weights were trained with ImageNet's mean and std."""
+    head_is_linear = False
+    """A moved head stays a linear layer, on tokens; else it becomes a 1x1 convolution, on maps."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -45,9 +47,13 @@ class Family:
                     setattr(cls, attribute, default)
 
     def input_layer(self, model: nn.Module) -> str | None:
-        """The layer that reads the image: a Conv2d, or a Linear on pixels with channels outermost. None: unknown."""
+        """The layer that reads the image: a Conv2d, or a Linear on pixels. None: unknown."""
         readers = [name for name, module in model.named_modules() if type(module) is nn.Conv2d]
         return readers[0] if readers else None
+
+    def channels_innermost(self, model: nn.Module) -> bool:
+        """Where a Linear reads the image: whether its pixels have their channels innermost; else outermost."""
+        return False
 
     def head(self, model: nn.Module) -> str | None:
         """The classifier, whose outputs are the logits: an nn.Linear, or a Conv2d before the pooling already.
