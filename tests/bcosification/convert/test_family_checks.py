@@ -55,7 +55,7 @@ def test_training_steps_and_explanations_of_every_family_run_on_kernels(name):
         explain(model, images)
     assert {backend for _, backend in seconds} == {"cpu"}, seconds
     ops = {op for op, _ in seconds}
-    assert ops & {"conv2d", "conv2d_batch_norm"} and any(op.endswith("_backward") for op in ops), ops
+    assert ops & {"conv2d", "conv2d_batch_norm", "linear"} and any(op.endswith("_backward") for op in ops), ops
     assert fallback(step) == {"fallback_share": 0.0, "fallback_ops": []}
 
 
