@@ -16,6 +16,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -174,24 +175,74 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    import torch
-
     import bcosification
 
     spec = _model_spec(arguments)
     if arguments.images < 1:
         raise ValueError(f"expected --images >= 1, got {arguments.images}")
+    files = [_output_file("--json", arguments.json), _output_file("--html", arguments.html)]
     if _is_converted(spec):
         original, converted = _with_original(arguments, _run_folder(spec))
     elif arguments.original is not None:
         raise ValueError(f"--original: expected {FOLDER_HELP} as MODEL, got {spec}, which is converted here")
     else:
         original, converted = _converted(arguments, spec)
-    height, width = converted.config["input_size"] or (224, 224)
-    images = torch.rand(arguments.images, 3, height, width, generator=torch.Generator().manual_seed(0))
-    report = bcosification.verify(original, converted, images)
+    images, normalized = _random_images(arguments.images, original, converted)
+    report = bcosification.verify(original, converted, images, normalized=normalized)
     print(report)
+    report.save(json=files[0], html=files[1])
     return 0 if report.ok else 1
+
+
+def _families(arguments: argparse.Namespace) -> int:
+    file = _output_file("--json", arguments.json)
+
+    from bcosification.convert.family_checks import family_reports
+    from bcosification.evaluation.measuring import machine
+
+    reports = family_reports(arguments.names, check=arguments.check)
+    for report in reports:
+        told = [("classes", ", ".join(report.classes) or "any"), ("converts", report.converts), ("keeps", report.keeps)]
+        told += [("cannot", report.cannot)] if report.cannot else []
+        if report.equivalence is not None:
+            errors = f"error at B = 1 {report.equivalence:.1e}, contributions + constant {report.completeness:.1e}, "
+            errors += f"W(x) {report.explanation:.1e}; {report.layers} B-cos layers"
+            told.append(("verified", f"{'ok' if report.ok else 'FAILED'}: {errors}"))
+        if report.problem:
+            told.append(("" if report.equivalence is not None else "verified", report.problem))
+        print(f"{report.title} ({report.name})")
+        for label, text in told:
+            print(textwrap.fill(text, 110, initial_indent=f"  {label:<10}", subsequent_indent=" " * 12))
+    if file is not None:
+        content = {"machine": machine(), "families": [report.to_dict() for report in reports]}
+        file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 1 if any(report.ok is False for report in reports) else 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    _needs("lightning", "torchmetrics", "tqdm", "matplotlib")
+    from bcosification.train.finetuning import FinetuneConfig, load_recipe
+
+    given = _given(arguments, [field.name for field in dataclasses.fields(FinetuneConfig)])
+    values = {} if arguments.recipe is None else load_recipe(arguments.recipe)
+    if arguments.recipe is None and not {"model", "data"} & set(given):
+        from bcosification.train.sweeping import DEMO
+
+        values = dict(DEMO)
+    for option, name in (("--model", "model"), ("--data", "data")):
+        if not (given.get(name) or values.get(name)):
+            raise ValueError(f"expected {option} (or a recipe that names it, or neither: the demo)")
+    conversion = _given(arguments, CONVERSION)
+    if conversion:
+        given["conversion"] = {**values.get("conversion", {}), **conversion}
+    config = FinetuneConfig.from_mapping(values | given, "command line")
+
+    from bcosification.train.sweeping import sweep
+
+    options = {name: getattr(arguments, name) for name in ("ask", "b_values", "seeds", "grids", "pretrain_epochs")}
+    result = sweep(config, **options, say=lambda text: print(text, flush=True))
+    print(f"\n{result}\n\nrows in {result.output / 'sweep.json'}, the table in sweep.md, the figure in sweep.png")
+    return 0
 
 
 def _benchmark(arguments: argparse.Namespace) -> int:
@@ -199,9 +250,7 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     for name, value in (("--batch", arguments.batch), ("--size", arguments.size)):
         if value is not None and value < 1:
             raise ValueError(f"expected {name} >= 1, got {value}")
-    file = None if arguments.json is None else Path(arguments.json)
-    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise FileNotFoundError(f"--json: expected a file in a folder that is there, got {file}")
+    file = _output_file("--json", arguments.json)
 
     import torch
 
@@ -363,6 +412,38 @@ def _output_folder(name: str) -> Path:
     return folder
 
 
+def _output_file(option: str, name: str | None) -> Path | None:
+    file = None if name is None else Path(name)
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise FileNotFoundError(f"{option}: expected a file in a folder that is there, got {file}")
+    return file
+
+
+def _random_images(count: int, original, converted):
+    """Pictures of random pixels as the converted model takes them, and as the original's own preprocessing makes them.
+
+    The latter are None where the two crop or normalise otherwise: after fine-tuning on images of another size, or where
+    --mean or --std were given.
+    """
+    import numpy
+    import torch
+    from PIL import Image
+
+    from bcosification.convert.preprocessing import Preprocessing, own_transform
+
+    wanted = Preprocessing.from_dict(converted.config)
+    height, width = wanted.input_size or (224, 224)
+    random = numpy.random.default_rng(0)
+    shape = (round(1.25 * height), round(1.5 * width), 3)  # not square, and larger: what is resized and cropped shows
+    pictures = [Image.fromarray(random.integers(0, 256, shape, dtype=numpy.uint8)) for _ in range(count)]
+    images = torch.stack([converted.transform(picture) for picture in pictures])
+    known = (getattr(original, "bcosification_source", None) or {}).get("preprocessing")
+    own = own_transform(original)
+    if own is None or dataclasses.replace(Preprocessing.from_dict(known), origin=wanted.origin) != wanted:
+        return images, None
+    return images, torch.stack([own(picture) for picture in pictures])
+
+
 def _image_files(names: Sequence[str]) -> list[tuple[Path, bool]]:
     """Files, and whether each was named itself; a folder stands for the images directly in it."""
     suffixes = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
@@ -458,6 +539,8 @@ COMMANDS = {
     "evaluate": _evaluate,
     "convert": _convert,
     "verify": _verify,
+    "families": _families,
+    "sweep": _sweep,
     "benchmark": _benchmark,
 }
 

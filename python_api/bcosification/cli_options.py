@@ -45,6 +45,8 @@ bcosify COMMAND --help tells the options of a command. A first try, without a do
         ("evaluate", _add_evaluate),
         ("convert", _add_convert),
         ("verify", _add_verify),
+        ("families", _add_families),
+        ("sweep", _add_sweep),
         ("benchmark", _add_benchmark),
     ):
         command = add(commands, name)
@@ -172,7 +174,8 @@ def _add_evaluate(commands, name: str) -> argparse.ArgumentParser:
 def _add_convert(commands, name: str) -> argparse.ArgumentParser:
     command = _command(
         commands, name, "B-cosify and save, without training",
-        "B-cosify a standard model and write model.safetensors and config.json.",
+        "B-cosify a standard model and write model.safetensors, config.json and a model card, README.md: what\n"
+        "bcosification.load and BcosifiedModel.from_pretrained read, and push_to_hub uploads.",
         "examples:\n"
         "  bcosify convert resnet18 --out converted/r18\n"
         "  bcosify convert my_resnet50.pth --arch resnet50 --b 1.5 --out converted/r50",
@@ -196,8 +199,10 @@ def _add_verify(commands, name: str) -> argparse.ArgumentParser:
         "examples:\n"
         "  bcosify verify resnet18 --b 1.5\n"
         "  bcosify verify converted/r18\n"
-        "  bcosify verify runs/mine --original my_resnet50.pth --arch resnet50\n\n"
-        "The exit code is 1 if a check fails.",
+        "  bcosify verify runs/mine --original my_resnet50.pth --arch resnet50\n"
+        "  bcosify verify timm:vit_tiny_patch16_224 --html report.html --json report.json\n\n"
+        "The original is given its own library's preprocessing of the same pictures. The exit code is 1 if a check\n"
+        "fails.",
         usage="bcosify verify [options] MODEL",
     )  # fmt: skip
     _add_model(command, f"a standard model: {STANDARD_HELP}; or {FOLDER_HELP}")
@@ -207,10 +212,30 @@ def _add_verify(commands, name: str) -> argparse.ArgumentParser:
     command.add_argument(
         "--images", type=int, default=2, metavar="N", help="number of random images to compare on (default: 2)"
     )
+    command.add_argument("--json", metavar="FILE", help="write the report there, too")
+    command.add_argument("--html", metavar="FILE", help="write the report there as a page that needs nothing else")
     _add_source(command.add_argument_group("standard model"))
     group = command.add_argument_group("conversion, of a standard model")
     _add_b_and_bias(group)
     _add_conversion(group)
+    _add_common(command)
+    return command
+
+
+def _add_families(commands, name: str) -> argparse.ArgumentParser:
+    command = _command(
+        commands, name, "which models can be converted, and how exactly",
+        "List the families of models, what of each becomes B-cos, what stays and what cannot be done; with --check,\n"
+        "convert a small model of each and verify it (random weights, float64, seconds).",
+        "examples:\n"
+        "  bcosify families\n"
+        "  bcosify families --check --json families.json\n\n"
+        "The exit code is 1 if a check fails.",
+        usage="bcosify families [options] [NAME ...]",
+    )  # fmt: skip
+    command.add_argument("names", metavar="NAME", nargs="*", help="those families only (default: all)")
+    command.add_argument("--check", action="store_true", help="verify a small model of each")
+    command.add_argument("--json", metavar="FILE", help="write the list there, too")
     _add_common(command)
     return command
 
@@ -255,6 +280,75 @@ def _add_benchmark(commands, name: str) -> argparse.ArgumentParser:
     return command
 
 
+def _adder(defaults) -> Callable:
+    """A function that adds an option for a field of FinetuneConfig, telling the field's default."""
+
+    def add(group, name: str, text: str, **options) -> None:
+        destination = options.pop("dest", name.removeprefix("--").replace("-", "_"))
+        default = getattr(defaults, destination)
+        shown = "" if default in (None, "") or isinstance(default, bool) else f" (default: {default:g})" if isinstance(
+            default, float) else f" (default: {default})"  # fmt: skip
+        # Only what was given: recipes and earlier runs fill in the rest.
+        group.add_argument(name, dest=destination, default=argparse.SUPPRESS, help=text + shown, **options)
+
+    return add
+
+
+def _add_sweep(commands, name: str) -> argparse.ArgumentParser:
+    from bcosification.train.finetuning import FinetuneConfig
+
+    command = _command(
+        commands, name, "fine-tune with one choice changed at a time, and compare",
+        "Fine-tune a B-cosified model again and again, one choice changed at a time, and compare accuracy, GridPG and\n"
+        "what the conversion changes: B from 1 to 3; biases and schedules; the six design choices between standard\n"
+        "and B-cos networks. Without --model and --data: a small ResNet on scenes, minutes on a CPU. The same command\n"
+        "goes on with a sweep that was interrupted.",
+        "examples:\n"
+        "  bcosify sweep --out runs/sweep\n"
+        "  bcosify sweep --model resnet18 --data /data/imagenet --recipe imagenet_resnet18 --epochs 9 --out runs/s18\n"
+        "  bcosify sweep --out runs/sweep --ask b --b-values 1 1.5 2 3 --seeds 3\n\n"
+        "Written to --out: sweep.json (a row per run), sweep.md (the table), sweep.png (the figure), runs/ (the runs).",
+        usage="bcosify sweep [options] --out DIR",
+    )  # fmt: skip
+    add = _adder(FinetuneConfig())
+    group = command.add_argument_group("what")
+    add(group, "--model", f"{STANDARD_HELP}; or small, the demo's network", metavar="MODEL")
+    add(group, "--data", "digits, scenes, or a folder with train/ and val/", metavar="DATA")
+    group.add_argument("--out", dest="output", metavar="DIR", required=True, help="output folder, or that of a sweep")
+    group.add_argument("--recipe", metavar="NAME_OR_FILE", help="options from a recipe or a YAML file")
+    group.add_argument(
+        "--ask", nargs="+", choices=("b", "biases", "design"), default=("b", "biases", "design"),
+        help="questions (default: all three)",
+    )  # fmt: skip
+    group.add_argument(
+        "--b-values", type=float, nargs="+", metavar="B", default=(1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0),
+        help="of question b (default: 1 1.25 1.5 1.75 2 2.5 3)",
+    )  # fmt: skip
+    group.add_argument("--seeds", type=int, default=1, metavar="N", help="repetitions of every run (default: 1)")
+    group.add_argument("--grids", type=int, default=16, metavar="N", help="of the grid pointing game (default: 16)")
+    group.add_argument(
+        "--pretrain-epochs", type=int, metavar="N",
+        help="train the standard model on the data first (default: 5 for small, else 0)",
+    )  # fmt: skip
+    add(group, "--arch", "architecture of a weights file, as a MODEL is named", metavar="NAME")
+    add(group, "--weights", "the standard model's weights, .safetensors or .pth", metavar="FILE")
+    add(group, "--no-pretrained", "random weights; nothing is downloaded", dest="pretrained", action="store_false")
+    group = command.add_argument_group("conversion, where it is not what is asked")
+    _add_conversion(group)
+    group = command.add_argument_group("fine-tuning of each run")
+    add(group, "--epochs", "passes over the training data", type=int, metavar="N")
+    add(group, "--batch-size", "images per step and device", type=int, metavar="N")
+    add(group, "--lr", "peak learning rate; a cosine takes it to 0", type=float, metavar="RATE")
+    add(group, "--image-size", "edge of the images (default: as finetune)", type=int, metavar="PIXELS")
+    add(group, "--limit-batches", "batches per epoch and part (default: all)", type=int, metavar="N")
+    add(group, "--num-workers", "loading processes (default: 0 for embedded data, else up to 8)", type=int, metavar="N")
+    add(group, "--seed", "of everything random", type=int, metavar="N")
+    add(group, "--accelerator", "auto, cpu, gpu, …", metavar="NAME")
+    add(group, "--devices", "their number, auto, or indices such as 0,2", metavar="N")
+    _add_common(command)
+    return command
+
+
 def _add_finetune(commands, name: str) -> argparse.ArgumentParser:
     from bcosification.train.finetuning import FinetuneConfig, recipes
 
@@ -273,15 +367,7 @@ def _add_finetune(commands, name: str) -> argparse.ArgumentParser:
         "       bcosify finetune --recipe NAME --out DIR [options]\n"
         "       bcosify finetune --resume --out DIR [options]",
     )  # fmt: skip
-    nothing = argparse.SUPPRESS  # only what was given: recipes and earlier runs fill in the rest
-
-    def add(group, name: str, text: str, **options) -> None:
-        destination = options.pop("dest", name.removeprefix("--").replace("-", "_"))
-        default = getattr(defaults, destination)
-        shown = "" if default in (None, "") or isinstance(default, bool) else f" (default: {default:g})" if isinstance(
-            default, float) else f" (default: {default})"  # fmt: skip
-        group.add_argument(name, dest=destination, default=nothing, help=text + shown, **options)
-
+    add = _adder(defaults)
     group = command.add_argument_group("what")
     add(group, "--model", f"{STANDARD_HELP}; or {FOLDER_HELP}", metavar="MODEL")
     add(
@@ -346,8 +432,8 @@ def _add_finetune(commands, name: str) -> argparse.ArgumentParser:
 
 
 # What the library's messages begin with: the function that speaks, which the user of a command did not call.
-SPEAKERS = ("bcosify", "resolve", "load", "finetune", "explain", "evaluate", "verify", "benchmark")
-SPEAKERS += ("explanation picture",)
+SPEAKERS = ("bcosify", "resolve", "load", "finetune", "explain", "evaluate", "verify", "benchmark", "families")
+SPEAKERS += ("sweep", "explanation picture")
 # Parameters that are named otherwise on the command line.
 RENAMED = {"targets": "target"}
 # Parameters that no command has an option for.

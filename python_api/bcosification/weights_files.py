@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +43,9 @@ def read_file(path: str | os.PathLike) -> Any:
         except (library.SafetensorError, ValueError, RuntimeError, OSError) as error:
             raise ValueError(f"{path}: expected a safetensors file, got one that cannot be read: {error}") from None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of protocols, and how to have them supported; what cannot be read is refused
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # whose text goes on to tell how to switch the check off
         raise ValueError(
             f"{path}: expected a file of tensors (safetensors, or torch.save(model.state_dict())), got another format "

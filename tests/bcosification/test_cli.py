@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -12,18 +14,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torchvision.models import resnet18
 
 import bcosification
 from bcosification import cli_options, resolve
 from bcosification.cli import main
+from bcosification.convert import resolver
 from bcosification.convert.rules import RULES
 from bcosification.evaluation import evaluate
 from bcosification.train import finetuning
 from bcosification.train.data import build_datamodule, digits
 from bcosification.train.finetuning import FinetuneConfig, load_recipe, recipes
 
-COMMANDS = ["finetune", "explain", "evaluate", "convert", "verify", "benchmark"]
+COMMANDS = ["finetune", "explain", "evaluate", "convert", "verify", "families", "sweep", "benchmark"]
 # A folder and a file that are there, whatever they hold: what is checked next is the options.
 HERE = [str(Path(__file__).parent), __file__, "--out", "x"]
 TINY = "--model resnet18 --no-pretrained --data digits --out x".split()
@@ -241,28 +245,37 @@ def test_convert_then_load(tmp_path, capsys):
     assert "expected a new or empty folder" in capsys.readouterr().err
 
 
-def test_verify_reports_and_tells_by_its_exit_code(monkeypatch, capsys):
+def test_verify_reports_and_tells_by_its_exit_code(monkeypatch, tmp_path, capsys):
     class Report:
         ok = True
 
         def __str__(self):
             return "all the same"
 
+        def save(self, **files):
+            seen.append(files)
+
     seen = []
 
-    def verify(original, converted, images):
-        seen.append((original, converted, images))
+    def verify(original, converted, images, *, normalized):
+        seen.append((original, converted, images, normalized))
         return Report()
 
     monkeypatch.setattr(bcosification, "verify", verify)
-    assert main(["verify", "resnet18", "--no-pretrained", "--images", "3"]) == 0
+    files = ["--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")]
+    assert main(["verify", "resnet18", "--no-pretrained", "--images", "3", *files]) == 0
     assert "all the same" in capsys.readouterr().out
-    original, converted, images = seen[0]
-    assert images.shape == (3, 3, 224, 224) and 0 <= images.min() and images.max() <= 1
+    (original, converted, images, normalized), saved = seen
+    assert saved == {"json": tmp_path / "r.json", "html": tmp_path / "r.html"}
+    assert images.shape == (3, 3, 224, 224) and 0 <= images.min() and images.max() <= 1 and images.std() > 0.1
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    torch.testing.assert_close(normalized, (images - mean) / std, rtol=1e-5, atol=1e-5)
     assert isinstance(converted, bcosification.BcosifiedModel)
     assert torch.equal(original.layer1[0].conv1.weight, converted.model.layer1[0].conv1.weight)
     Report.ok = False
-    assert main(["verify", "resnet18", "--no-pretrained"]) == 1
+    assert main(["verify", "resnet18", "--no-pretrained", "--mean", "0.4"]) == 2
+    assert main(["verify", "resnet18", "--no-pretrained", "--mean", "0.4", "0.5", "0.6"]) == 1
+    assert seen[-2][3] is None  # the converted model normalises otherwise, as it was told to
 
 
 def test_verify_of_a_folder(tmp_path, capsys):
@@ -276,8 +289,11 @@ def test_verify_of_a_folder(tmp_path, capsys):
     config["input_size"] = [64, 64]  # a quarter of the pixels, for the test's time
     (out / "config.json").write_text(json.dumps(config))
     capsys.readouterr()
-    assert main(["verify", str(out), "--images", "1"]) == 0
+    files = ["--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")]
+    assert main(["verify", str(out), "--images", "1", *files]) == 0
     printed = capsys.readouterr().out
+    assert json.loads((tmp_path / "r.json").read_text())["about"]["images"] == [1, 3, 64, 64]
+    assert "Verification of torchvision:resnet18" in (tmp_path / "r.html").read_text()
     assert printed.startswith(f"{out}, compared with torchvision:resnet18, weights: {weights}\n")
     assert "b=1.5" in printed and "verified: ok" in printed and "differ from a fresh conversion" not in printed
     assert main(["verify", str(out), "--original", "resnet18", "--no-pretrained", "--images", "1"]) == 0
@@ -436,16 +452,12 @@ def test_every_missing_package_is_told_before_anything_is_done(command, package,
             "expected as many values in --mean as in --std, got 3 and 1",
         ),
         (["convert", "foo:bar", "--out", "x"], "prefix among torchvision:, timm:, open_clip:"),
-        (["convert", "mobilenet_v2", "--no-pretrained", "--out", "x"], "expected --head keep, or a family"),
-        (
-            ["convert", "mobilenet_v2", "--no-pretrained", "--out", "x"],
-            "features.18.2\n--on-unknown keep leaves them",
-        ),
         (["convert", "weights.pth", "--out", "x"], "found none at 'weights.pth'"),
         (["convert", "resnet18", "--arch", "resnet18", "--out", "x"], "expected --arch with a weights file only"),
         (["convert", "resnet18", "--no-pretrained", "--mean", "nan", "--out", "x"], "expected --mean to be one finite"),
         (["evaluate", "nothing/", "--data", "digits"], "expected a folder or file, found none at 'nothing/'"),
         (["verify", "resnet18", "--images", "0"], "expected --images >= 1, got 0"),
+        (["verify", "resnet18", "--html", "nowhere/x.html"], "--html: expected a file in a folder that is there"),
         (["evaluate", "--data", "digits"], "expected one MODEL, got 0"),
         (
             ["evaluate", "resnet18", "--data", "nowhere"],
@@ -553,6 +565,142 @@ def test_weights_of_another_architecture_and_pickles_are_refused(tmp_path, monke
     assert main(["convert", "resnet18", "--weights", "module.pth", "--out", "x"]) == 2
     assert "pickle" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+class Malicious:
+    """Its pickle makes a folder when it is read."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def _bad_checkpoint(kind):
+    """The name of a file that is no weights file, in the current folder."""
+    state = resnet18(num_classes=4).state_dict()
+    if kind.startswith("truncated"):
+        name = "weights.safetensors" if kind.endswith("safetensors") else "weights.pth"
+        save_file(state, name) if name.endswith("safetensors") else torch.save(state, name)
+        content = Path(name).read_bytes()
+        Path(name).write_bytes(content[: len(content) // 2])
+        return name
+    content = {"state_dict": {**state, "fc.bias": Malicious()}}
+    if kind == "pickle":
+        Path("weights.pth").write_bytes(pickle.dumps(content))
+    elif kind == "empty":
+        Path("weights.pth").write_bytes(b"")
+    else:
+        torch.save(content, "weights.pth", _use_new_zipfile_serialization=kind == "zip")
+    return "weights.pth"
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle", "empty", "truncated pth", "truncated safetensors"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "convert FILE --arch resnet18 --out x",
+        "convert resnet18 --weights FILE --out x",
+        "verify FILE --arch resnet18",
+        "finetune --model resnet18 --weights FILE --data digits --out x",
+        "evaluate FILE --arch resnet18 --data digits",
+        "sweep --model FILE --arch resnet18 --data digits --out x",
+    ],
+)
+def test_checkpoints_that_are_broken_or_hold_code_are_refused(kind, command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = _bad_checkpoint(kind)
+    assert main(command.replace("FILE", file).split()) == 2
+    error = capsys.readouterr().err
+    assert f"{file}: expected a " in error and "Traceback" not in error and "weights_only" not in error
+    if kind in ("zip", "legacy", "pickle"):
+        assert "could run code when it is read, so it is refused" in error
+    assert [path.name for path in tmp_path.iterdir()] == [file], "something was executed, or written"
+
+
+def test_broken_folders_and_runs_are_refused(run_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    best = run_folder / "best"
+    for broken in ("truncated", "pickled", "json"):
+        folder = tmp_path / broken
+        shutil.copytree(best, folder)
+        weights = folder / "model.safetensors"
+        if broken == "truncated":
+            weights.write_bytes(weights.read_bytes()[:-100])
+            message = "model.safetensors: expected a safetensors file, got one that cannot be read"
+        elif broken == "pickled":
+            weights.unlink()
+            torch.save({"a": Malicious()}, folder / "pytorch_model.bin")
+            message = "pytorch_model.bin may hold pickled objects and is not read"
+        else:
+            (folder / "config.json").write_text("{")
+            message = "config.json to be JSON"
+        for command in ("evaluate {} --data digits", "verify {}", "benchmark {}"):
+            assert main(command.format(folder).split()) == 2
+            assert message in capsys.readouterr().err
+    for broken in ("truncated", "malicious"):
+        folder = tmp_path / f"{broken}-run"
+        shutil.copytree(run_folder, folder)
+        if broken == "truncated":
+            content = (folder / "last.ckpt").read_bytes()
+            (folder / "last.ckpt").write_bytes(content[: len(content) // 2])
+        else:
+            torch.save({"epoch": 0, "state_dict": Malicious()}, folder / "last.ckpt")
+        assert main(["finetune", "--resume", "--out", str(folder), "--epochs", "2"]) == 2
+        error = capsys.readouterr().err
+        assert "last.ckpt: expected a checkpoint of finetune, got " in error
+        assert "Traceback" not in error and "weights_only" not in error
+    assert not (tmp_path / "executed").exists()
+
+
+class Unknown(torch.nn.Sequential):
+    """A network that no family knows: its forward is its own."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+def _no_standard_network(kind):
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.Softplus() if kind == "unknown" else torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4),
+    )  # fmt: skip
+    if kind == "no family":
+        return Unknown(*network)
+    if kind == "tied":
+        network[5].weight = network[4].weight
+    if kind == "converted":
+        return bcosification.bcosify(network, mean=0.5, std=0.5).model
+    if kind == "compiled":
+        return torch.compile(network)
+    return torch.nn.DataParallel(network) if kind == "parallel" else network
+
+
+@pytest.mark.parametrize("command", ["convert x --out y", "verify x", "benchmark x", "finetune --model x --data digits "
+                                     "--out y --no-pretrained"])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, messages",
+    [
+        ("unknown", ["without one:\n  torch.nn.modules.activation.Softplus: no rule for this type: 1\n",
+                     "--on-unknown keep leaves them as they are", "convert.rules.rule", "convert.families.register"]),
+        ("no family", [f"no family knows the forward of {__name__}.Unknown, so its head", "expected --head keep, or a "
+                       "family registered for this class, got --head before_pool"]),
+        ("tied", ["every layer to have its own parameters, got '4.weight' and '5.weight', which are one tensor (tied"]),
+        ("converted", ["submodule '0' is bcosification.nn.conv2d.BcosConv2d, which is B-cos already"]),
+        ("compiled", ["a plain model, got OptimizedModule; convert its ._orig_mod"]),
+        ("parallel", ["a plain model, got DataParallel; convert its .module"]),
+    ],
+)  # fmt: skip
+def test_models_that_cannot_be_converted_are_told(kind, messages, command, tmp_path, monkeypatch, capsys):
+    def library(name, num_classes, pretrained, weights):
+        return _no_standard_network(kind), {"library": "torchvision", "name": name, "weights": None}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(resolver.LIBRARIES, "torchvision", library)
+    # DataParallel and compiled models hide which layer is the head.
+    assert main([*command.split(), "--mean", "0.5", "0.5", "0.5", "--std", "0.5", "0.5", "0.5"]) == 2
+    error = capsys.readouterr().err
+    for message in messages:
+        assert message in error, error
+    assert "Traceback" not in error and list(tmp_path.iterdir()) == []
 
 
 def test_interrupt_tells_how_to_go_on(monkeypatch, capsys):

@@ -6,7 +6,7 @@ What a run leaves in its output folder:
     metrics.csv          one row per epoch (units: seconds, shares of 1)
     training_curves.png  loss and accuracy (when matplotlib is installed)
     last.ckpt            everything needed to go on: weights, optimiser, schedule, counters
-    last/, best/         model.safetensors + config.json, for bcosification.load and every command
+    last/, best/         model.safetensors + config.json (and a model card), for bcosification.load and every command
     unreadable_images.txt  files that were left out, if any
 """
 
@@ -17,6 +17,7 @@ import dataclasses
 import importlib.util
 import logging
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -25,6 +26,7 @@ import tempfile
 import threading
 import time
 import warnings
+import zipfile
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -272,7 +274,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _save_model(model, folder: Path) -> None:
-    """model.safetensors and config.json, written beside and moved into place."""
+    """What save_pretrained writes, written beside and moved into place."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
@@ -624,7 +626,13 @@ def _complete_epochs(output: Path) -> int:
     path = output / "last.ckpt"
     if not path.is_file():
         return 0
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"] + 1
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"] + 1
+    except pickle.UnpicklingError:  # whose text goes on to tell how to switch the check off
+        got = "another format, or a pickle with other objects, which could run code when it is read, so it is refused"
+    except (RuntimeError, EOFError, OSError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        got = f"one that cannot be read: {error}"
+    raise ValueError(f"{path}: expected a checkpoint of finetune, got {got}")
 
 
 def _prepare(config: FinetuneConfig, own, saved: Path | None):
@@ -635,8 +643,6 @@ def _prepare(config: FinetuneConfig, own, saved: Path | None):
     import bcosification
     from bcosification.convert.resolver import resolve
     from bcosification.convert.wrapper import BcosifiedModel
-
-    from .data import EMBEDDED, build_datamodule, digits, evaluation_transform, scenes
 
     if saved is not None:
         model = bcosification.load(saved, model=own)
@@ -649,30 +655,55 @@ def _prepare(config: FinetuneConfig, own, saved: Path | None):
             _check_converted(config, model)
         else:
             model = bcosification.bcosify(found, b=config.b, bias=config.bias, **config.conversion)
-    embedded = config.data in EMBEDDED and not Path(config.data).is_dir()
-    expected = model.config["input_size"]
-    if embedded:
-        native = {"digits": digits, "scenes": scenes}[config.data]("val").images.shape[-1]
-        size = config.image_size or (native if expected is None or _accepts(model, native) else min(expected))
-    else:
-        size = config.image_size or (min(expected) if expected is not None else 224)
-    if not _accepts(model, size):
-        raise ValueError(
-            f"finetune: expected an image_size that {config.model} can take (its own: {expected}), got {size}"
-        )
-    as_expected = not embedded and config.image_size is None and expected is not None
-    datamodule = build_datamodule(
-        config.data, image_size=size, batch_size=config.batch_size, num_workers=config.num_workers, seed=config.seed,
-        augment=config.augment, eval_transform=model.transform if as_expected else evaluation_transform(size),
-    )  # fmt: skip
+    datamodule = data_for(config, model)
+    size, as_expected = _image_size(config, model)
     if saved is None:
         if model.num_classes != datamodule.num_classes:
             model.reset_classifier(datamodule.num_classes)
         model.config["class_names"] = datamodule.class_names
+        model.config["finetuned_on"] = Path(config.data).name
         if not as_expected:
-            resize = size if embedded else round(size * 256 / 224)
+            resize = size if _embedded(config) else round(size * 256 / 224)
             model.config.update(input_size=[size, size], resize=resize, crop="center")
     return model, datamodule
+
+
+def data_for(config: FinetuneConfig, model):
+    """The data module of `config.data`, with images as `model`, a B-cosified one, takes them.
+
+    Raises:
+        ValueError: an image size that the model does not take. Those of `build_datamodule`.
+    """
+    from .data import build_datamodule, evaluation_transform
+
+    size, as_expected = _image_size(config, model)
+    return build_datamodule(
+        config.data, image_size=size, batch_size=config.batch_size, num_workers=config.num_workers, seed=config.seed,
+        augment=config.augment, eval_transform=model.transform if as_expected else evaluation_transform(size),
+    )  # fmt: skip
+
+
+def _embedded(config: FinetuneConfig) -> bool:
+    from .data import EMBEDDED
+
+    return config.data in EMBEDDED and not Path(config.data).is_dir()
+
+
+def _image_size(config: FinetuneConfig, model) -> tuple[int, bool]:
+    """Edge of the images, and whether they are cropped as the model's weights expect."""
+    from .data import digits, scenes
+
+    expected = model.config["input_size"]
+    if _embedded(config):
+        native = {"digits": digits, "scenes": scenes}[config.data]("val").images.shape[-1]
+        size = config.image_size or (native if expected is None or takes_size(model, native) else min(expected))
+    else:
+        size = config.image_size or (min(expected) if expected is not None else 224)
+    if not takes_size(model, size):
+        raise ValueError(
+            f"finetune: expected an image_size that {config.model} can take (its own: {expected}), got {size}"
+        )
+    return size, not _embedded(config) and config.image_size is None and expected is not None
 
 
 def _check_converted(config: FinetuneConfig, model) -> None:
@@ -691,7 +722,7 @@ def _check_converted(config: FinetuneConfig, model) -> None:
         )
 
 
-def _accepts(model, size: int) -> bool:
+def takes_size(model, size: int) -> bool:
     """Whether the model takes size × size images: tried, as families differ in what they fix."""
     import torch
 

@@ -449,6 +449,15 @@ def test_wrappers_are_refused_by_name():
         bcosify(torch.fx.symbolic_trace(sequential()), mean=MEAN, std=STD)
 
 
+def test_a_distributed_model_is_refused_by_name():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(TypeError, match="got DistributedDataParallel; convert its .module"):
+            bcosify(nn.parallel.DistributedDataParallel(vit()))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_tied_weights_are_refused_by_name():
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 4))
     network[3].weight = network[2].weight

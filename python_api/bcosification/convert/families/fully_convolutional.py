@@ -45,8 +45,8 @@ class FullyConvolutionalVGGFamily(FullyConvolutionalFamily):
     """VGG: convolutions, BatchNorms and pooling; a 7×7, a 1×1 convolution and the classifier."""
 
     name = "fully_convolutional_vgg"
-    title = "B-cos v2's VGG, of bcosification.models"
-    converts = "convolutions, BatchNorms, pooling; the whole classifier before the pooling"
+    title = "B-cos v2's VGG (bcosification.models)"
+    converts = "convolutions, BatchNorms, the classifier's layers; before the pooling"
     keeps = "ReLUs"
 
     def architecture(self, model: nn.Module) -> dict[str, Any]:
@@ -56,16 +56,19 @@ class FullyConvolutionalVGGFamily(FullyConvolutionalFamily):
     def build(self, architecture: dict[str, Any]) -> nn.Module:
         return FullyConvolutionalVGG(**architecture)
 
+    def example(self) -> nn.Module:
+        return FullyConvolutionalVGG([8, "M", 8, "M"], num_classes=5, hidden=12)
+
 
 @register("bcosification.models.fully_convolutional.FullyConvolutionalConvNeXt")
 class FullyConvolutionalConvNeXtFamily(FullyConvolutionalFamily):
     """ConvNeXt: stem, stages and downsampling; norm and classifier."""
 
     name = "fully_convolutional_convnext"
-    title = "B-cos v2's ConvNeXt, of bcosification.models"
-    converts = "convolutions, norms, GELUs; the whole classifier before the pooling"
+    title = "B-cos v2's ConvNeXt (bcosification.models)"
+    converts = "convolutions, norms, GELUs; norm and classifier before the pooling"
     keeps = "layer scales, stochastic depth"
-    cannot = "be exact at B = 1 with LayerNorms and the head before the pooling (head='keep' is)"
+    cannot = "be exact at B = 1 with layer norms and the head before the pooling (head='keep' is)"
 
     def head_move_changes(self, model: nn.Module) -> str | None:
         if model.norm == "batch":
@@ -82,3 +85,6 @@ class FullyConvolutionalConvNeXtFamily(FullyConvolutionalFamily):
 
     def build(self, architecture: dict[str, Any]) -> nn.Module:
         return FullyConvolutionalConvNeXt(**architecture)
+
+    def example(self) -> nn.Module:
+        return FullyConvolutionalConvNeXt([(8, 1), (12, 1)], num_classes=5)

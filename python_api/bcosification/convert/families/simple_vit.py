@@ -53,9 +53,9 @@ class SimpleViTFamily(Family):
     """
 
     name = "simple_vit"
-    title = "SimpleViT and ViT_c of bcosification.models"
-    converts = "stem or patch embedding, MLPs, output projections, LayerNorms, GELUs; the classifier before the mean"
-    keeps = "q, k, v projections, computed positions; q and k constant"
+    title = "SimpleViT, ViT_c (bcosification.models)"
+    converts = "patches, MLPs, output projections, LayerNorms, GELUs, the convolutional stem; the head before the mean"
+    keeps = "q, k, v projections; q and k constant"
     cannot = "be exact at B = 1 with the head before the mean: its LayerNorm comes first (head='keep' is)"
     preprocessing = "imagenet"
     head_is_linear = True
@@ -97,3 +97,6 @@ class SimpleViTFamily(Family):
 
     def build(self, architecture: dict[str, Any]) -> nn.Module:
         return SimpleViT(**architecture)
+
+    def example(self) -> nn.Module:
+        return SimpleViT(image_size=16, patch_size=4, num_classes=5, dim=16, depth=2, heads=2, mlp_dim=24)

@@ -143,6 +143,7 @@ class TorchvisionInception(InceptionFamily):
 
     name = "torchvision_inception_v3"
     title = "torchvision Inception v3"
+    example_size = (79, 79)
     reader = "Conv2d_1a_3x3.conv"
     mixin = HeadBeforePoolInception
     auxiliary = ("AuxLogits",)
@@ -181,6 +182,7 @@ class TorchvisionGoogLeNet(InceptionFamily):
 
     name = "torchvision_googlenet"
     title = "torchvision GoogLeNet"
+    example_size = (48, 48)
     reader = "conv1.conv"
     mixin = HeadBeforePoolGoogLeNet
     auxiliary = ("aux1", "aux2")

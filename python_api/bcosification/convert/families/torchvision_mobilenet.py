@@ -162,6 +162,7 @@ class TorchvisionMNASNet(PositionwiseHeadFamily):
 
     name = "torchvision_mnasnet"
     title = "torchvision MNASNet"
+    example_size = (40, 40)
     converts = "convolutions, BatchNorms; the classifier before the pooling"
     keeps = "ReLUs"
     reader = "layers.0"

@@ -24,6 +24,7 @@ class TorchvisionShuffleNet(PositionwiseHeadFamily):
 
     name = "torchvision_shufflenet"
     title = "torchvision ShuffleNetV2"
+    example_size = (48, 48)
     converts = "convolutions, BatchNorms, max pooling; the classifier before the pooling"
     keeps = "ReLUs, channel shuffles"
     reader = "conv1.0"

@@ -18,6 +18,7 @@ class TorchvisionSqueezeNet(Family):
 
     name = "torchvision_squeezenet"
     title = "torchvision SqueezeNet"
+    example_size = (40, 40)
     converts = "convolutions, max pooling"
     keeps = "the place of the classifier, before the pooling already; ReLUs, that behind it too"
     preprocessing = "imagenet"

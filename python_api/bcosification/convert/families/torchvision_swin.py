@@ -114,6 +114,7 @@ class TorchvisionSwin(PositionwiseHeadFamily):
 
     name = "torchvision_swin"
     title = "torchvision Swin Transformer, V1 and V2"
+    example_size = (40, 40)
     converts = "patches, MLPs, output projections, patch merging, LayerNorms, GELUs; the head before the pooling"
     keeps = "q, k, v projections, position biases; q and k constant"
     reader = "features.0.0"

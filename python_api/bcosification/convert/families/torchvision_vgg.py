@@ -121,6 +121,7 @@ class TorchvisionAlexNet(FullyConnectedFamily):
 
     name = "torchvision_alexnet"
     title = "torchvision AlexNet"
+    example_size = (223, 223)
 
     def input_size(self, model: nn.Module) -> tuple[int, int]:
         return 224, 224
