@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bcosification.convert.clip import BcosifiedCLIP
 from bcosification.convert.conversion import convert
 from bcosification.convert.families import family_of
 from bcosification.convert.frozen_replay import frozen_replay
@@ -138,13 +139,15 @@ def verify(original: nn.Module, converted: BcosifiedModel, images: Tensor) -> Re
     - Equivalence: ``original`` is converted once more with b=1, biases and max pooling kept; the output of every
       converted layer and the logits have to be the original's (float64: 1e-10, float32: 1e-4, relative).
       Where moving the head before the pooling changes the function by itself (a LayerNorm stands between them), the
-      outputs are compared with the head kept, and ``equivalence.differs_by`` says so.
+      outputs are compared with the head kept, and ``equivalence.differs_by`` says so; likewise where the original is
+      compared without what every conversion drops (CLIP's attention pooling: positional embedding and biases).
     - Calls: a converted layer that the forward never calls is an error.
     - Completeness: in ``converted`` itself, contributions + constant have to be the logit of the predicted class, the
       constant being computed on its own.
     - Explanations: in a float64 copy of ``converted``, W(x) has to be the gradient of the frozen replay: the same
       forward pass with every scale, gate, variance and attention matrix held at its value, which knows nothing of
       explanation mode (frozen_replay.py); and that replay has to be affine.
+    - Of CLIP's image towers, what is explained are the cosines with four fixed directions.
 
     Args:
         original: the standard model that was converted. It may be in any mode, and is left as it is.
@@ -162,6 +165,7 @@ def verify(original: nn.Module, converted: BcosifiedModel, images: Tensor) -> Re
         >>> print(verify(network, bcosify(network), torch.rand(2, 3, 64, 64).double()))
     """
     original, converted = _check_models(original, converted)
+    family = family_of(original)
     work = _work_dtype(original)
     if next(original.parameters()).dtype != work:
         original = copy.deepcopy(original).to(work)
@@ -185,16 +189,18 @@ def verify(original: nn.Module, converted: BcosifiedModel, images: Tensor) -> Re
     changed = _compare_parameters(twin, converted)
 
     mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
-    modules = dict(original.named_modules())  # families may add modules to the converted network
+    reference, left_out = family.comparable(original)
+    modules = dict(reference.named_modules())  # families may add modules to the converted network
     names = [entry["name"] for entry in twin.conversion if entry["name"] in modules]
-    with torch.no_grad(), evaluation_mode(original), evaluation_mode(twin):
-        with _recorded(original, names) as expected:
-            logits = original((images - mean) / std)
-        with _recorded(twin.model, names) as got:
+    added = [entry["name"] for entry in twin.conversion if entry["name"] not in modules]
+    with torch.no_grad(), evaluation_mode(reference), evaluation_mode(twin):
+        with _recorded(reference, names) as expected:
+            logits = family.output(reference((images - mean) / std))
+        with _recorded(twin.model, names) as got, _recorded(twin.model, added) as of_added:
             twin_logits = twin(images)
     change, moved = None, set()
     if converted.config["head_before_pool"]:
-        change = family_of(original).head_move_changes(original)
+        change = family.head_move_changes(original)
     if change is not None:
         kept = convert(original, replace(exact, head="keep"), preprocessing, blocks=False, warn=False)
         with torch.no_grad(), evaluation_mode(kept), _recorded(kept.model, names) as unmoved:
@@ -207,11 +213,14 @@ def verify(original: nn.Module, converted: BcosifiedModel, images: Tensor) -> Re
     for layer in layers:
         if layer.ok and layer.name in moved:
             layer.problem = "compared with the head kept after the pooling"
+    layers += [_judge_added(entry, of_added) for entry in converted.conversion if entry["name"] in of_added
+               and entry["was"] != entry["becomes"]]  # fmt: skip
     layers += _kept_layers(converted, {layer.name for layer in layers})
     if not isinstance(logits, Tensor):
         raise TypeError(f"verify: expected the models to return a tensor of logits, got {type(logits).__name__}")
     error = _error(twin_logits, logits)
     differs_by = _differences(converted) + ([] if change is None else [f"head='before_pool' ({change})"])
+    differs_by += [] if left_out is None else [left_out]
     equivalence = Equivalence(error, tolerance, error <= tolerance, differs_by)
     completeness = _completeness(converted, images)
     explanation = _explanation(converted, images)
@@ -226,6 +235,7 @@ def _check_models(original: nn.Module, converted: BcosifiedModel) -> tuple[nn.Mo
     if not isinstance(converted, BcosifiedModel):
         raise TypeError(f"verify: expected a model made by bcosify second, got {type(converted).__name__}")
     original = bare_model(original)
+    original = family_of(original).tower(original)
     if type_name(type(original)) != converted.config["class"]:
         raise ValueError(
             f"verify: expected a conversion of {type_name(type(original))}, got one of {converted.config['class']}"
@@ -258,7 +268,7 @@ def _compare_parameters(twin: BcosifiedModel, converted: BcosifiedModel) -> list
     """Names of tensors with other values than a fresh conversion gives; ValueError for other shapes or names."""
     fresh, head = twin.state_dict(), f"model.{converted.config['head']}."
     changed = []
-    state = converted.state_dict()
+    state = {name: value for name, value in converted.state_dict().items() if name.startswith("model.")}
     for name, value in fresh.items():  # fresh has the biases, too, which converted may have lost
         if name.startswith("model.") and name not in state and not name.endswith("bias"):
             raise ValueError(
@@ -343,6 +353,14 @@ def _judge_layer(
     return report
 
 
+def _judge_added(entry: dict[str, str], got: dict[str, list[Tensor]]) -> LayerReport:
+    """A layer that the original has no module for (a bare matrix, a function): its calls are all there is to check."""
+    calls = len(got[entry["name"]])
+    ok = calls > 0 or entry["was"] == entry["becomes"]
+    problem = "no layer of the original's" if ok else "a converted layer that is never called"
+    return LayerReport(entry["name"], entry["was"], entry["becomes"], calls, None, ok, problem)
+
+
 def _kept_layers(converted: BcosifiedModel, known: set[str]) -> list[LayerReport]:
     """Layers that no rule was applied to (on_unknown="keep")."""
     return [
@@ -368,6 +386,16 @@ def _differences(converted: BcosifiedModel) -> list[str]:
     return found
 
 
+def _with_logits(model: BcosifiedModel, x6: Tensor) -> nn.Module:
+    """The model, or of an image tower the cosines with four directions that stand for texts."""
+    if not isinstance(model, BcosifiedCLIP):
+        return model
+    with torch.no_grad():
+        size = model.encode_image(x6).shape[-1]
+    directions = torch.randn(4, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return model.classifier(directions)
+
+
 def _completeness(converted: BcosifiedModel, images: Tensor) -> Completeness:
     parameter = next(converted.parameters())
     model = converted
@@ -377,7 +405,7 @@ def _completeness(converted: BcosifiedModel, images: Tensor) -> Completeness:
     tolerance = TOLERANCE[dtype]
     with evaluation_mode(model):
         x6 = model.encode(images.to(parameter.device, dtype))
-        logits, weights, constant = dynamic_linear_map(model, x6)
+        logits, weights, constant = dynamic_linear_map(_with_logits(model, x6), x6)
     chosen = logits.amax(1)
     parts = (x6 * weights).double()
     total, size = parts.sum((1, 2, 3)), parts.abs().sum((1, 2, 3)) + constant.double().abs()
@@ -389,6 +417,7 @@ def _explanation(converted: BcosifiedModel, images: Tensor) -> Explanation:
     tolerance = 1e-8
     model = copy.deepcopy(converted).double().eval()
     x6 = model.encode(images.to(next(model.parameters()).device, torch.float64))
+    model = _with_logits(model, x6)
     try:
         replay = frozen_replay(model, x6)
         logits, weights, constant = dynamic_linear_map(model, x6)

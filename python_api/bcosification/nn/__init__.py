@@ -1,7 +1,9 @@
 """Drop-in modules for B-cos networks. Each has an explanation mode in which its dynamic weights are constants."""
 
+from .attention_pool2d import AttentionPool2d
 from .batch_norm_uncentered import BatchNormUncentered2d, SyncBatchNormUncentered2d
 from .conv2d import BcosConv2d
+from .cosine import L2Norm, PositionMean
 from .encoding import AddInverse, Normalize
 from .gelu import GELU
 from .group_norm import GroupNorm
@@ -14,17 +16,20 @@ from .multihead_attention import MultiheadAttention
 
 __all__ = [
     "AddInverse",
+    "AttentionPool2d",
     "BatchNormUncentered2d",
     "BcosConv2d",
     "BcosLinear",
     "DetachableModule",
     "GELU",
     "GroupNorm",
+    "L2Norm",
     "LayerNorm",
     "LayerNorm2d",
     "LogitBias",
     "MultiheadAttention",
     "Normalize",
+    "PositionMean",
     "SyncBatchNormUncentered2d",
     "explanation_mode",
 ]

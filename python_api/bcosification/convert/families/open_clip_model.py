@@ -1,0 +1,31 @@
+"""open_clip's whole models: an image tower, which is converted, beside a text tower, which stays as it is."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from bcosification.convert.families.base import Family, family_of, register
+
+
+@register("open_clip.model.CLIP", "open_clip.model.CustomTextCLIP")
+class OpenClipModel(Family):
+    """visual (the image tower, of a family of its own) and the text tower's layers."""
+
+    name = "open_clip_model"
+    preprocessing = "openai"
+
+    def tower(self, model: nn.Module) -> nn.Module:
+        return model.visual
+
+    def input_layer(self, model: nn.Module) -> str | None:
+        name = family_of(model.visual).input_layer(model.visual)
+        return None if name is None else f"visual.{name}"
+
+    def head(self, model: nn.Module) -> None:
+        return None
+
+    def moves_head(self, model: nn.Module) -> bool:
+        return False
+
+    def input_size(self, model: nn.Module) -> tuple[int, int] | None:
+        return family_of(model.visual).input_size(model.visual)
