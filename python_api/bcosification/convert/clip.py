@@ -220,11 +220,12 @@ class BcosifiedCLIP(_WithTexts, BcosifiedModel):
         }
 
     def without_text(self) -> BcosifiedCLIP:
-        """This model without its text tower; everything else is shared, parameters included."""
+        """The image part of this model, all that is trained and explained; its parameters are shared."""
         bare = copy.copy(self)
         for name in ("_modules", "_parameters", "_buffers"):
             bare.__dict__[name] = dict(self.__dict__[name])
         bare._modules["text"] = None
+        bare._parameters |= {"logit_scale": None, "logit_bias": None}
         return bare
 
     def _text_tower(self) -> nn.Module:

@@ -504,7 +504,8 @@ class FrozenReplay:
     Attributes:
         model: The float64 copy that is replayed.
         images: The recorded images (N, C, H, W), float64.
-        recorded: How many values of each kind were recorded: scale, max_out, relu, gelu, variance, attention, pooling, norm.
+        recorded: How many values of each kind were recorded: scale, max_out, relu, gelu, variance, attention, pooling,
+            norm.
     """
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:

@@ -278,8 +278,8 @@ def explain(
         images: (N, 3, H, W) in [0, 1], or encoded [x, 1 - x] (N, 6, H, W). 3 channels are encoded here (a model of
             `bcosify` built with inverse=False takes them as they are). They may lie on another device than the model.
         targets: Classes to explain: one int for all, N ints (list or tensor), or None for the predicted ones (default).
-        text: Of B-cosified CLIP models: T texts, or their embeddings (T, D), whose cosines with the image are explained,
-            one forward pass for all T of them.
+        text: Of B-cosified CLIP models: T texts, or their embeddings (T, D), whose cosines with the image are
+            explained, from one forward pass for all of them.
         templates: With texts: "openai", "simple" or texts with {}, over which a text's embedding is averaged; default
             None, the texts as they are.
         protocol: "paper" (default): L2 norms are constants, contributions add up to cosines; "peer": the gradient goes
@@ -427,8 +427,8 @@ def _check_sum(explanation: Explanation, sizes: Tensor) -> None:
     if not off[worst] <= tolerance * size[worst]:
         warnings.warn(
             f"explain: expected contributions + constant = logit, got {contributions[worst]:.4g} + "
-            f"{constant[worst]:.4g} and {logit[worst]:.4g} for image {worst // targets.size(1)}; the model has a layer that is not "
-            "linear in explanation mode, or adds a constant outside its layers (parameters can be named in "
+            f"{constant[worst]:.4g} and {logit[worst]:.4g} for image {worst // targets.size(1)}; the model has a layer "
+            "that is not linear in explanation mode, or adds a constant outside its layers (parameters can be named in "
             "model.additive_parameters)",
             stacklevel=3,
         )
