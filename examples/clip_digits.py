@@ -9,15 +9,14 @@ On `scenes` (tinted handwritten digits on photographs) with captions such as "a 
     converted   its image tower B-cosified, not trained yet
     student     that tower after distillation from the teacher: images only, no captions (`bcosification.distill`)
 
-Reported: zero-shot accuracy with captions, and how well explanations of a caption point at the digit that it names: GridPG
-with text, the share of positive contributions in the digit's cell of a 2 x 2 grid, and EPG, in its box. Each part is left
-where it stands when the script is stopped, and taken up there by the same command.
+Reported: zero-shot accuracy with captions, and how well explanations of a caption point at the digit that it names:
+GridPG with text, the share of positive contributions in the digit's cell of a 2 x 2 grid, and EPG, in its box. Training
+that was stopped is taken up where it stands by the same command.
 
 Written to --out: table.md, results.json, and for each tower its runs and pictures (grid.png: one grid, four captions).
 """
 
 import argparse
-import copy
 import json
 import sys
 import time
@@ -31,7 +30,7 @@ from bcosification.convert.clip import StandardCLIP
 from bcosification.evaluation import energy_pointing_game, evaluate_zero_shot, grid_pointing_game
 from bcosification.evaluation.measuring import machine
 from bcosification.explanation import bcos_contributions, grad_cam, input_x_gradient, save_figure
-from bcosification.train.data import ImageDataModule, ImageTensors, _Resized, scenes
+from bcosification.train.data import build_datamodule, scenes
 from bcosification.train.distillation import DistillConfig, distill
 from bcosification.train.finetuning import train
 from bcosification.train.lightning_module import TrainedModule
@@ -45,6 +44,7 @@ TEMPLATES = [
     "a picture of the figure {}.",
 ]
 SIZE = 64
+RATES = {"resnet": 2e-3, "vit": 1e-3}
 SMOOTH = 3
 
 
@@ -107,50 +107,167 @@ class ContrastiveModule(TrainedModule):
         from safetensors.torch import save_file
 
         Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in self.model.state_dict().items()}, folder / "clip.safetensors")
+        state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+        save_file(state, Path(folder) / "clip.safetensors")
 
 
 class Study:
-    """One tower: teacher, student, their accuracies, what captions find."""
+    """One tower: its teacher and student, their accuracies, and what captions find."""
 
     def __init__(self, tower: str, options: argparse.Namespace, say=print):
         self.tower, self.options, self.say = tower, options, say
         self.out = Path(options.out) / tower
-        self.train_part = scenes("train", count=options.train_images, size=SIZE)
-        self.val = scenes("val", count=options.val_images, size=SIZE)
+        self.val = scenes("val", size=SIZE)
+        self.loader = torch.utils.data.DataLoader(self.val, batch_size=100)
 
     def teacher(self):
-        """The trained CLIP model; taken up where it stands."""
-        torch.manual_seed(self.options.seed)
-        model = small_clip(self.tower, self.options.width)
-        part = self.train_part
-        shifted = ImageTensors(part.images, part.labels, part.class_names, transform=_Resized(None, shift=4))
-        data = ImageDataModule(
-            shifted, self.val, part.class_names, batch_size=self.options.batch_size, seed=self.options.seed
+        """The CLIP model, trained; taken up where it stands."""
+        options, output = self.options, self.out / "teacher"
+        output.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(options.seed)
+        model = small_clip(self.tower, options.width)
+        module = ContrastiveModule(
+            model, optimizer="adamw", lr=RATES[self.tower], weight_decay=0.05, warmup_epochs=min(1, options.epochs / 4)
         )
-        rate = {"resnet": 2e-3, "vit": 1e-3}[self.tower]
-        module = ContrastiveModule(model, optimizer="adamw", lr=rate, weight_decay=0.05, warmup_epochs=min(1, self.options.epochs / 4))
-        folder = self.out / "teacher"
+        data = build_datamodule("scenes", image_size=SIZE, batch_size=options.batch_size, seed=options.seed)
         start = time.perf_counter()
-        folder.mkdir(parents=True, exist_ok=True)
         rows = train(
-            module, data, epochs=self.options.epochs, seed=self.options.seed, output=folder, resume=True,
-            accelerator="cpu", devices=1, progress=None,
+            module, data, epochs=options.epochs, seed=options.seed, output=output, resume=True, accelerator="cpu",
+            devices=1, limit_batches=options.limit_batches, progress=None,
         )  # fmt: skip
         curve = " ".join(f"{100 * row['val_top1']:.1f}" for row in rows)
-        self.say(f"{self.tower}: teacher, accuracy after each epoch (%): {curve}  [{time.perf_counter() - start:.0f} s]")
+        self.say(f"{self.tower}: teacher, accuracy after each epoch (%): {curve}  [{elapsed(start)}]")
         return model.eval()
 
     def student(self, teacher):
-        """The distilled B-cosified model; taken up where it stands."""
-        output = self.out / "student"
+        """The teacher's tower, B-cosified and distilled; taken up where it stands."""
+        options, output = self.options, self.out / "student"
         config = DistillConfig(
-            model=f"clip_digits {self.tower}", data=str(self.images_folder()), output=str(output), epochs=self.options.distill_epochs,
-            batch_size=self.options.batch_size, lr=1e-3, warmup_epochs=min(0.5, self.options.distill_epochs / 4), seed=self.options.seed,
-            accelerator="cpu", devices="1", progress=None, with_text=True, augment=False, num_workers=0,
+            model=f"clip_digits {self.tower}", data="scenes", output=str(output), epochs=options.distill_epochs,
+            batch_size=options.batch_size, lr=1e-3, warmup_epochs=min(0.5, options.distill_epochs / 4),
+            seed=options.seed, accelerator="cpu", devices="1", limit_batches=options.limit_batches, progress=None,
+            with_text=True,
         )  # fmt: skip
         start = time.perf_counter()
         result = distill(config, model=teacher, resume=(output / "config.yaml").is_file())
         curve = " ".join(f"{row['val_cosine']:.3f}" for row in result.history)
-        self.say(f"{self.tower}: student, cosine with the teacher: {curve}  [{time.perf_counter() - start:.0f} s]")
+        self.say(f"{self.tower}: student, cosine with its teacher after each epoch: {curve}  [{elapsed(start)}]")
         return bcosification.load(output / "best")
+
+    def measure(self, name: str, model, attribute, **grid) -> dict:
+        """Zero-shot accuracy; GridPG and EPG of the captions' explanations, None where too few grids can be made."""
+        classifier = model.classifier(DIGITS, TEMPLATES, scale=100.0)
+        images, labels = self.val.tensors()
+        count = self.options.localisation_images
+        result = evaluate_zero_shot(model, self.loader, DIGITS, TEMPLATES, progress=False)
+        game = energy_pointing_game(classifier, images[:count], labels[:count], self.val.boxes[:count], attribute)
+        result |= {"epg": game.mean, "epg_chance": game.chance, "gridpg": None}
+        try:
+            result["gridpg"] = grid_pointing_game(
+                classifier, images, labels, attribute, count=self.options.grids, confidence=0.0,
+                probability="softmax", rescale=self.tower == "vit",
+            ).mean  # fmt: skip
+        except ValueError as error:
+            if "expected confident images" not in str(error):
+                raise
+        self.say(f"{self.tower}: {name}: {result}")
+        return result
+
+    def run(self) -> dict:
+        teacher = self.teacher()
+        converted = bcosification.bcosify(teacher)
+        standard = StandardCLIP(teacher, converted.config["mean"], converted.config["std"])
+        student = self.student(teacher)
+        results = {
+            "teacher, input x gradient": self.measure("teacher, input x gradient", standard, input_x_gradient),
+            "converted": self.measure("converted", converted, bcos_contributions),
+            "student": self.measure("student", student, bcos_contributions),
+        }
+        if student.attention_pool is not None:
+            results["teacher, Grad-CAM"] = self.measure("teacher, Grad-CAM", standard, grad_cam)
+            for power in (1, self.options.power):
+                student.set_attention_pool("unpool", p=power)
+                name = f"student, unpool, p = {power:g}"
+                results[name] = self.measure(name, student, bcos_contributions)
+        self.draw(student)
+        return results
+
+    def draw(self, student) -> None:
+        """A grid of four digits and what the captions of five find in it: its four, and one that is not there."""
+        images, labels = self.val.tensors()
+        with torch.no_grad():
+            cosines = student.classifier(DIGITS, TEMPLATES)(images)
+        right = (cosines.argmax(1) == labels).nonzero()[:, 0]
+        order = right[cosines[right, labels[right]].argsort(descending=True)]
+        cells: dict[int, int] = {}
+        for i in order.tolist() or range(4):
+            if len(cells) < 4:
+                cells.setdefault(int(labels[i]), i)
+        chosen = [*cells.values(), *range(4)][:4]
+        rows = [torch.cat(list(images[chosen[2 * r : 2 * r + 2]]), dim=2) for r in range(2)]
+        grid = torch.cat(rows, dim=1)[None]
+        if self.tower == "vit":
+            grid = F.interpolate(grid, size=(SIZE, SIZE), mode="bilinear", antialias=True).clamp(0, 1)
+        present = [int(labels[i]) for i in chosen]
+        absent = next(digit for digit in range(10) if digit not in present)
+        texts = [DIGITS[digit] for digit in [*dict.fromkeys(present), absent]]
+        explanation = bcosification.explain(student, grid, text=texts, templates=TEMPLATES)
+        explanation.save(self.out / "pictures", smooth=SMOOTH)
+        title = "What captions find in a grid: W(x), and contributions to the cosine under it"
+        save_figure(explanation.figure(smooth=SMOOTH, title=title), self.out / "grid.png")
+
+
+def table(results: dict[str, dict], options) -> str:
+    """The results as Markdown."""
+    lines = ["| tower | | zero-shot top-1 (%) | top-5 (%) | GridPG with text | EPG with text |", "| --- " * 6 + "|"]
+    for tower, rows in results.items():
+        for name, row in rows.items():
+            grid = "–" if row["gridpg"] is None else f"{row['gridpg']:.2f}"
+            lines.append(
+                f"| {tower} | {name} | {100 * row['top1']:.1f} | {100 * row['top5']:.1f} | {grid} | {row['epg']:.2f} |"
+            )
+    chance = next(iter(next(iter(results.values())).values()))["epg_chance"]
+    lines.append(f"| | chance | 10.0 | 50.0 | 0.25 | {chance:.2f} |")
+    told = machine()
+    return (
+        "# CLIP in miniature\n\n" + "\n".join(lines) + f"\n\nTeachers trained for {options.epochs} epochs, students "
+        f"distilled for {options.distill_epochs}, on 3000 scenes; {len(scenes('val', size=SIZE))} to measure on, "
+        f"captions averaged over {len(TEMPLATES)} templates; GridPG: {options.grids} grids, EPG: "
+        f"{options.localisation_images} images.\n\nMeasured on {told['device']}, {told['threads']} threads, torch {told['torch']}, {told['date']}.\n"
+    )
+
+
+def elapsed(start: float) -> str:
+    return f"{time.perf_counter() - start:.0f} s"
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--out", default="clip_digits", help="output folder; parts that are there are taken up")
+    parser.add_argument("--towers", nargs="+", choices=("resnet", "vit"), default=["resnet", "vit"], help="image")
+    parser.add_argument("--epochs", type=int, default=10, help="of training the teachers")
+    parser.add_argument("--distill-epochs", type=int, default=10, help="of distilling the students")
+    parser.add_argument("--width", type=int, default=16, help="channels of the ResNet's stem; a sixth of the ViT's")
+    parser.add_argument("--batch-size", type=int, default=50, help="images per step")
+    parser.add_argument("--limit-batches", type=int, help="batches per epoch and part, for a trial")
+    parser.add_argument("--grids", type=int, default=16, help="grids of the grid pointing game")
+    parser.add_argument("--localisation-images", type=int, default=120, help="images of the energy pointing game")
+    parser.add_argument("--power", type=float, default=3.0, help="p of the mean over positions with unpool")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    options = parser.parse_args(argv)
+    results = {}
+    start = time.perf_counter()
+    for tower in options.towers:
+        results[tower] = Study(tower, options, lambda text: print(text, flush=True)).run()
+    text = table(results, options)
+    out = Path(options.out)
+    (out / "table.md").write_text(text, encoding="utf-8")
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{text}\n{elapsed(start)}; table, numbers, runs and pictures are in {out}/")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
