@@ -233,7 +233,8 @@ def table(results: dict[str, dict], options) -> str:
         "# CLIP in miniature\n\n" + "\n".join(lines) + f"\n\nTeachers trained for {options.epochs} epochs, students "
         f"distilled for {options.distill_epochs}, on 3000 scenes; {len(scenes('val', size=SIZE))} to measure on, "
         f"captions averaged over {len(TEMPLATES)} templates; GridPG: {options.grids} grids, EPG: "
-        f"{options.localisation_images} images.\n\nMeasured on {told['device']}, {told['threads']} threads, torch {told['torch']}, {told['date']}.\n"
+        f"{options.localisation_images} images.\n\nMeasured on {told['device']}, {told['threads']} threads, torch "
+        f"{told['torch']}, {told['date']}.\n"
     )
 
 
