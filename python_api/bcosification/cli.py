@@ -174,23 +174,22 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    import torch
-
     import bcosification
 
     spec = _model_spec(arguments)
     if arguments.images < 1:
         raise ValueError(f"expected --images >= 1, got {arguments.images}")
+    files = [_output_file("--json", arguments.json), _output_file("--html", arguments.html)]
     if _is_converted(spec):
         original, converted = _with_original(arguments, _run_folder(spec))
     elif arguments.original is not None:
         raise ValueError(f"--original: expected {FOLDER_HELP} as MODEL, got {spec}, which is converted here")
     else:
         original, converted = _converted(arguments, spec)
-    height, width = converted.config["input_size"] or (224, 224)
-    images = torch.rand(arguments.images, 3, height, width, generator=torch.Generator().manual_seed(0))
-    report = bcosification.verify(original, converted, images)
+    images, normalized = _random_images(arguments.images, original, converted)
+    report = bcosification.verify(original, converted, images, normalized=normalized)
     print(report)
+    report.save(json=files[0], html=files[1])
     return 0 if report.ok else 1
 
 
@@ -199,9 +198,7 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     for name, value in (("--batch", arguments.batch), ("--size", arguments.size)):
         if value is not None and value < 1:
             raise ValueError(f"expected {name} >= 1, got {value}")
-    file = None if arguments.json is None else Path(arguments.json)
-    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise FileNotFoundError(f"--json: expected a file in a folder that is there, got {file}")
+    file = _output_file("--json", arguments.json)
 
     import torch
 
@@ -361,6 +358,38 @@ def _output_folder(name: str) -> Path:
     folder = Path(name)
     check_writable(folder)
     return folder
+
+
+def _output_file(option: str, name: str | None) -> Path | None:
+    file = None if name is None else Path(name)
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise FileNotFoundError(f"{option}: expected a file in a folder that is there, got {file}")
+    return file
+
+
+def _random_images(count: int, original, converted):
+    """Pictures of random pixels as the converted model takes them, and as the original's own preprocessing makes them.
+
+    The latter are None where the two crop or normalise otherwise: after fine-tuning on images of another size, or where
+    --mean or --std were given.
+    """
+    import numpy
+    import torch
+    from PIL import Image
+
+    from bcosification.convert.preprocessing import Preprocessing, own_transform
+
+    wanted = Preprocessing.from_dict(converted.config)
+    height, width = wanted.input_size or (224, 224)
+    random = numpy.random.default_rng(0)
+    shape = (round(1.25 * height), round(1.5 * width), 3)  # not square, and larger: what is resized and cropped shows
+    pictures = [Image.fromarray(random.integers(0, 256, shape, dtype=numpy.uint8)) for _ in range(count)]
+    images = torch.stack([converted.transform(picture) for picture in pictures])
+    known = (getattr(original, "bcosification_source", None) or {}).get("preprocessing")
+    own = own_transform(original)
+    if own is None or dataclasses.replace(Preprocessing.from_dict(known), origin=wanted.origin) != wanted:
+        return images, None
+    return images, torch.stack([own(picture) for picture in pictures])
 
 
 def _image_files(names: Sequence[str]) -> list[tuple[Path, bool]]:

@@ -195,8 +195,10 @@ def _add_verify(commands, name: str) -> argparse.ArgumentParser:
         "examples:\n"
         "  bcosify verify resnet18 --b 1.5\n"
         "  bcosify verify converted/r18\n"
-        "  bcosify verify runs/mine --original my_resnet50.pth --arch resnet50\n\n"
-        "The exit code is 1 if a check fails.",
+        "  bcosify verify runs/mine --original my_resnet50.pth --arch resnet50\n"
+        "  bcosify verify timm:vit_tiny_patch16_224 --html report.html --json report.json\n\n"
+        "The original is given its own library's preprocessing of the same pictures. The exit code is 1 if a check\n"
+        "fails.",
         usage="bcosify verify [options] MODEL",
     )  # fmt: skip
     _add_model(command, f"a standard model: {STANDARD_HELP}; or {FOLDER_HELP}")
@@ -206,6 +208,8 @@ def _add_verify(commands, name: str) -> argparse.ArgumentParser:
     command.add_argument(
         "--images", type=int, default=2, metavar="N", help="number of random images to compare on (default: 2)"
     )
+    command.add_argument("--json", metavar="FILE", help="write the report there, too")
+    command.add_argument("--html", metavar="FILE", help="write the report there as a page that needs nothing else")
     _add_source(command.add_argument_group("standard model"))
     group = command.add_argument_group("conversion, of a standard model")
     _add_b_and_bias(group)

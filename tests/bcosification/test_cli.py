@@ -241,28 +241,37 @@ def test_convert_then_load(tmp_path, capsys):
     assert "expected a new or empty folder" in capsys.readouterr().err
 
 
-def test_verify_reports_and_tells_by_its_exit_code(monkeypatch, capsys):
+def test_verify_reports_and_tells_by_its_exit_code(monkeypatch, tmp_path, capsys):
     class Report:
         ok = True
 
         def __str__(self):
             return "all the same"
 
+        def save(self, **files):
+            seen.append(files)
+
     seen = []
 
-    def verify(original, converted, images):
-        seen.append((original, converted, images))
+    def verify(original, converted, images, *, normalized):
+        seen.append((original, converted, images, normalized))
         return Report()
 
     monkeypatch.setattr(bcosification, "verify", verify)
-    assert main(["verify", "resnet18", "--no-pretrained", "--images", "3"]) == 0
+    files = ["--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")]
+    assert main(["verify", "resnet18", "--no-pretrained", "--images", "3", *files]) == 0
     assert "all the same" in capsys.readouterr().out
-    original, converted, images = seen[0]
-    assert images.shape == (3, 3, 224, 224) and 0 <= images.min() and images.max() <= 1
+    (original, converted, images, normalized), saved = seen
+    assert saved == {"json": tmp_path / "r.json", "html": tmp_path / "r.html"}
+    assert images.shape == (3, 3, 224, 224) and 0 <= images.min() and images.max() <= 1 and images.std() > 0.1
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    torch.testing.assert_close(normalized, (images - mean) / std, rtol=1e-5, atol=1e-5)
     assert isinstance(converted, bcosification.BcosifiedModel)
     assert torch.equal(original.layer1[0].conv1.weight, converted.model.layer1[0].conv1.weight)
     Report.ok = False
-    assert main(["verify", "resnet18", "--no-pretrained"]) == 1
+    assert main(["verify", "resnet18", "--no-pretrained", "--mean", "0.4"]) == 2
+    assert main(["verify", "resnet18", "--no-pretrained", "--mean", "0.4", "0.5", "0.6"]) == 1
+    assert seen[-2][3] is None  # the converted model normalises otherwise, as it was told to
 
 
 def test_verify_of_a_folder(tmp_path, capsys):
@@ -276,8 +285,11 @@ def test_verify_of_a_folder(tmp_path, capsys):
     config["input_size"] = [64, 64]  # a quarter of the pixels, for the test's time
     (out / "config.json").write_text(json.dumps(config))
     capsys.readouterr()
-    assert main(["verify", str(out), "--images", "1"]) == 0
+    files = ["--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")]
+    assert main(["verify", str(out), "--images", "1", *files]) == 0
     printed = capsys.readouterr().out
+    assert json.loads((tmp_path / "r.json").read_text())["about"]["images"] == [1, 3, 64, 64]
+    assert "Verification of torchvision:resnet18" in (tmp_path / "r.html").read_text()
     assert printed.startswith(f"{out}, compared with torchvision:resnet18, weights: {weights}\n")
     assert "b=1.5" in printed and "verified: ok" in printed and "differ from a fresh conversion" not in printed
     assert main(["verify", str(out), "--original", "resnet18", "--no-pretrained", "--images", "1"]) == 0
@@ -446,6 +458,7 @@ def test_every_missing_package_is_told_before_anything_is_done(command, package,
         (["convert", "resnet18", "--no-pretrained", "--mean", "nan", "--out", "x"], "expected --mean to be one finite"),
         (["evaluate", "nothing/", "--data", "digits"], "expected a folder or file, found none at 'nothing/'"),
         (["verify", "resnet18", "--images", "0"], "expected --images >= 1, got 0"),
+        (["verify", "resnet18", "--html", "nowhere/x.html"], "--html: expected a file in a folder that is there"),
         (["evaluate", "--data", "digits"], "expected one MODEL, got 0"),
         (
             ["evaluate", "resnet18", "--data", "nowhere"],

@@ -108,6 +108,25 @@ class OwnConvNet(nn.Module):
         return self.tail(self.dilated(self.group_norm(x)))
 
 
+class OwnGatedNet(nn.Module):
+    """Every gate: those of activations, one that works in place, and the scales of squeeze-and-excitation."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = bnn.BcosConv2d(6, 8, 3, padding=1, stride=2, normalize_weight=False)
+        self.norm = bnn.BatchNormUncentered2d(8)
+        self.gates = nn.ModuleList([bnn.SiLU(inplace=True), bnn.Hardswish(), bnn.Mish(), bnn.QuickGELU(), bnn.ReLU6()])
+        self.layers = nn.ModuleList([bnn.BcosConv2d(8, 8, 1, bias=True, normalize_weight=False) for _ in self.gates])
+        self.scales = bnn.SqueezeExcitation(8, 3, nn.SiLU, nn.Hardsigmoid)
+        self.tail = HeadBeforePool(bnn.BcosConv2d(8, CLASSES, normalize_weight=False), bnn.LogitBias(-2.0))
+
+    def forward(self, x):
+        x = self.norm(self.stem(x))
+        for gate, layer in zip(self.gates, self.layers, strict=True):
+            x = x + layer(gate(6 * x))
+        return self.tail(self.scales(x))
+
+
 class OwnTransformer(nn.Module):
     additive_parameters = ["class_token", "positions"]
 
@@ -135,6 +154,7 @@ NETWORKS = {
     "peer_transformer": PeerTransformer,
     "own_convnet": OwnConvNet,
     "own_transformer": OwnTransformer,
+    "own_gated_net": OwnGatedNet,
 }
 
 

@@ -5,7 +5,7 @@ variance and attention matrix is detached. This file finds W(x) by another road,
 kernel of ours: a float64 copy of the model runs once with plain torch operations and records, at x,
 
     scale       s of every B-cos layer (|a|/n for B = 2, else (|a|/n + 1e-6)^(B-1)) and the winner of a max-out
-    gate        ReLU's mask and GELU's Phi(x)
+    gate        ReLU's mask, GELU's Phi(x), the factors of SiLU and its like and of squeeze-and-excitation
     variance    of LayerNorm, GroupNorm and every other norm that takes it from the sample
     attention   the softmax matrices
     pooling     the winners of max pooling
@@ -57,6 +57,8 @@ class _Tape:
 
     def constant(self, kind: str, compute: Callable[[], Tensor]) -> Tensor:
         """The value of `compute()` at the recorded image, as a constant."""
+        if self.busy:  # inside of what is recorded whole
+            return compute()
         if self.recording:
             self.busy = True
             try:
@@ -221,6 +223,45 @@ def _gelu(tape: _Tape, x: Tensor, approximate: str = "none") -> Tensor:
         return 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
     return x * tape.constant("gelu", gate)
+
+
+def _gated(gate: Callable[..., Tensor]) -> Callable:
+    """The frozen form of an activation x·gate(x, ...)."""
+
+    def activation(tape: _Tape, x: Tensor, *args: Any, inplace: bool = False, **kwargs: Any) -> Tensor:
+        factor = tape.constant("gate", lambda: gate(x, *args, **kwargs))
+        return x.mul_(factor) if inplace else x * factor
+
+    return activation
+
+
+def _slope(x: Tensor, below: float | Tensor = 0.01) -> Tensor:
+    if isinstance(below, Tensor) and below.numel() > 1:
+        below = _per_channel(below, x)
+    return torch.where(x > 0, torch.ones_like(x), torch.zeros_like(x) + below)
+
+
+def _clamped(x: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
+    ratio = x.clamp(min_val, max_val) / torch.where(x == 0, torch.ones_like(x), x)
+    return torch.where(x == 0, torch.full_like(x, float(min_val < 0)), ratio)
+
+
+_silu = _gated(lambda x: 1 / (1 + torch.exp(-x)))
+_quick_gelu = _gated(lambda x: 1 / (1 + torch.exp(-1.702 * x)))
+_hardswish = _gated(lambda x: (x + 3).clamp(0, 6) / 6)
+_mish = _gated(lambda x: 1 - 2 / ((1 + torch.exp(x)) ** 2 + 1))  # tanh(log(1 + e^x)), written out
+_hardtanh = _gated(_clamped)
+_relu6 = _gated(lambda x: _clamped(x, 0, 6))
+_leaky_relu = _gated(lambda x, negative_slope=0.01: _slope(x, negative_slope))
+_prelu = _gated(_slope)
+
+
+def _own_gated(activation: Callable) -> Callable:
+    return lambda module, tape, x: activation(tape, x, inplace=module.inplace)
+
+
+def _own_scaling_gate(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
+    return x * tape.constant("gate", lambda: module.scale(x))
 
 
 def _softmax(tape: _Tape, x: Tensor, dim: int | None = None, *_: Any, **__: Any) -> Tensor:
@@ -433,6 +474,13 @@ _FUNCTIONS: dict[Callable, Callable] = {
     F.relu_: lambda tape, x: _relu(tape, x, inplace=True),
     Tensor.relu_: lambda tape, x: _relu(tape, x, inplace=True),
     F.gelu: _gelu,
+    F.silu: _silu,
+    F.hardswish: _hardswish,
+    F.mish: _mish,
+    F.hardtanh: _hardtanh,
+    F.relu6: _relu6,
+    F.leaky_relu: _leaky_relu,
+    F.prelu: _prelu,
     F.softmax: _softmax,
     torch.softmax: _softmax,
     Tensor.softmax: _softmax,
@@ -472,6 +520,12 @@ def _own_handlers() -> dict[type, Callable]:
         layers.LayerNorm2d: _own_layer_norm2d,
         layers.GroupNorm: _own_group_norm,
         layers.GELU: _own_gelu,
+        layers.SiLU: _own_gated(_silu),
+        layers.Hardswish: _own_gated(_hardswish),
+        layers.Mish: _own_gated(_mish),
+        layers.QuickGELU: _own_gated(_quick_gelu),
+        layers.ReLU6: _own_gated(_relu6),
+        layers.ScalingGate: _own_scaling_gate,
         layers.MultiheadAttention: _multi_head_attention,
         layers.AttentionPool2d: _own_attention_pool2d,
         layers.L2Norm: _own_l2_norm,
@@ -504,8 +558,8 @@ class FrozenReplay:
     Attributes:
         model: The float64 copy that is replayed.
         images: The recorded images (N, C, H, W), float64.
-        recorded: How many values of each kind were recorded: scale, max_out, relu, gelu, variance, attention, pooling,
-            norm.
+        recorded: How many values of each kind were recorded: scale, max_out, relu, gelu, gate, variance, attention,
+            pooling, norm.
     """
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:

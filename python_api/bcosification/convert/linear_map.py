@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from bcosification.nn import explanation_mode
 from bcosification.nn.evaluation_mode import evaluation_mode
-from bcosification.nn.modes import per_sample
+from bcosification.nn.modes import constant_modules, per_sample
 
 __all__ = ["dynamic_linear_map"]
 
@@ -127,10 +127,13 @@ def _gained(model: nn.Module, gain: Tensor) -> Iterator[dict[str, Tensor]]:
     """Every constant of ``model`` multiplied by ``gain``; yields the additive parameters' values, times gain.
 
     This package's modules do it themselves (``constant_gain``). Plain layers and the peers' get a forward hook that
-    adds (gain - 1) times their constant, which is 0.
+    adds (gain - 1) times their constant, which is 0. What is inside a gate adds nothing to the logit.
     """
     with ExitStack() as stack:
+        inside_gates = constant_modules(model)
         for module in model.modules():
+            if module in inside_gates:
+                continue
             if hasattr(module, "constant_gain"):
                 stack.callback(setattr, module, "constant_gain", module.constant_gain)
                 module.constant_gain = gain

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -153,6 +153,34 @@ def detect(model: nn.Module, known: str | None, size: tuple[int, int] | None) ->
     # segmentation, video, optical flow) have normalisations of their own.
     package, _, _ = type(model).__module__.rpartition(".")
     return imagenet(size) if known == "imagenet" or package == "torchvision.models" else None
+
+
+def own_transform(model: nn.Module) -> Callable[[Any], Tensor] | None:
+    """What the library of a resolved model itself makes of a PIL image before the network: normalised, (C, H, W).
+
+    Nothing of this package: torchvision's preset of the weights (its ImageNet preset where they are random), timm's
+    ``create_transform`` for the model, open_clip's ``image_transform_v2`` for its tower. None for other models.
+    """
+    source = getattr(model, "bcosification_source", None) or {}
+    library, _, name = (source.get("spec") or "").partition(":")
+    if library == "timm":
+        from timm.data import create_transform, resolve_model_data_config
+
+        return create_transform(**resolve_model_data_config(model), is_training=False)
+    if library == "open_clip":
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
+        return image_transform_v2(PreprocessCfg(**getattr(model, "visual", model).preprocess_cfg), is_train=False)
+    if library == "torchvision":
+        from torchvision import models
+
+        entries = models.get_model_weights(name)
+        for entry in entries:
+            if str(entry) == source["weights"]:
+                return entry.transforms()
+        known = Preprocessing.from_dict(source["preprocessing"])
+        return next(iter(entries)).transforms.func(crop_size=known.input_size[0], resize_size=known.resize)
+    return None
 
 
 def with_statistics(

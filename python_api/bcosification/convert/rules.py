@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from bcosification import nn as bnn
+from bcosification.nn.modes import constant_modules
 
 
 class NoRule(Exception):
@@ -249,7 +250,37 @@ def gelu(layer: nn.GELU, options: Options) -> nn.Module:
     return _moved(layer, bnn.GELU(approximate=layer.approximate))
 
 
-@rule(nn.ReLU, nn.LeakyReLU)
+GATED: dict[str, type[bnn.GatedActivation]] = {
+    "torch.nn.modules.activation.SiLU": bnn.SiLU,
+    "torch.nn.modules.activation.Hardswish": bnn.Hardswish,
+    "torch.nn.modules.activation.Mish": bnn.Mish,
+    "torch.nn.modules.activation.ReLU6": bnn.ReLU6,
+    "open_clip.transformer.QuickGELU": bnn.QuickGELU,
+}
+"""Activations x·g(x) without parameters -> the same with a gate that is a constant in explanation mode."""
+
+
+@rule(*GATED)
+def gated_activation(layer: nn.Module, options: Options) -> nn.Module:
+    """SiLU, Hardswish, Mish, ReLU6, QuickGELU -> the same with a constant gate, or nothing when activations go."""
+    if options.activation == "remove":
+        return _moved(layer, nn.Identity())
+    return _moved(layer, GATED[type_name(type(layer))](inplace=getattr(layer, "inplace", False)))
+
+
+@rule("torchvision.ops.misc.SqueezeExcitation")
+def squeeze_excitation(layer: nn.Module, options: Options) -> nn.Module:
+    """SqueezeExcitation -> the same with scales that are constants in explanation mode; its layers stay what they are.
+
+    They compute the scale and are no part of the linear map, so they stay plain, with their biases and activations.
+    """
+    new = bnn.SqueezeExcitation(1, 1)
+    for name in new._modules:
+        setattr(new, name, getattr(layer, name))
+    return _moved(layer, new)
+
+
+@rule(nn.ReLU, nn.LeakyReLU, nn.PReLU)
 def piecewise_linear(layer: nn.Module, options: Options) -> nn.Module:
     """ReLU stays (its gate is a constant to autograd anyway), or goes when activations are removed."""
     return _moved(layer, nn.Identity()) if options.activation == "remove" else layer
@@ -311,12 +342,21 @@ def double_input_channels(layer: nn.Module) -> None:
     layer.weight = nn.Parameter(doubled, requires_grad=layer.weight.requires_grad)
 
 
-def remove_biases(model: nn.Module) -> list[str]:
-    """Set every bias of every layer of ``model`` to None, in place; returns the names that had one."""
-    removed = []
+def biases(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every bias that adds to what a layer of ``model`` returns, by its name; not those inside gates."""
+    found = {}
+    inside_gates = constant_modules(model)
     for prefix, module in model.named_modules():
         for name in ("bias", "in_proj_bias"):
-            if module._parameters.get(name) is not None:
-                module._parameters[name] = None
-                removed.append(f"{prefix}.{name}" if prefix else name)
+            if module._parameters.get(name) is not None and module not in inside_gates:
+                found[f"{prefix}.{name}" if prefix else name] = module._parameters[name]
+    return found
+
+
+def remove_biases(model: nn.Module) -> list[str]:
+    """Set every bias of ``biases(model)`` to None, in place; returns their names."""
+    removed = list(biases(model))
+    for full in removed:
+        prefix, _, name = full.rpartition(".")
+        model.get_submodule(prefix)._parameters[name] = None
     return removed

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,17 +21,23 @@ from bcosification.convert.families import family_of
 from bcosification.convert.frozen_replay import frozen_replay
 from bcosification.convert.linear_map import bare_model, dynamic_linear_map
 from bcosification.convert.preprocessing import Preprocessing
-from bcosification.convert.rules import Options, type_name
+from bcosification.convert.rules import Options, biases, type_name
 from bcosification.convert.wrapper import BcosifiedModel
 from bcosification.nn.evaluation_mode import evaluation_mode
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 """Largest relative error ‖got − expected‖ / ‖expected‖ that passes, by dtype."""
+PREPROCESSING_TOLERANCE = 1e-4
+"""Of normalised images: float32, so that 1e-6 is rounding."""
 
 
 @dataclass
 class LayerReport:
-    """One layer: what it was and became, calls in one forward pass, error of its output at B = 1, and the verdict."""
+    """One layer: what it was and became, calls in one forward pass, error of its output at B = 1, and the verdict.
+
+    error: largest relative error of an image, ‖got − expected‖ / ‖expected‖, in the model's dtype; error_float64: the
+    same in float64. largest: the largest difference of one element, relative to the largest element of the output.
+    """
 
     name: str
     was: str
@@ -37,19 +46,53 @@ class LayerReport:
     error: float | None
     ok: bool
     problem: str = ""
+    error_float64: float | None = None
+    largest: float | None = None
+
+
+@dataclass
+class Difference:
+    """An option of the converted model that leaves the original's function on purpose.
+
+    what: the option; why: how it changes the function; change: relative change of the logits by this option alone.
+    """
+
+    what: str
+    why: str
+    change: float
 
 
 @dataclass
 class Equivalence:
     """Logits of the B = 1 copy against the original's: relative error per image (largest), tolerance, verdict.
 
-    ``differs_by`` names the options of the converted model that leave the original's function on purpose.
+    ``differences``: what the converted model does otherwise, and why. ``error_float64``, ``tolerance_float64``: the
+    same comparison in float64, where the model's own dtype is another.
     """
 
     error: float
     tolerance: float
     ok: bool
-    differs_by: list[str] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
+    error_float64: float | None = None
+    tolerance_float64: float | None = None
+
+    @property
+    def differs_by(self) -> list[str]:
+        """The options that leave the original's function on purpose, by name."""
+        return [difference.what for difference in self.differences]
+
+
+@dataclass
+class PreprocessingCheck:
+    """Images as the original's own preprocessing makes them against those that the converted model makes inside.
+
+    error: the largest difference of a normalised value.
+    """
+
+    error: float
+    tolerance: float
+    ok: bool
 
 
 @dataclass
@@ -71,18 +114,27 @@ class Completeness:
 class Explanation:
     """W(x) of the predicted class against the frozen replay's gradient, in float64.
 
-    error: largest relative difference of an image's weights or constant. ``problem`` says why there is none.
+    error: largest relative difference of an image's weights or constant; largest: the largest difference of one element
+    of W(x), relative to the image's largest. ``problem`` says why there is none. held: how many values of each kind
+    (scale, relu, gelu, variance, attention, …) the replay holds constant.
     """
 
     error: float
     tolerance: float
     ok: bool
     problem: str = ""
+    largest: float = math.inf
+    held: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
 class Report:
-    """What ``verify`` found. ``ok`` is all of it together; printing gives a table, ``to_dict`` JSON types."""
+    """What ``verify`` found. ``ok`` is all of it together; printing gives a table, ``to_dict`` JSON types.
+
+    never_called: converted layers that the forward pass does not call. biases: those that the converted model has left.
+    without_rule: layers that were kept as they are for want of a rule. weights_changed: tensors with other values than
+    a fresh conversion gives. preprocessing: None where the original's own was not given. about: what was compared.
+    """
 
     ok: bool
     layers: list[LayerReport]
@@ -90,35 +142,87 @@ class Report:
     completeness: Completeness
     explanation: Explanation
     weights_changed: list[str] = field(default_factory=list)
+    never_called: list[str] = field(default_factory=list)
+    biases: list[str] = field(default_factory=list)
+    without_rule: list[str] = field(default_factory=list)
+    preprocessing: PreprocessingCheck | None = None
+    about: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types (errors that are not finite as None)."""
         return _finite(asdict(self))
 
+    def to_html(self) -> str:
+        """The report as one HTML page that needs nothing else."""
+        from bcosification.convert.verification_page import page
+
+        return page(self)
+
+    def save(self, *, json: str | os.PathLike | None = None, html: str | os.PathLike | None = None) -> None:
+        """Write the report into files: ``to_dict`` as JSON, ``to_html``."""
+        import json as library
+
+        if json is not None:
+            Path(json).write_text(library.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        if html is not None:
+            Path(html).write_text(self.to_html(), encoding="utf-8")
+
     def __str__(self) -> str:
         width = max([5, *(len(layer.name) for layer in self.layers)])
-        lines = [f"{'layer':<{width}}  {'was':<20}  {'becomes':<24}  calls  error at B=1"]
+        double = self.equivalence.error_float64 is not None
+        more = f"  {'in float64':>12}" if double else ""
+        lines = [f"{'layer':<{width}}  {'was':<20}  {'becomes':<24}  calls  error at B=1{more}"]
         for layer in self.layers:
-            error = "" if layer.error is None else f"{layer.error:.1e}"
+            errors = [layer.error, layer.error_float64] if double else [layer.error]
+            told = "  ".join(f"{'' if error is None else f'{error:.1e}':>12}" for error in errors)
             was, becomes = layer.was.rpartition(".")[2], layer.becomes.rpartition(".")[2]
             verdict = "" if layer.ok else f"  FAILED: {layer.problem}"
             if layer.ok and layer.problem:
                 verdict = f"  {layer.problem}"
-            lines.append(f"{layer.name:<{width}}  {was:<20}  {becomes:<24}  {layer.calls:>5}  {error:>12}{verdict}")
-        e, c = self.equivalence, self.completeness
+            lines.append(f"{layer.name:<{width}}  {was:<20}  {becomes:<24}  {layer.calls:>5}  {told}{verdict}".rstrip())
         lines.append("")
-        lines.append(f"equivalence at B=1:  error {e.error:.1e}, tolerance {e.tolerance:.0e}: {_verdict(e.ok)}")
-        if e.differs_by:
-            lines.append(f"  the converted model differs by: {', '.join(e.differs_by)}")
-        lines.append(f"completeness:        error {c.error:.1e}, tolerance {c.tolerance:.0e}: {_verdict(c.ok)}")
-        x = self.explanation
-        lines.append(f"explanations:        error {x.error:.1e}, tolerance {x.tolerance:.0e}: {_verdict(x.ok)}")
-        if x.problem:
-            lines.append(f"  {x.problem}")
+        lines += [f"{check + ':':<20} {told}: {_verdict(ok)}" for check, told, ok in self.checks()]
+        if self.equivalence.differences:
+            lines.append("  the converted model differs by (change of the logits, each alone):")
+            lines += [f"    {d.what}: {d.why} ({d.change:.1e})" for d in self.equivalence.differences]
+        if self.explanation.held:
+            held = ", ".join(f"{count} {kind}" for kind, count in self.explanation.held.items())
+            lines.append(f"  held constant by the replay: {held}")
+        if self.explanation.problem:
+            lines.append(f"  {self.explanation.problem}")
+        for what, names in self.listed():
+            lines.append(f"{what + ':':<20} {shortened(names) if names else 'none'}")
         if self.weights_changed:
             lines.append(f"weights:             {len(self.weights_changed)} tensors differ from a fresh conversion")
         lines.append(f"verified: {_verdict(self.ok)}")
         return "\n".join(lines)
+
+    def checks(self) -> list[tuple[str, str, bool]]:
+        """The checks that ``ok`` is made of besides the layers: name, error and tolerance in words, verdict."""
+        e, c, x = self.equivalence, self.completeness, self.explanation
+        told = f"error {e.error:.1e}, tolerance {e.tolerance:.0e}"
+        if e.error_float64 is not None:
+            told += f"; in float64 {e.error_float64:.1e}, tolerance {e.tolerance_float64:.0e}"
+        found = [("equivalence at B=1", told, e.ok)]
+        if self.preprocessing is not None:
+            p = self.preprocessing
+            found.append(("preprocessing", f"error {p.error:.1e}, tolerance {p.tolerance:.0e}", p.ok))
+        found.append(("completeness", f"error {c.error:.1e}, tolerance {c.tolerance:.0e}", c.ok))
+        told = f"error {x.error:.1e}, of one element {x.largest:.1e}, tolerance {x.tolerance:.0e}"
+        return [*found, ("explanations", told, x.ok)]
+
+    def listed(self) -> list[tuple[str, list[str]]]:
+        """What was looked for in the model, and the names of what was found."""
+        return [
+            ("never called", self.never_called),
+            ("without a rule", self.without_rule),
+            ("biases left", self.biases),
+        ]
+
+
+def shortened(names: list[str], most: int = 6) -> str:
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _verdict(ok: bool) -> str:
@@ -133,15 +237,19 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def verify(original: nn.Module, converted: BcosifiedModel, images: Tensor) -> Report:
+def verify(
+    original: nn.Module, converted: BcosifiedModel, images: Tensor, *, normalized: Tensor | None = None
+) -> Report:
     """Check a conversion, layer by layer and end to end.
 
     - Equivalence: ``original`` is converted once more with b=1, biases and max pooling kept; the output of every
-      converted layer and the logits have to be the original's (float64: 1e-10, float32: 1e-4, relative).
-      Where moving the head before the pooling changes the function by itself (a LayerNorm stands between them), the
-      outputs are compared with the head kept, and ``equivalence.differs_by`` says so; likewise where the original is
-      compared without what every conversion drops (CLIP's attention pooling: positional embedding and biases).
+      converted layer and the logits have to be the original's, in its own dtype and in float64 (float64: 1e-10,
+      float32: 1e-4, relative). Where moving the head before the pooling changes the function by itself (a LayerNorm
+      stands between them), the outputs are compared with the head kept. ``equivalence.differences`` tells what the
+      converted model does otherwise on purpose, and how much each of these changes the logits. An original is compared
+      without what every conversion drops (CLIP's attention pooling: positional embedding and biases).
     - Calls: a converted layer that the forward never calls is an error.
+    - Biases: a model that was converted with bias="remove" and has some is an error.
     - Completeness: in ``converted`` itself, contributions + constant have to be the logit of the predicted class, the
       constant being computed on its own.
     - Explanations: in a float64 copy of ``converted``, W(x) has to be the gradient of the frozen replay: the same
@@ -153,9 +261,13 @@ def verify(original: nn.Module, converted: BcosifiedModel, images: Tensor) -> Re
         original: the standard model that was converted. It may be in any mode, and is left as it is.
         converted: what ``bcosify`` made of it; fine-tuned is fine.
         images: (N, C, H, W) in [0, 1], not normalised; verify normalises them for ``original``.
+        normalized: the same images as ``original``'s own preprocessing makes them, (N, C, H, W). They have to be what
+            the converted model makes of ``images`` inside, and are what ``original`` is given in float32. Default:
+            none, and ``converted``'s mean and std are believed.
 
     Returns:
-        A report with .ok, .layers, .equivalence, .completeness, .explanation and .weights_changed.
+        A report with .ok, .layers, .equivalence, .completeness, .explanation, .preprocessing, .never_called, .biases,
+        .without_rule and .weights_changed.
 
     Raises:
         TypeError, ValueError: models that are not original and conversion of one another, images of another shape.
@@ -165,16 +277,73 @@ def verify(original: nn.Module, converted: BcosifiedModel, images: Tensor) -> Re
         >>> print(verify(network, bcosify(network), torch.rand(2, 3, 64, 64).double()))
     """
     original, converted = _check_models(original, converted)
-    family = family_of(original)
+    images = _check_images(images, converted)
+    if normalized is not None and (not isinstance(normalized, Tensor) or normalized.shape != images.shape):
+        got = tuple(normalized.shape) if isinstance(normalized, Tensor) else type(normalized).__name__
+        raise ValueError(f"verify: expected normalized= to be images {tuple(images.shape)}, got {got}")
     work = _work_dtype(original)
+    images = images.to(next(original.parameters()).device)
+    layers, equivalence, changed = _compare(original, converted, images, work, normalized)
+    if work != torch.float64:
+        doubled, double, _ = _compare(original, converted, images, torch.float64, None)
+        equivalence.error_float64, equivalence.tolerance_float64 = double.error, double.tolerance
+        equivalence.ok = equivalence.ok and double.ok
+        for layer, other in zip(layers, doubled, strict=True):
+            layer.error_float64 = other.error
+            if layer.ok and not other.ok:
+                layer.ok, layer.problem = False, f"in float64: {other.problem}"
+    preprocessing = None if normalized is None else _preprocessing(converted, images, normalized)
+    completeness = _completeness(converted, images.to(work))
+    explanation = _explanation(converted, images)
+    left = [f"model.{name}" for name in biases(converted.model)]
+    checks = [equivalence, completeness, explanation, *layers, *([] if preprocessing is None else [preprocessing])]
+    ok = all(check.ok for check in checks) and not (left and converted.config["options"]["bias"] == "remove")
+    return Report(
+        ok,
+        layers,
+        equivalence,
+        completeness,
+        explanation,
+        changed,
+        never_called=[layer.name for layer in layers if layer.calls == 0 and layer.was != layer.becomes],
+        biases=left,
+        without_rule=[entry["name"] for entry in converted.config.get("kept", [])],
+        preprocessing=preprocessing,
+        about=_about(converted, images, work),
+    )
+
+
+def _about(converted: BcosifiedModel, images: Tensor, work: torch.dtype) -> dict[str, Any]:
+    config = converted.config
+    options = {name: value for name, value in config["options"].items() if name not in ("logit_bias", "on_unknown")}
+    return {
+        "class": config["class"],
+        "family": config["family"],
+        "source": config.get("source"),
+        "weights": config.get("source_weights"),
+        "options": {**options, "logit_bias": config["logit_bias"]},
+        "images": list(images.shape),
+        "dtype": str(work).removeprefix("torch."),
+        "device": images.device.type,
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _compare(
+    original: nn.Module, converted: BcosifiedModel, images: Tensor, work: torch.dtype, normalized: Tensor | None
+) -> tuple[list[LayerReport], Equivalence, list[str]]:
+    """The original and its conversion at B = 1 in the dtype ``work``: layers, logits, and changed weights."""
     if next(original.parameters()).dtype != work:
         original = copy.deepcopy(original).to(work)
-    device = next(original.parameters()).device
-    images = _check_images(images, converted).to(device, work)
+    images = images.to(work)
     preprocessing = Preprocessing.from_dict(converted.config)
-    options = Options(**converted.config["options"])
+    mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    inputs = (images - mean) / std
+    if normalized is not None and work == torch.float32:  # in float64, its float32 would be the largest error
+        inputs = normalized.to(inputs)
     exact = replace(
-        options,
+        Options(**converted.config["options"]),
         b=1.0,
         bias="keep",
         pool="keep",
@@ -184,30 +353,46 @@ def verify(original: nn.Module, converted: BcosifiedModel, images: Tensor) -> Re
         logit_bias=None,
         on_unknown="keep",
     )
-    # Kept layers were told when ``converted`` was made; they are in the report.
-    twin = convert(original, exact, preprocessing, blocks=False, warn=False)
-    changed = _compare_parameters(twin, converted)
 
-    mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    def variant(**options: Any) -> BcosifiedModel:
+        # Kept layers were told when ``converted`` was made; they are in the report.
+        return convert(original, replace(exact, **options), preprocessing, blocks=False, warn=False)
+
+    def logits_of(model: BcosifiedModel) -> Tensor:
+        with torch.no_grad(), evaluation_mode(model):
+            return model(images)
+
+    twin = variant()
+    changed = _compare_parameters(twin, converted)
+    family = family_of(original)
     reference, left_out = family.comparable(original)
-    modules = dict(reference.named_modules())  # families may add modules to the converted network
+    modules = dict(original.named_modules())  # families may add modules to the converted network
     names = [entry["name"] for entry in twin.conversion if entry["name"] in modules]
     added = [entry["name"] for entry in twin.conversion if entry["name"] not in modules]
-    with torch.no_grad(), evaluation_mode(reference), evaluation_mode(twin):
-        with _recorded(reference, names) as expected:
-            logits = family.output(reference((images - mean) / std))
-        with _recorded(twin.model, names) as got, _recorded(twin.model, added) as of_added:
-            twin_logits = twin(images)
-    change, moved = None, set()
+    with torch.no_grad(), evaluation_mode(reference), _recorded(reference, names) as expected:
+        logits = family.output(reference(inputs))
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"verify: expected the models to return a tensor of logits, got {type(logits).__name__}")
+    with _recorded(twin.model, names) as got, _recorded(twin.model, added) as of_added:
+        twin_logits = logits_of(twin)
+    differences: list[Difference] = []
+    if left_out is not None:
+        with torch.no_grad(), evaluation_mode(original):
+            change = _error(logits, family.output(original(inputs)))
+        differences.append(Difference(left_out, "conversions drop it", change))
+    reason, moved = None, set()
     if converted.config["head_before_pool"]:
-        change = family.head_move_changes(original)
-    if change is not None:
-        kept = convert(original, replace(exact, head="keep"), preprocessing, blocks=False, warn=False)
-        with torch.no_grad(), evaluation_mode(kept), _recorded(kept.model, names) as unmoved:
-            twin_logits = kept(images)
+        reason = family.head_move_changes(original)
+    if reason is not None:
+        kept = variant(head="keep")
+        with _recorded(kept.model, names) as unmoved:
+            kept_logits = logits_of(kept)
         moved = {name for name in names if _shapes(got[name]) != _shapes(unmoved[name])}
         # Calls are judged as the converted model makes them, outputs where they are the original's.
         got = {name: unmoved[name] if len(unmoved[name]) == len(got[name]) else got[name] for name in names}
+        what, why = f"head='before_pool' ({reason})", "moving the head is another function by itself"
+        differences.append(Difference(what, why, _error(twin_logits, kept_logits)))
+        twin_logits = kept_logits
     tolerance = TOLERANCE[work]
     layers = [_judge_layer(entry, expected, got, tolerance) for entry in converted.conversion if entry["name"] in got]
     for layer in layers:
@@ -216,16 +401,21 @@ def verify(original: nn.Module, converted: BcosifiedModel, images: Tensor) -> Re
     layers += [_judge_added(entry, of_added) for entry in converted.conversion if entry["name"] in of_added
                and entry["was"] != entry["becomes"]]  # fmt: skip
     layers += _kept_layers(converted, {layer.name for layer in layers})
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"verify: expected the models to return a tensor of logits, got {type(logits).__name__}")
     error = _error(twin_logits, logits)
-    differs_by = _differences(converted) + ([] if change is None else [f"head='before_pool' ({change})"])
-    differs_by += [] if left_out is None else [left_out]
-    equivalence = Equivalence(error, tolerance, error <= tolerance, differs_by)
-    completeness = _completeness(converted, images)
-    explanation = _explanation(converted, images)
-    ok = equivalence.ok and completeness.ok and explanation.ok and all(layer.ok for layer in layers)
-    return Report(ok, layers, equivalence, completeness, explanation, changed)
+    head = exact.head if reason is None else "keep"
+    for what, why, options in _differing(converted):
+        change = _error(logits_of(variant(**{"head": head, **options})), twin_logits)
+        differences.append(Difference(what, why, change))
+    return layers, Equivalence(error, tolerance, error <= tolerance, differences), changed
+
+
+def _preprocessing(converted: BcosifiedModel, images: Tensor, normalized: Tensor) -> PreprocessingCheck:
+    """The original's own normalised images against (images - mean) / std."""
+    known = Preprocessing.from_dict(converted.config)
+    mean, std = (images.new_tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (known.mean, known.std))
+    ours = (images.double() - mean) / std
+    error = float((normalized.to(ours) - ours).abs().max())
+    return PreprocessingCheck(error, PREPROCESSING_TOLERANCE, error <= PREPROCESSING_TOLERANCE)
 
 
 def _check_models(original: nn.Module, converted: BcosifiedModel) -> tuple[nn.Module, BcosifiedModel]:
@@ -329,6 +519,18 @@ def _error(got: Tensor, expected: Tensor) -> float:
     return float((difference / size.clamp_min(torch.finfo(expected.dtype).tiny)).max())
 
 
+def _largest(got: Tensor, expected: Tensor) -> float:
+    """Largest difference of one element, relative to the largest element of an image; inf for another shape."""
+    if got.dim() == expected.dim() + 2:
+        got = got.mean((-2, -1))
+    if got.shape != expected.shape:
+        return math.inf
+    if expected.numel() == 0:
+        return 0.0
+    size = expected.flatten(1).abs().amax(1).clamp_min(torch.finfo(expected.dtype).tiny)
+    return float(((got - expected).flatten(1).abs().amax(1) / size).max())
+
+
 def _judge_layer(
     entry: dict[str, str], expected: dict[str, list[Tensor]], got: dict[str, list[Tensor]], tolerance: float
 ) -> LayerReport:
@@ -342,10 +544,14 @@ def _judge_layer(
     elif calls == 0 and replaced:
         report.ok, report.problem = False, "a converted layer that is never called"
     elif calls:
-        errors = [_error(one, other) for one, other in zip(got[name], expected[name], strict=True)]
-        report.error = math.nan if any(map(math.isnan, errors)) else max(errors)
+        errors, largest = (
+            [measure(one, other) for one, other in zip(got[name], expected[name], strict=True)]
+            for measure in (_error, _largest)
+        )
+        report.error, report.largest = (math.nan if any(map(math.isnan, e)) else max(e) for e in (errors, largest))
         if not replaced and math.inf in errors:
-            report.error, report.problem = None, "not compared: it runs after the head, which moved"
+            report.error = report.largest = None
+            report.problem = "not compared: it runs after the head, which moved"
         elif not report.error <= tolerance:
             report.ok, report.problem = False, f"output differs at B=1 (tolerance {tolerance:.0e})"
         elif "MaxPool" in entry["was"] and replaced:
@@ -370,19 +576,33 @@ def _kept_layers(converted: BcosifiedModel, known: set[str]) -> list[LayerReport
     ]
 
 
-def _differences(converted: BcosifiedModel) -> list[str]:
+_WHY = {
+    "b": "B-cos layers scale their outputs by |cos|^(B - 1)",
+    "bias": {
+        "remove": "layers and norms have no biases",
+        "decay": "biases are to be decayed; they are there now",
+    },
+    "activation": "no ReLU or GELU between the layers",
+    "normalize_weight": "weights are divided by their norms",
+    "normalize_input": "images are not normalised",
+}
+_EXACT = {"b": 1, "bias": "keep", "activation": "keep", "normalize_weight": False, "normalize_input": True}
+
+
+def _differing(converted: BcosifiedModel) -> list[tuple[str, str, dict[str, Any]]]:
+    """What leaves the original's function on purpose: the option, why, and the option alone for ``convert``."""
     options = converted.config["options"]
     found = []
-    if options["b"] != 1:
-        found.append(f"b={options['b']:g}")
-    exact = {"bias": "keep", "activation": "keep", "normalize_weight": False, "normalize_input": True}
-    for name, value in exact.items():
+    for name, value in _EXACT.items():
         if options[name] != value:
-            found.append(f"{name}={options[name]!r}")
+            told = f"{name}={options[name]:g}" if name == "b" else f"{name}={options[name]!r}"
+            why = _WHY[name] if isinstance(_WHY[name], str) else _WHY[name][options[name]]
+            found.append((told, why, {name: options[name]}))
     if any("MaxPool" in entry["was"] and entry["was"] != entry["becomes"] for entry in converted.conversion):
-        found.append("average pooling")
-    if converted.config["logit_bias"] is not None:
-        found.append(f"logit bias {converted.config['logit_bias']:.4g}")
+        found.append(("average pooling", "max pooling became average pooling", {"pool": "average"}))
+    bias = converted.config["logit_bias"]
+    if bias is not None:
+        found.append((f"logit bias {bias:.4g}", "a constant is added to all logits", {"logit_bias": bias}))
     return found
 
 
@@ -428,5 +648,7 @@ def _explanation(converted: BcosifiedModel, images: Tensor) -> Explanation:
         return Explanation(math.inf, tolerance, False, f"the forward pass cannot be replayed: {error}")
     pairs = ((weights.flatten(1), expected.flatten(1)), (constant[:, None], rest[:, None]))
     error = max(_error(got, wanted) if wanted.any() else float(got.abs().max()) for got, wanted in pairs)
+    largest = _largest(*pairs[0]) if expected.any() else float(weights.abs().max())
     problem = "" if affine else "the network is not affine with its scales, gates and attention held"
-    return Explanation(error, tolerance, affine and error <= tolerance, problem)
+    ok = affine and error <= tolerance and largest <= tolerance
+    return Explanation(error, tolerance, ok, problem, largest, dict(sorted(replay.recorded.items())))

@@ -5,6 +5,7 @@ from .batch_norm_uncentered import BatchNormUncentered2d, SyncBatchNormUncentere
 from .conv2d import BcosConv2d
 from .cosine import L2Norm, PositionMean
 from .encoding import AddInverse, Normalize
+from .gates import GatedActivation, Hardswish, Mish, QuickGELU, ReLU6, ScalingGate, SiLU, SqueezeExcitation
 from .gelu import GELU
 from .group_norm import GroupNorm
 from .layer_norm import LayerNorm
@@ -22,14 +23,22 @@ __all__ = [
     "BcosLinear",
     "DetachableModule",
     "GELU",
+    "GatedActivation",
     "GroupNorm",
+    "Hardswish",
     "L2Norm",
     "LayerNorm",
     "LayerNorm2d",
     "LogitBias",
+    "Mish",
     "MultiheadAttention",
     "Normalize",
     "PositionMean",
+    "QuickGELU",
+    "ReLU6",
+    "ScalingGate",
+    "SiLU",
+    "SqueezeExcitation",
     "SyncBatchNormUncentered2d",
     "explanation_mode",
 ]

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 import bcos_kernels
 
+from .gates import GatedActivation
 from .linear import BcosLinear
-from .modes import DetachableModule
 
 __all__ = ["GELU"]
 
 
-class GELU(DetachableModule, nn.GELU):
+class GELU(GatedActivation, nn.GELU):
     """nn.GELU, x·Φ(x); in explanation mode the gate Φ(x) is a constant for the gradient.
 
         y = x * (0.5 * (1 + torch.erf(x / 2**0.5))).detach()                  # explanation mode
@@ -58,12 +58,10 @@ class GELU(DetachableModule, nn.GELU):
             detach=self.detach,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.detach:
-            return F.gelu(x, approximate=self.approximate)
-        wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    def gate(self, x: Tensor) -> Tensor:
         if self.approximate == "tanh":
-            gate = 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)))
-        else:
-            gate = 0.5 * (1 + torch.erf(wide * math.sqrt(0.5)))
-        return x * gate.to(x.dtype)
+            return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        return 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+
+    def activate(self, x: Tensor) -> Tensor:
+        return F.gelu(x, approximate=self.approximate)

@@ -12,7 +12,7 @@ from types import TracebackType
 
 from torch import Tensor, nn
 
-__all__ = ["DetachableModule", "explanation_mode"]
+__all__ = ["DetachableModule", "constant_modules", "explanation_mode"]
 
 
 class DetachableModule(nn.Module):
@@ -52,6 +52,22 @@ def per_sample(gain: Tensor, batch: int, dims: int, name: str) -> Tensor:
     if batch != samples:
         gain = gain.repeat_interleave(batch // samples)
     return gain.view(batch, *([1] * (dims - 1)))
+
+
+def constant_modules(model: nn.Module) -> set[nn.Module]:
+    """The modules in ``model`` that compute nothing but constants of the explanation: no part of them is in W(x).
+
+    Such are the children that a module names in ``constant_children``: the layers of a squeeze-and-excitation, of a
+    network that makes the attention's position bias. They stay plain layers, their biases add nothing to a logit and
+    are no biases to remove.
+    """
+    return {
+        inside
+        for module in model.modules()
+        for name in getattr(module, "constant_children", ())
+        if module._modules.get(name) is not None
+        for inside in module._modules[name].modules()
+    }
 
 
 _lock = threading.RLock()

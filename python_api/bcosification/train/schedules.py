@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 
+from bcosification.convert.rules import biases
+
 __all__ = ["BiasDecay", "LinearB", "linear_ramp", "scale_biases"]
 
 
@@ -80,20 +82,10 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if hasattr(module, "set_b")]
 
 
-def _biases(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that BcosifiedModel.remove_biases removes."""
-    return [
-        module._parameters[name]
-        for module in model.modules()
-        for name in ("bias", "in_proj_bias")
-        if module._parameters.get(name) is not None
-    ]
-
-
 def scale_biases(model: nn.Module, factor: float) -> None:
     """Multiplies every bias of the model's layers by `factor`, in place."""
     with torch.no_grad():
-        for bias in _biases(model):
+        for bias in biases(model).values():
             bias.mul_(factor)
 
 
@@ -120,7 +112,7 @@ class BiasDecay(Callback):
     def on_train_start(self, trainer, pl_module) -> None:
         self._steps = _steps(trainer, self.epochs)
         self.factor = linear_ramp(trainer.global_step, self._steps, 1.0, 0.0)
-        if self.factor > 0 and not _biases(_backbone(pl_module)):
+        if self.factor > 0 and not biases(_backbone(pl_module)):
             raise ValueError("BiasDecay: expected a model converted with bias='decay', found no bias in it")
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
@@ -142,13 +134,13 @@ class BiasDecay(Callback):
             return
         factor = linear_ramp(trainer.global_step, self._steps, 1.0, 0.0)
         if factor == 0:
-            biases = _biases(_backbone(pl_module))
+            decayed = list(biases(_backbone(pl_module)).values())
             pl_module.model.remove_biases()
-            gone = {id(bias) for bias in biases}
+            gone = {id(bias) for bias in decayed}
             for optimizer in trainer.optimizers:
                 for group in optimizer.param_groups:
                     group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
-                for bias in biases:
+                for bias in decayed:
                     optimizer.state.pop(bias, None)
         elif factor != self.factor:
             scale_biases(_backbone(pl_module), factor / self.factor)

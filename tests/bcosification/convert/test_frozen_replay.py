@@ -73,9 +73,32 @@ def test_one_missing_detach_is_noticed(name, path):
         assert error(weights_by_autograd(network, x6), oracle) > 1e-5
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.SiLU(True),
+        nn.Hardswish(),
+        nn.Mish(),
+        nn.ReLU6(True),
+        nn.Hardtanh(-2),
+        nn.LeakyReLU(0.2),
+        nn.PReLU(6, 0.1),
+        nn.GELU("tanh"),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_plain_activations_are_frozen_as_a_factor(layer):
+    model, x6 = nn.Sequential(layer, nn.Flatten()).double(), 8 * tiny_networks.images() - 4
+    x6[:, :, :2] = 0  # where a factor y / x could not be computed
+    replay = frozen_replay(model, x6)
+    assert replay.is_affine() and replay.constant([0, 0, 0]).abs().max() == 0
+    with torch.no_grad():
+        torch.testing.assert_close(replay.logits(2 * x6), 2 * model(x6.clone()), rtol=1e-12, atol=1e-14)
+
+
 def test_every_kind_of_value_was_recorded():
     kinds = [set(frozen_replay(build(name), tiny_networks.images()).recorded) for name in tiny_networks.NETWORKS]
-    assert set.union(*kinds) == {"scale", "max_out", "relu", "gelu", "variance", "attention", "pooling"}
+    assert set.union(*kinds) == {"scale", "max_out", "relu", "gelu", "gate", "variance", "attention", "pooling"}
 
 
 def test_shared_modules_are_recorded_per_call():
@@ -100,7 +123,7 @@ def test_the_model_is_left_alone(network):
 
 @pytest.mark.parametrize(
     "layer",
-    [nn.Sigmoid(), nn.SiLU(), nn.LocalResponseNorm(2)],
+    [nn.Sigmoid(), nn.Softplus(), nn.LocalResponseNorm(2)],
     ids=lambda layer: type(layer).__name__,
 )
 def test_an_unknown_dynamic_layer_is_not_passed_off_as_affine(layer):

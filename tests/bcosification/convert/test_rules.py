@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from open_clip.transformer import QuickGELU
 from torch import nn
+from torchvision.ops.misc import SqueezeExcitation
 
 from bcosification import nn as bnn
 from bcosification.convert import rules
@@ -186,9 +188,40 @@ def test_attention_with_keys_of_its_own_has_no_rule(arguments):
 def test_activations_stay_or_go():
     x = torch.tensor([-1.0, 2.0])
     removed = Options(activation="remove")
-    for layer in (nn.ReLU(), nn.LeakyReLU(), nn.GELU(), nn.GELU("tanh")):
+    for layer in (nn.ReLU(), nn.LeakyReLU(), nn.PReLU(), nn.GELU(), nn.GELU("tanh")):
         torch.testing.assert_close(convert(layer)(x), layer(x))
         assert torch.equal(convert(layer, removed)(x), x)
+
+
+GATED = {
+    nn.SiLU: bnn.SiLU,
+    nn.Hardswish: bnn.Hardswish,
+    nn.Mish: bnn.Mish,
+    nn.ReLU6: bnn.ReLU6,
+    QuickGELU: bnn.QuickGELU,
+}
+
+
+@pytest.mark.parametrize("kind", GATED, ids=lambda kind: kind.__name__)
+def test_gated_activations_become_those_with_constant_gates(kind):
+    x = torch.linspace(-9, 9, 50, dtype=torch.float64)
+    new = convert(kind())
+    assert type(new) is GATED[kind]
+    torch.testing.assert_close(new(x), kind()(x), rtol=1e-14, atol=0)
+    assert torch.equal(convert(kind(), Options(activation="remove"))(x), x)
+    if kind is not QuickGELU:
+        assert convert(kind(inplace=True)).inplace and not new.inplace
+
+
+def test_squeeze_excitation_keeps_its_layers_and_their_biases():
+    layer = SqueezeExcitation(6, 2, scale_activation=nn.Hardsigmoid)
+    parts = dict(layer.named_children())
+    new = convert(layer, Options())
+    assert type(new) is bnn.SqueezeExcitation and dict(new.named_children()) == parts
+    x = torch.randn(2, 6, 3, 3)
+    assert torch.equal(new(x), layer(x))
+    assert remove_biases(nn.Sequential(new, convert(nn.Conv2d(6, 2, 1)))) == ["1.bias"]
+    assert new.fc1.bias is not None and new.fc2.bias is not None
 
 
 def test_train_mode_and_requires_grad_are_kept():

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -58,6 +59,59 @@ def test_options_that_leave_the_originals_function_are_told(options):
     assert ("average pooling" in told) == (options.get("pool") != "keep")
     assert ("normalize_weight=True" in told) == options.get("normalize_weight", False)
     assert ("bias='decay'" in told) == (options.get("bias") == "decay")
+    changes = {difference.what: difference.change for difference in report.equivalence.differences}
+    assert all(change > 0 for what, change in changes.items() if what != "bias='decay'"), changes
+    assert changes.get("bias='decay'", 0.0) == 0.0  # to be decayed: still there
+    assert report.biases if options.get("bias") else not report.biases
+
+
+def test_each_difference_is_measured_alone():
+    """Against conversions in which nothing but this one option is set."""
+    network, images = make("resnet, basic blocks")
+    report = verify(network, bcosify(network), images)
+    exact = dict(b=1, bias="keep", pool="keep", logit_bias=None)
+    alone = {
+        "b=2": exact | {"b": 2},
+        "bias='remove'": exact | {"bias": "remove"},
+        "average pooling": exact | {"pool": "average"},
+        f"logit bias {-math.log(4):.4g}": exact | {"logit_bias": -math.log(4)},
+    }
+    assert report.equivalence.differs_by == list(alone)
+    with torch.no_grad():
+        expected = network.eval()(normalized(images))
+        for difference in report.equivalence.differences:
+            got = bcosify(network, **alone[difference.what])(images)
+            change = float(((got - expected).norm(dim=1) / expected.norm(dim=1)).max())
+            assert difference.change == pytest.approx(change, rel=1e-6), difference
+            assert difference.why
+
+
+def test_the_originals_own_preprocessing_is_compared():
+    network, images = make("vit")
+    network, images = network.float(), images.float()
+    converted = bcosify(network)
+    report = verify(network, converted, images, normalized=normalized(images))
+    assert report.ok and report.preprocessing.error < 1e-6 and "preprocessing:" in str(report)
+    # what a library that reads images as BGR, or normalises by other numbers, would give
+    for other in (normalized(images).flip(1), (images - 0.5) / 0.5):
+        report = verify(network, converted, images, normalized=other)
+        assert not report.ok and not report.preprocessing.ok and report.preprocessing.error > 0.1
+        assert not report.equivalence.ok and report.equivalence.error_float64 < 1e-10
+    assert verify(network, converted, images).preprocessing is None
+    with pytest.raises(ValueError, match=r"expected normalized= to be images \(2, 3, 16, 16\), got \(1, 3, 16, 16\)"):
+        verify(network, converted, images, normalized=images[:1])
+
+
+def test_biases_that_came_back_are_found():
+    network, images = make("vit")
+    converted = bcosify(network)
+    assert verify(network, converted, images).biases == []
+    converted.model.heads.head.bias = nn.Parameter(torch.zeros(5, dtype=torch.float64))
+    report = verify(network, converted, images)
+    assert not report.ok and report.biases == ["model.heads.head.bias"]
+    assert "biases left:         model.heads.head.bias" in str(report)
+    kept = verify(network, bcosify(network, bias="keep"), images)
+    assert kept.ok and "model.heads.head.bias" in kept.biases and "model.encoder.ln.bias" in kept.biases
 
 
 def test_float32_has_its_own_tolerance():
@@ -65,6 +119,32 @@ def test_float32_has_its_own_tolerance():
     network, images = network.float(), images.float()
     report = verify(network, bcosify(network), images)
     assert report.ok and report.equivalence.tolerance == 1e-4 and 1e-9 < report.equivalence.error < 1e-5
+
+
+def test_float32_models_are_compared_in_float64_too():
+    network, images = make("resnet, basic blocks")
+    report = verify(network.float(), bcosify(network.float()), images.float())
+    assert report.ok
+    assert report.equivalence.error_float64 < 1e-12 < 1e-9 < report.equivalence.error
+    assert report.equivalence.tolerance_float64 == 1e-10
+    for layer in report.layers:
+        if layer.error is not None:
+            assert layer.error_float64 < 1e-12 and layer.largest < 1e-4
+    assert "in float64" in str(report)
+    network, images = make("resnet, basic blocks")
+    report = verify(network, bcosify(network), images)
+    assert report.equivalence.error_float64 is None and all(layer.error_float64 is None for layer in report.layers)
+
+
+def test_an_error_that_float32_hides_is_found_in_float64(monkeypatch):
+    monkeypatch.setitem(rules.RULES, "torch.nn.modules.linear.Linear", wrong_linear)  # wrong by 1e-6
+    network, images = make("vit")
+    report = verify(network.float(), bcosify(network.float()), images.float())
+    assert not report.ok and report.equivalence.error < report.equivalence.tolerance
+    assert report.equivalence.error_float64 > 1e-8
+    failed = [entry for entry in report.layers if not entry.ok]
+    assert failed[0].name == "encoder.layers.encoder_layer_0.mlp.0"
+    assert failed[0].problem.startswith("in float64: output differs at B=1")
 
 
 def test_half_precision_is_verified_in_float32():
@@ -122,6 +202,8 @@ def test_converted_layers_that_are_never_called_are_errors():
         "spare": "a converted layer that is never called",
     }
     assert "FAILED: a converted layer that is never called" in str(report)
+    assert report.never_called == ["projection", "spare"]
+    assert "never called:        projection, spare" in str(report)
 
 
 def wrong_batch_norm(layer, options):
@@ -217,7 +299,7 @@ def test_kept_layers_are_listed():
     report = verify(network, converted, images)
     assert report.equivalence.ok
     kept = [layer for layer in report.layers if "kept without a rule" in layer.problem]
-    assert [layer.name for layer in kept] == ["1"]
+    assert [layer.name for layer in kept] == ["1"] == report.without_rule
     # softplus(0) is not 0: it is not linear, so contributions + constant cannot be the logit
     assert not report.completeness.ok and not report.ok
 
@@ -234,6 +316,58 @@ def test_the_report_as_json_and_table():
     assert table[-1] == "verified: ok"
     report.equivalence.error = math.inf
     assert report.to_dict()["equivalence"]["error"] is None
+
+
+class _Page(HTMLParser):
+    """Tags that are opened and not closed, links to elsewhere, and the text."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.links, self.text = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_report_as_a_page(tmp_path):
+    network, images = make("convnext")
+    report = verify(network.float(), bcosify(network.float()), images.float(), normalized=normalized(images).float())
+    report.save(json=tmp_path / "report.json", html=tmp_path / "report.html")
+    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(report.to_dict()))
+    text = (tmp_path / "report.html").read_text()
+    assert text == report.to_html()
+    parsed = _Page()
+    parsed.feed(text)
+    assert parsed.open == [] and parsed.links == []
+    assert "url(" not in text and "@import" not in text and "<script" not in text
+    told = " ".join(parsed.text)
+    for layer in report.layers:
+        assert layer.name in told and (layer.error is None or f"{layer.error:.1e}" in told)
+    for difference in report.equivalence.differences:
+        assert difference.what in told and difference.why in told and f"{difference.change:.1e}" in told
+    assert '<span class="good">passed' in text and '<span class="bad">' not in text
+    assert f"{report.explanation.largest:.1e}" in told and f"{report.explanation.held['gelu']} gelu" in told
+
+
+def test_the_page_shows_what_failed_and_escapes_names():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 3)).double()
+    images = torch.rand(1, 3, 6, 6, dtype=torch.float64)
+    report = verify(network, bcosify(network, mean=MEAN, std=STD), images)
+    assert '<tr class="failed">' not in report.to_html()
+    report.ok, report.layers[0].ok, report.layers[0].problem = False, False, "a < b & c"
+    report.layers[0].error = math.nan
+    text = report.to_html()
+    assert text.count('<tr class="failed">') == 1 and "a &lt; b &amp; c" in text and "a < b" not in text
+    assert '<span class="error over"><i style="width:100.0%">' in text and "nan" in text
+    assert "<h1>Verification of torch.nn.modules.container.Sequential: <span class=\"bad\">failed</span></h1>" in text
 
 
 def test_models_that_do_not_belong_together_are_named():

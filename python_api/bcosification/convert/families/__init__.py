@@ -16,18 +16,20 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from bcosification.convert.families.base import (
-    FAMILIES,
-    Family,
-    HeadBeforePool,
-    change_class,
-    family_of,
-    original_class,
-    register,
-)
+from bcosification.convert.class_change import ChangedForward, change_class, original_class
+from bcosification.convert.families.base import FAMILIES, Family, HeadBeforePool, family_of, register
 
 for _module in pkgutil.iter_modules(__path__):
     if _module.name != "base":
         importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["FAMILIES", "Family", "HeadBeforePool", "change_class", "family_of", "original_class", "register"]
+__all__ = [
+    "FAMILIES",
+    "ChangedForward",
+    "Family",
+    "HeadBeforePool",
+    "change_class",
+    "family_of",
+    "original_class",
+    "register",
+]

@@ -1,4 +1,4 @@
-"""What a family tells, the table of families, and the means to change a model's forward."""
+"""What a family tells, and the table of families."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from bcosification.convert.class_change import ChangedForward
 from bcosification.convert.rules import Options, type_name
 
 
@@ -18,6 +19,15 @@ class Family:
     """
 
     name = "generic"
+    """Written into config.json; `load` finds the family by it."""
+    title = "any other network"
+    """What people call its models; by default ``name`` with spaces."""
+    converts = "every layer that has a rule"
+    """What becomes B-cos, or constant when explaining, in a few words. By default the layers that have rules."""
+    keeps = "activations, linear layers of gates, q, k and v projections"
+    """What stays as it is, in a few words."""
+    cannot = "move the head before the pooling; save without model= to load"
+    """What the conversion cannot do or does not keep exactly, in a few words; "" where there is nothing to say."""
     preprocessing: str | None = None
     """"imagenet", "openai": the library's weights were trained with ImageNet's, with OpenAI's CLIP's mean and std."""
     embeds: bool = False
@@ -35,6 +45,13 @@ class Family:
         """What a conversion is the same as at B = 1 with all else kept, and, in words, how that differs from the
         original (None: not at all). A copy where it is another model."""
         return model, None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:  # what is said of networks that no family knows does not hold for one
+            for attribute, default in (("title", cls.name.replace("_", " ")), ("cannot", "")):
+                if attribute not in cls.__dict__:
+                    setattr(cls, attribute, default)
 
     def input_layer(self, model: nn.Module) -> str | None:
         """The layer that reads the image: a Conv2d, or a Linear on pixels with channels outermost. None: unknown."""
@@ -106,41 +123,5 @@ def family_of(model: nn.Module) -> Family:
     return Family()
 
 
-class HeadBeforePool:
-    """Base of the mixins that replace a model's forward; see ``change_class``."""
-
-    _original_class: type[nn.Module]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        # The class is made at run time: pickle and deepcopy make it again from its two parents.
-        mixin = type(self).__mro__[1]
-        return _rebuild, (mixin, self._original_class), self.__dict__
-
-
-_changed: dict[tuple[type, type], type] = {}
-
-
-def _changed_class(mixin: type, original: type) -> type:
-    if (mixin, original) not in _changed:
-        namespace = {"_original_class": original, "__module__": mixin.__module__}
-        _changed[mixin, original] = type(original.__name__, (mixin, original), namespace)
-    return _changed[mixin, original]
-
-
-def _rebuild(mixin: type, original: type) -> nn.Module:
-    kind = _changed_class(mixin, original)
-    return kind.__new__(kind)
-
-
-def change_class(model: nn.Module, mixin: type[HeadBeforePool]) -> nn.Module:
-    """Make ``model`` an instance of a subclass of its class in which ``mixin``'s methods come first, in place.
-
-    Children, parameters and names stay as they are.
-    """
-    model.__class__ = _changed_class(mixin, type(model))
-    return model
-
-
-def original_class(model: nn.Module) -> type[nn.Module]:
-    """The class a model had before ``change_class``."""
-    return getattr(type(model), "_original_class", type(model))
+class HeadBeforePool(ChangedForward):
+    """Base of the mixins whose forward runs the classifier before the global pooling; see ``change_class``."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bcosification.convert.families.base import Family, HeadBeforePool, change_class, register
+from bcosification.convert.class_change import change_class
+from bcosification.convert.families.base import Family, HeadBeforePool, register
 from bcosification.convert.rules import Options
 
 
@@ -44,6 +45,11 @@ class SequentialFamily(Family):
     """The first layer that has weights reads the image; the last layer, if an nn.Linear, is the head."""
 
     name = "sequential"
+    title = "nn.Sequential"
+    converts = (
+        "convolutions, linear layers, norms, max pooling; a last linear layer behind global pooling moves before it"
+    )
+    cannot = "move a head that is not the last layer, behind AdaptiveAvgPool2d(1) and Flatten"
 
     def input_layer(self, model: nn.Module) -> str | None:
         for name, module in model.named_modules():

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bcosification.convert.families.base import Family, HeadBeforePool, change_class, register
+from bcosification.convert.class_change import change_class
+from bcosification.convert.families.base import Family, HeadBeforePool, register
 from bcosification.convert.rules import Options, type_name
 
 _LAYER_NORM = "torchvision.models.convnext.LayerNorm2d"
@@ -38,6 +39,10 @@ class TorchvisionConvNeXt(Family):
     """
 
     name = "torchvision_convnext"
+    title = "torchvision ConvNeXt"
+    converts = "convolutions, linear layers, LayerNorms, GELUs; the classifier before the pooling"
+    keeps = "layer scales, stochastic depth"
+    cannot = "be exact at B = 1 with the head before the pooling: its LayerNorm comes first (head='keep' is)"
     preprocessing = "imagenet"
 
     def input_layer(self, model: nn.Module) -> str:

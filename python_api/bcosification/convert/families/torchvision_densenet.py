@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bcosification.convert.families.base import Family, HeadBeforePool, change_class, register
+from bcosification.convert.class_change import change_class
+from bcosification.convert.families.base import Family, HeadBeforePool, register
 from bcosification.convert.rules import Options
 
 
@@ -30,6 +31,9 @@ class TorchvisionDenseNet(Family):
     """features (conv0, norm0, relu0, pool0, dense blocks, transitions, norm5), ReLU, pooling, classifier."""
 
     name = "torchvision_densenet"
+    title = "torchvision DenseNet"
+    converts = "convolutions, BatchNorms, max pooling; the classifier before the pooling"
+    keeps = "ReLUs"
     preprocessing = "imagenet"
 
     def input_layer(self, model: nn.Module) -> str:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from bcosification.convert.blocks import convolution_norm_activation, recomputes
-from bcosification.convert.families.base import Family, HeadBeforePool, change_class, register
+from bcosification.convert.class_change import change_class
+from bcosification.convert.families.base import Family, HeadBeforePool, register
 from bcosification.convert.rules import Options
 
 
@@ -27,6 +28,9 @@ class TorchvisionResNet(Family):
     """conv1, bn1, relu, maxpool, layer1 to layer4, avgpool, fc."""
 
     name = "torchvision_resnet"
+    title = "torchvision ResNet, ResNeXt, Wide ResNet"
+    converts = "convolutions, BatchNorms, max pooling; the classifier before the pooling"
+    keeps = "ReLUs"
     preprocessing = "imagenet"
 
     def input_layer(self, model: nn.Module) -> str:

@@ -14,6 +14,10 @@ class TorchvisionViT(Family):
     """conv_proj, class_token, encoder (pos_embedding, layers, ln), heads.head."""
 
     name = "torchvision_vit"
+    title = "torchvision Vision Transformer"
+    converts = "patch embedding, MLPs, output projections, LayerNorms, GELUs; the head on the class token"
+    keeps = "q, k, v projections; q and k constant"
+    cannot = "build a model with a convolutional stem from its description (load needs model=)"
     preprocessing = "imagenet"
 
     def input_layer(self, model: nn.Module) -> str | None:
