@@ -33,6 +33,9 @@ class HuggingFaceCLIP(Family):
     """vision_model (embeddings, pre_layrnorm, encoder.layers, post_layernorm), visual_projection on the class token."""
 
     name = "huggingface_clip"
+    title = "Hugging Face CLIPVisionModelWithProjection"
+    converts = "patch embedding, MLPs, output projections, LayerNorms, GELUs; the projection on the class token"
+    keeps = "q, k, v projections; q and k constant"
     preprocessing = "openai"
     embeds = True
 
@@ -85,6 +88,13 @@ def clip_attention(layer: nn.Module, options: Options) -> nn.Module:
         packed = torch.cat([getattr(projection, name).detach() for projection in projections])
         new.register_parameter(f"in_proj_{name}", nn.Parameter(packed, requires_grad=trained))
     new.out_proj = linear(layer.out_proj, options)
+    return new.train(layer.training)
+
+
+@rule("transformers.activations.QuickGELUActivation")
+def quick_gelu_activation(layer: nn.Module, options: Options) -> nn.Module:
+    """Hugging Face's QuickGELU -> x times a gate that is a constant in explanation mode, or nothing."""
+    new = nn.Identity() if options.activation == "remove" else bnn.QuickGELU()
     return new.train(layer.training)
 
 

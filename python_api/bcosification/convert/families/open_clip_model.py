@@ -12,6 +12,10 @@ class OpenClipModel(Family):
     """visual (the image tower, of a family of its own) and the text tower's layers."""
 
     name = "open_clip_model"
+    title = "open_clip CLIP (image and text tower)"
+    converts = "its image tower, as that tower's family does"
+    keeps = "the text tower, logit_scale"
+    cannot = "convert timm's image towers in it"
     preprocessing = "openai"
 
     def tower(self, model: nn.Module) -> nn.Module:

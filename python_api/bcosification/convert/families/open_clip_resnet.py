@@ -21,6 +21,10 @@ class OpenClipResNet(Family):
     """
 
     name = "open_clip_resnet"
+    title = "open_clip ModifiedResNet (CLIP RN50, RN101)"
+    converts = "convolutions, BatchNorms; the attention pooling, as \"pool\" or \"unpool\""
+    keeps = "ReLUs, average pooling, q, k, v projections; q and k constant"
+    cannot = "keep the attention pooling's positional embedding and biases"
     preprocessing = "openai"
     embeds = True
 

@@ -36,6 +36,10 @@ class OpenClipViT(Family):
     """
 
     name = "open_clip_vit"
+    title = "open_clip VisionTransformer (CLIP ViT)"
+    converts = "patch embedding, MLPs, output projections, LayerNorms, GELUs; the projection on the class token"
+    keeps = "q, k, v projections; q and k constant"
+    cannot = "convert attentional pooling (CoCa) and open_clip's own attention blocks"
     preprocessing = "openai"
     embeds = True
 
