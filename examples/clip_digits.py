@@ -154,7 +154,7 @@ class Study:
         self.say(f"{self.tower}: student, cosine with its teacher after each epoch: {curve}  [{elapsed(start)}]")
         return bcosification.load(output / "best")
 
-    def measure(self, name: str, model, attribute, **grid) -> dict:
+    def measure(self, name: str, model, attribute) -> dict:
         """Zero-shot accuracy; GridPG and EPG of the captions' explanations, None where too few grids can be made."""
         classifier = model.classifier(DIGITS, TEMPLATES, scale=100.0)
         images, labels = self.val.tensors()
@@ -162,6 +162,8 @@ class Study:
         result = evaluate_zero_shot(model, self.loader, DIGITS, TEMPLATES, progress=False)
         game = energy_pointing_game(classifier, images[:count], labels[:count], self.val.boxes[:count], attribute)
         result |= {"epg": game.mean, "epg_chance": game.chance, "gridpg": None}
+        if isinstance(model, StandardCLIP) and self.tower == "resnet":
+            return self.told(name, result)  # its positional embedding is that of one image: it takes no grid
         try:
             result["gridpg"] = grid_pointing_game(
                 classifier, images, labels, attribute, count=self.options.grids, confidence=0.0,
@@ -170,7 +172,11 @@ class Study:
         except ValueError as error:
             if "expected confident images" not in str(error):
                 raise
-        self.say(f"{self.tower}: {name}: {result}")
+        return self.told(name, result)
+
+    def told(self, name: str, result: dict) -> dict:
+        shares = ", ".join(f"{key} {value:.3f}" for key, value in result.items() if isinstance(value, float))
+        self.say(f"{self.tower}: {name}: {shares}")
         return result
 
     def run(self) -> dict:

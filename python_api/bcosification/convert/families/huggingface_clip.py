@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from bcosification import nn as bnn
-from bcosification.convert.families.base import Family, HeadBeforePool, change_class, register
+from bcosification.convert.class_change import ChangedForward, change_class
+from bcosification.convert.families.base import Family, register
 from bcosification.convert.rules import NoRule, Options, gelu, linear, rule
 
 
-class ConvertedCLIPVision(HeadBeforePool):
+class ConvertedCLIPVision(ChangedForward):
     """The forward on tensors: images (N, C, H, W) -> embeddings (N, D), positions added as a parameter."""
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:

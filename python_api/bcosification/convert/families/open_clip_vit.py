@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from bcosification.convert.families.base import Family, HeadBeforePool, change_class, register
+from bcosification.convert.class_change import ChangedForward, change_class
+from bcosification.convert.families.base import Family, register
 from bcosification.convert.rules import Options, type_name
 
 
-class ConvertedVisionTransformer(HeadBeforePool):
+class ConvertedVisionTransformer(ChangedForward):
     """The forward with its projection as a layer: on the class token, or on every token before they are averaged."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
