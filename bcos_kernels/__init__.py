@@ -1,7 +1,7 @@
 """Fused B-cos transforms as differentiable torch functions: tensors in, tensors out."""
 
 from . import flops
-from .dispatch import backend, backends, dispatched
+from .dispatch import backend, backends, dispatched, timed
 from .functional import batch_norm_uncentered, conv2d, conv2d_batch_norm, linear, linear_gelu
 from .recompute import recomputed
 
@@ -16,6 +16,7 @@ __all__ = [
     "linear",
     "linear_gelu",
     "recomputed",
+    "timed",
 ]
 
 flops.register_with_counter()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import json
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ _lock = threading.Lock()
 _last_run: dict[str, str] = {}
 _warned: set[str] = set()
 _thread = threading.local()
+_marks: list[tuple] | None = None  # while `timed` is on: ((op, backend), start, end) of every launch
 
 
 @cache
@@ -133,6 +135,50 @@ def dispatched() -> dict[str, str]:
         return _Dispatched(_last_run)
 
 
+@contextmanager
+def timed() -> Iterator[dict[tuple[str, str], float]]:
+    """Context manager that measures how long each op runs on each backend, in the whole process.
+
+    Yields:
+        (op, backend) → seconds, forward ("conv2d") and backward ("conv2d_backward") apart, filled when the context is
+        left. On the CPU it is the launchers' time; on a GPU that between CUDA events around them, which are waited for
+        at the end. Not for capturing CUDA graphs.
+
+    Raises:
+        RuntimeError: inside another one.
+
+    >>> import bcos_kernels, torch
+    >>> with bcos_kernels.timed() as seconds, bcos_kernels.backend("reference"):
+    ...     _ = bcos_kernels.linear(torch.rand(2, 3), torch.rand(4, 3))
+    >>> list(seconds)
+    [('linear', 'reference')]
+    """
+    global _marks
+    if _marks is not None:
+        raise RuntimeError("timed: expected one at a time in a process, got a second one inside another")
+    marks: list[tuple] = []
+    seconds: dict[tuple[str, str], float] = {}
+    _marks = marks
+    try:
+        yield seconds
+    finally:
+        _marks = None
+        for what, start, end in marks:
+            if not isinstance(start, float):
+                end.synchronize()
+            took = end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
+            seconds[what] = seconds.get(what, 0.0) + took
+
+
+def _now(device: torch.device) -> float | torch.cuda.Event:
+    """The host's clock, or on a GPU an event in its current stream."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
 def last_backend() -> str:
     """What ran this thread's most recent op, for its backward to run there too: a backend's name, marked where it was
     named by `backend` and so may not fall back ("" before the first)."""
@@ -178,6 +224,17 @@ def autocast_enabled(device: torch.device) -> bool:
 
 def run(op: str, direction: str, tensor: Tensor, arguments: tuple, recorded: str = "") -> tuple:
     """Run launcher ``{op}_{direction}`` of the backend chosen for ``tensor``; ``recorded`` is the forward's backend."""
+    marks = _marks
+    if marks is None:
+        return _run_without_autocast(op, direction, tensor, arguments, recorded)
+    start = _now(tensor.device)
+    result = _run_without_autocast(op, direction, tensor, arguments, recorded)
+    key = op if direction == "forward" else f"{op}_{direction}"
+    marks.append(((key, backend_of(last_backend())), start, _now(tensor.device)))
+    return result
+
+
+def _run_without_autocast(op: str, direction: str, tensor: Tensor, arguments: tuple, recorded: str) -> tuple:
     if autocast_enabled(tensor.device):
         # the public function has cast what is to be cast; the products inside a launcher keep its tensors' types, also
         # where a backward runs inside an autocast region and its forward did not

@@ -10,6 +10,7 @@ A table stands between `<!-- benchmark:NAME -->` and `<!-- /benchmark -->`, and 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -229,6 +230,28 @@ def layers(folder: Path) -> str:
     return _table(["forward + backward", *(LAYER_TITLES[name] for name in columns), "our worst"], table)
 
 
+def families(folder: Path) -> str:
+    """What each family of models converts, and the errors of its example: `bcosify families --check --json`'s file."""
+    path = folder / "families.json"
+    if not path.exists():
+        return "Not verified yet."
+    content = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        "| models | become B-cos, or constant in explanations | stay | cannot | error at B = 1 | error of W(x) |",
+        "|" + " --- |" * 6,
+    ]
+    for row in content["families"]:
+        if row["equivalence"] is None:
+            errors = [row["problem"], "–"]
+        else:
+            errors = [f"{row['equivalence']:.0e}", f"{row['explanation']:.0e}"]
+            errors[0] += "" if row["ok"] else " **failed**"
+        cells = [row["title"], row["converts"], row["keeps"], row["cannot"] or "–", *errors]
+        lines.append("| " + " | ".join(cells) + " |")
+    told = f"Small models with random weights, in float64, verified on {content['machine']['date']}"
+    return "\n".join([*lines, "", f"{told} with torch {content['machine']['torch']}."])
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "training": training,
     "inference": inference,
@@ -237,6 +260,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "compilation": compilation,
     "explanations": explanations,
     "layers": layers,
+    "families": families,
 }
 
 

@@ -16,6 +16,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -253,6 +254,31 @@ def _verify(arguments: argparse.Namespace) -> int:
     print(report)
     report.save(json=files[0], html=files[1])
     return 0 if report.ok else 1
+
+
+def _families(arguments: argparse.Namespace) -> int:
+    file = _output_file("--json", arguments.json)
+
+    from bcosification.convert.family_checks import family_reports
+    from bcosification.evaluation.measuring import machine
+
+    reports = family_reports(arguments.names, check=arguments.check)
+    for report in reports:
+        told = [("classes", ", ".join(report.classes) or "any"), ("converts", report.converts), ("keeps", report.keeps)]
+        told += [("cannot", report.cannot)] if report.cannot else []
+        if report.equivalence is not None:
+            errors = f"error at B = 1 {report.equivalence:.1e}, contributions + constant {report.completeness:.1e}, "
+            errors += f"W(x) {report.explanation:.1e}; {report.layers} B-cos layers"
+            told.append(("verified", f"{'ok' if report.ok else 'FAILED'}: {errors}"))
+        if report.problem:
+            told.append(("" if report.equivalence is not None else "verified", report.problem))
+        print(f"{report.title} ({report.name})")
+        for label, text in told:
+            print(textwrap.fill(text, 110, initial_indent=f"  {label:<10}", subsequent_indent=" " * 12))
+    if file is not None:
+        content = {"machine": machine(), "families": [report.to_dict() for report in reports]}
+        file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 1 if any(report.ok is False for report in reports) else 0
 
 
 def _benchmark(arguments: argparse.Namespace) -> int:
@@ -625,6 +651,7 @@ COMMANDS = {
     "evaluate": _evaluate,
     "convert": _convert,
     "verify": _verify,
+    "families": _families,
     "benchmark": _benchmark,
 }
 

@@ -45,6 +45,7 @@ bcosify COMMAND --help tells the options of a command. A first try, without a do
         ("evaluate", _add_evaluate),
         ("convert", _add_convert),
         ("verify", _add_verify),
+        ("families", _add_families),
         ("benchmark", _add_benchmark),
     ):
         command = add(commands, name)
@@ -209,7 +210,8 @@ def _add_evaluate(commands, name: str) -> argparse.ArgumentParser:
 def _add_convert(commands, name: str) -> argparse.ArgumentParser:
     command = _command(
         commands, name, "B-cosify and save, without training",
-        "B-cosify a standard model and write model.safetensors and config.json.",
+        "B-cosify a standard model and write model.safetensors, config.json and a model card, README.md: what\n"
+        "bcosification.load and BcosifiedModel.from_pretrained read, and push_to_hub uploads.",
         "examples:\n"
         "  bcosify convert resnet18 --out converted/r18\n"
         "  bcosify convert my_resnet50.pth --arch resnet50 --b 1.5 --out converted/r50",
@@ -255,6 +257,24 @@ def _add_verify(commands, name: str) -> argparse.ArgumentParser:
     group = command.add_argument_group("conversion, of a standard model")
     _add_b_and_bias(group)
     _add_conversion(group)
+    _add_common(command)
+    return command
+
+
+def _add_families(commands, name: str) -> argparse.ArgumentParser:
+    command = _command(
+        commands, name, "which models can be converted, and how exactly",
+        "List the families of models, what of each becomes B-cos, what stays and what cannot be done; with --check,\n"
+        "convert a small model of each and verify it (random weights, float64, seconds).",
+        "examples:\n"
+        "  bcosify families\n"
+        "  bcosify families --check --json families.json\n\n"
+        "The exit code is 1 if a check fails.",
+        usage="bcosify families [options] [NAME ...]",
+    )  # fmt: skip
+    command.add_argument("names", metavar="NAME", nargs="*", help="those families only (default: all)")
+    command.add_argument("--check", action="store_true", help="verify a small model of each")
+    command.add_argument("--json", metavar="FILE", help="write the list there, too")
     _add_common(command)
     return command
 
@@ -440,7 +460,7 @@ def _add_run(command: argparse.ArgumentParser, add: Callable[..., None]) -> None
 
 # What the library's messages begin with: the function that speaks, which the user of a command did not call.
 SPEAKERS = ("bcosify", "resolve", "load", "finetune", "distill", "explain", "evaluate", "verify", "benchmark")
-SPEAKERS += ("explanation picture", "set_attention_pool")
+SPEAKERS += ("families", "explanation picture", "set_attention_pool")
 # Parameters that are named otherwise on the command line.
 RENAMED = {"targets": "target"}
 # Parameters that no command has an option for.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import types
 import warnings
 
@@ -549,3 +550,48 @@ def test_of_fused_ops_the_backward_runs_where_the_forward_ran(gpu, op, calls):
 def test_the_cuda_backend_says_itself_whether_it_runs(gpu):
     gpu[1]["cuda"].unusable_reason = lambda: "its library is elsewhere"
     assert bcos_kernels.backends()["cuda"] == "its library is elsewhere"
+
+
+# timed() --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_time_is_counted_per_op_and_backend(name):
+    with bcos_kernels.timed() as seconds:
+        assert seconds == {}
+        with bcos_kernels.backend("reference"):
+            OPS[name]().sum().backward()
+    expected = {(name, "reference"), (f"{name}_backward", "reference")}
+    assert set(seconds) == expected == {(op, backend) for op, backend in bcos_kernels.dispatched().items()}
+    assert all(0 < value < 10 for value in seconds.values())
+    OPS[name]()  # outside: not counted
+    assert set(seconds) == expected
+
+
+def test_a_fallbacks_time_is_the_fallbacks(monkeypatch):
+    def refuse(*_):
+        raise NotImplementedError("not built")
+
+    def slow(*arguments):
+        time.sleep(0.05)
+        return launch(*arguments)
+
+    launch = dispatch._module("reference").linear_forward
+    monkeypatch.setattr(bcos_kernels.cpu, "linear_forward", refuse)
+    monkeypatch.setattr(dispatch._module("reference"), "linear_forward", slow)
+    with warnings.catch_warnings(), bcos_kernels.timed() as seconds:
+        warnings.simplefilter("ignore")
+        linear()
+        linear()
+    assert set(seconds) == {("linear", "reference")} and 0.1 <= seconds["linear", "reference"] < 1
+
+
+def test_only_one_timing_at_a_time():
+    with bcos_kernels.timed():
+        with pytest.raises(RuntimeError, match="timed: expected one at a time"), bcos_kernels.timed():
+            pass
+    with pytest.raises(ZeroDivisionError), bcos_kernels.timed():
+        raise ZeroDivisionError
+    with bcos_kernels.timed() as seconds:  # it is over after an error, too
+        linear()
+    assert len(seconds) == 1

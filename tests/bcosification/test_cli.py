@@ -23,7 +23,7 @@ from bcosification.train import finetuning
 from bcosification.train.data import build_datamodule, digits
 from bcosification.train.finetuning import FinetuneConfig, load_recipe, recipes
 
-COMMANDS = ["finetune", "explain", "evaluate", "convert", "verify", "benchmark"]
+COMMANDS = ["finetune", "explain", "evaluate", "convert", "verify", "families", "benchmark"]
 # A folder and a file that are there, whatever they hold: what is checked next is the options.
 HERE = [str(Path(__file__).parent), __file__, "--out", "x"]
 TINY = "--model resnet18 --no-pretrained --data digits --out x".split()

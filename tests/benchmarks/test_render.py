@@ -1,7 +1,10 @@
 """The tables of the documents are what the committed rows give, and what they give is right."""
 
+import json
+
 import pytest
 
+from bcosification.convert.family_checks import family_reports
 from benchmarks import render
 from benchmarks.protocol import RESULTS, Results, load_rows
 
@@ -151,3 +154,34 @@ def test_plots(tmp_path):
     for name in ("networks", "layers"):
         picture = imread(tmp_path / f"{name}.png")[..., :3]
         assert (abs(picture - blue).max(-1) < 0.01).sum() > 20
+
+
+def test_the_table_of_families(tmp_path):
+    assert render.families(tmp_path) == "Not verified yet."
+    told = {"converts": "all", "keeps": "ReLUs", "cannot": "", "problem": "", "ok": True}
+    rows = [
+        {"title": "A", **told, "equivalence": 1.26e-15, "explanation": 3e-14},
+        {"title": "B", **told, "cannot": "fly", "ok": False, "equivalence": 0.5, "explanation": 3e-14},
+        {"title": "C", **told, "ok": None, "problem": "not checked: no timm", "equivalence": None, "explanation": None},
+    ]
+    content = {"machine": {"date": "2031-01-01", "torch": "2.99"}, "families": rows}
+    (tmp_path / "families.json").write_text(json.dumps(content))
+    assert render.families(tmp_path).splitlines() == [
+        "| models | become B-cos, or constant in explanations | stay | cannot | error at B = 1 | error of W(x) |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| A | all | ReLUs | – | 1e-15 | 3e-14 |",
+        "| B | all | ReLUs | fly | 5e-01 **failed** | 3e-14 |",
+        "| C | all | ReLUs | – | not checked: no timm | – |",
+        "",
+        "Small models with random weights, in float64, verified on 2031-01-01 with torch 2.99.",
+    ]
+
+
+def test_the_table_of_families_has_all_of_them():
+    """After a new family: bcosify families --check --json benchmarks/results/families.json, and make bench-render."""
+    told = json.loads((RESULTS / "families.json").read_text(encoding="utf-8"))["families"]
+    now = [report.to_dict() for report in family_reports()]
+    assert [{key: row[key] for key in ("name", "title", "classes", "converts", "keeps", "cannot")} for row in told] == [
+        {key: row[key] for key in ("name", "title", "classes", "converts", "keeps", "cannot")} for row in now
+    ]
+    assert all(row["ok"] for row in told)

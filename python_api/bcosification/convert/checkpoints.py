@@ -24,6 +24,7 @@ from bcosification.convert.wrapper import BcosifiedModel, reset_head
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+CARD_NAME = "README.md"
 
 
 def require_writable(folder: str | os.PathLike, what: str = "output folder") -> Path:
@@ -44,14 +45,15 @@ def require_writable(folder: str | os.PathLike, what: str = "output folder") -> 
     return folder
 
 
-def save_pretrained(model: BcosifiedModel, folder: str | os.PathLike) -> None:
+def save_pretrained(model: BcosifiedModel, folder: str | os.PathLike, *, card: str | None = None) -> None:
     """Write ``model`` into ``folder`` as model.safetensors (weights) and config.json (everything else).
 
-    Both are written in full under other names first, then renamed: a reader never sees half a file.
+    All are written in full under other names first, then renamed: a reader never sees half a file.
 
     Args:
         model: what ``bcosify`` or ``load`` returned, fine-tuned or not.
         folder: made if missing.
+        card: text of a README.md, written unless there is one; default: none.
 
     Raises:
         TypeError: not a B-cosified model. OSError: the folder cannot be written to (nothing has been written then).
@@ -69,7 +71,9 @@ def save_pretrained(model: BcosifiedModel, folder: str | os.PathLike) -> None:
     parameter = next(model.parameters(), None)
     if parameter is not None:
         config["dtype"] = str(parameter.dtype).removeprefix("torch.")
-    text = json.dumps(config, indent=2) + "\n"
+    texts = {CONFIG_NAME: json.dumps(config, indent=2) + "\n"}
+    if card is not None and not (folder / CARD_NAME).exists():
+        texts[CARD_NAME] = card
     state: dict[str, Tensor] = {}
     storages = set()
     for name, value in model.saved_state().items():
@@ -79,17 +83,17 @@ def save_pretrained(model: BcosifiedModel, folder: str | os.PathLike) -> None:
         storages.add(value.data_ptr())
     made: list[Path] = []
     try:
-        for name in (WEIGHTS_NAME, CONFIG_NAME):
+        for name in (WEIGHTS_NAME, *texts):
             handle, path = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
             made.append(Path(path))
-            with os.fdopen(handle, "w") as file:
-                if name == CONFIG_NAME:
-                    file.write(text)
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                if name in texts:
+                    file.write(texts[name])
                     file.flush()
                     os.fsync(file.fileno())
         save_file(state, str(made[0]), metadata={"format": "pt", "library": "bcosification"})
         mode = 0o666 & ~_umask()
-        for path, name in zip(made, (WEIGHTS_NAME, CONFIG_NAME), strict=True):
+        for path, name in zip(made, (WEIGHTS_NAME, *texts), strict=True):
             path.chmod(mode)
             os.replace(path, folder / name)
     finally:

@@ -248,16 +248,15 @@ class BcosifiedCLIP(_WithTexts, BcosifiedModel):
 
     # --- saving and loading ---
 
-    def save_pretrained(self, folder: str | os.PathLike, *, with_text: bool = False) -> None:
-        """Write model.safetensors and config.json into ``folder``; ``bcosification.load(folder)`` reads them.
+    def save_pretrained(self, folder: str | os.PathLike, *, with_text: bool = False, **options: Any) -> str | None:
+        """Write model.safetensors, config.json and a model card into ``folder``; ``bcosification.load`` reads them.
 
-        config.json names the text tower; with ``with_text`` its weights are stored, too.
+        config.json names the text tower; with ``with_text`` its weights are stored, too. ``options`` as
+        BcosifiedModel's.
 
         Raises:
             ValueError: with_text, and there is no text tower or one that cannot be built from its description.
         """
-        from bcosification.convert.checkpoints import save_pretrained
-
         told = self.config["text"]
         if with_text:
             self._text_tower()
@@ -268,7 +267,7 @@ class BcosifiedCLIP(_WithTexts, BcosifiedModel):
                 )
         if told is not None:
             told["stored"] = bool(with_text)
-        save_pretrained(self, folder)
+        return super().save_pretrained(folder, **options)
 
     def saved_state(self) -> dict[str, Tensor]:
         """state_dict, without the text tower unless config says that it is stored."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import warnings
 from typing import Any
 
@@ -12,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from bcosification import nn as bnn
+from bcosification.convert.hub import HubMixin
 from bcosification.convert.preprocessing import ImageTransform, Preprocessing
 from bcosification.convert.rules import remove_biases
 
 IN_RANGE = (-0.01, 1.01)
 
 
-class BcosifiedModel(nn.Module):
+class BcosifiedModel(HubMixin, nn.Module):
     """A network converted by ``bcosify``.
 
         x6 = torch.cat([images, 1 - images], dim=1)                 # add_inverse; 2C channels are taken as they are
@@ -124,12 +124,6 @@ class BcosifiedModel(nn.Module):
         removed = remove_biases(self.model)
         self.config["options"]["bias"] = "remove"
         return [f"model.{name}" for name in removed]
-
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write model.safetensors and config.json into ``folder``; ``bcosification.load(folder)`` reads them."""
-        from bcosification.convert.checkpoints import save_pretrained
-
-        save_pretrained(self, folder)
 
     def saved_state(self) -> dict[str, Tensor]:
         """The tensors that ``save_pretrained`` writes, by name."""

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import bcos_kernels
 from bcosification.convert.peers import fuse
 from bcosification.convert.wrapper import BcosifiedModel
 from bcosification.evaluation.measuring import bytes_kept, interleaved, machine, peak_bytes, summarized
@@ -32,6 +33,7 @@ __all__ = [
     "Step",
     "benchmark",
     "explain_one_by_one",
+    "fallback",
     "gradient_error",
     "inference",
     "input_gradient",
@@ -208,7 +210,9 @@ class Benchmark:
         rows: one per task ("training", "inference", "explanation") and contender: task, contender, images_per_s,
             median_ms, ratio (of times, to the baseline's), ratio_q1, ratio_q3; of training also kept_MiB (bytes that a
             forward keeps for the backward) and peak_MiB (the most alive during forward and backward, beyond
-            parameters). Where a contender did not run: task, contender, failed (the reason).
+            parameters); of ours also fallback_share (of the time in B-cos layers and norms, of one call, that on the
+            backend "reference": ops that no kernel runs) and fallback_ops (their names). Where a contender did not run:
+            task, contender, failed (the reason).
         settings: contenders, baseline, batch, size (height, width), dtype, device, rounds.
         machine: see `measuring.machine`.
     """
@@ -249,10 +253,40 @@ class Benchmark:
                 f"{settings['rounds']} rounds].",
                 "Explanations: of plain the input gradient; peer-style one image after the other, as the peers do.",
                 "Memory of a training step: kept for the backward, and the most at once, beyond parameters.",
+                *self._fallbacks(),
                 *(f"{CONTENDERS[row['contender']]}, {row['task']}: failed: {row['failed']}" for row in self.rows
                   if "failed" in row),
             ]
         )  # fmt: skip
+
+    def _fallbacks(self) -> list[str]:
+        """Which share of the time in our layers ran without a kernel, a line per contender that has any."""
+        lines = []
+        for name in self.settings["contenders"]:
+            rows = [row for row in self.rows if row["contender"] == name and "fallback_share" in row]
+            if rows:
+                shares = ", ".join(f"{row['task']} {100 * row['fallback_share']:.0f} %" for row in rows)
+                ops = sorted({op for row in rows for op in row["fallback_ops"]})
+                told = f" ({', '.join(ops)})" if ops else ""
+                lines.append(
+                    f"Share of the time in {CONTENDERS[name]}'s B-cos layers and norms that ran on the fallback, plain "
+                    f"PyTorch: {shares}{told}."
+                )
+        return lines
+
+
+def fallback(run: Callable[[], object]) -> dict[str, object]:
+    """What ran without a kernel while `run` is called once.
+
+    Returns:
+        fallback_share: of the time in B-cos layers and norms, that on the backend "reference" (0 without any such
+        time); fallback_ops: names of the ops that ran there.
+    """
+    with bcos_kernels.timed() as seconds:
+        run()
+    total = sum(seconds.values())
+    slow = {op: value for (op, backend), value in seconds.items() if backend == "reference"}
+    return {"fallback_share": sum(slow.values()) / total if total else 0.0, "fallback_ops": sorted(slow)}
 
 
 def _cells(row: dict | None) -> list[str]:
@@ -422,14 +456,16 @@ class _Run:
         self.say(f"{task}: {self.rounds} x ({'; '.join(CONTENDERS[n] for n in runs)}): about {seconds:.0f} s")
         times = interleaved(runs, rounds=self.rounds, warmup=0, device=self.device)
         summary = summarized(times, self.contenders[0])
+        slow = {name: fallback(run) for name, run in runs.items() if name.partition("-")[0] == "ours"}
         for name in self.contenders:
             if name in failed:
                 self.rows.append({"task": task, "contender": name, "failed": failed[name]})
             elif name in summary:
                 rate = len(self.images) / summary[name]["median_ms"] * 1e3
                 self.rows.append(
-                    {"task": task, "contender": name, "images_per_s": rate, **summary[name], **memory.get(name, {})}
-                )
+                    {"task": task, "contender": name, "images_per_s": rate, **summary[name], **memory.get(name, {}),
+                     **slow.get(name, {})}
+                )  # fmt: skip
 
     def _prepared(self, name: str, task: str) -> Callable[[], object]:
         """What is timed, already called (and compiled) once, with its numbers checked against the eager model's."""

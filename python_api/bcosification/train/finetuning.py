@@ -6,7 +6,7 @@ What a run leaves in its output folder:
     metrics.csv          one row per epoch (units: seconds, shares of 1)
     training_curves.png  loss and accuracy (when matplotlib is installed)
     last.ckpt            everything needed to go on: weights, optimiser, schedule, counters
-    last/, best/         model.safetensors + config.json, for bcosification.load and every command
+    last/, best/         model.safetensors + config.json (and a model card), for bcosification.load and every command
     unreadable_images.txt  files that were left out, if any
 """
 
@@ -288,7 +288,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _save_model(module, folder: Path) -> None:
-    """model.safetensors and config.json, written beside and moved into place."""
+    """What save_pretrained writes, written beside and moved into place."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     module.save(temporary)
@@ -704,6 +704,7 @@ def _prepare(config: FinetuneConfig, own, saved: Path | None):
         if model.num_classes != datamodule.num_classes:
             model.reset_classifier(datamodule.num_classes)
         model.config["class_names"] = datamodule.class_names
+        model.config["finetuned_on"] = Path(config.data).name
         if not as_expected:
             resize = size if embedded else round(size * 256 / 224)
             model.config.update(input_size=[size, size], resize=resize, crop="center")

@@ -87,7 +87,7 @@ def test_files_are_readable_and_replaced_whole(tmp_path, monkeypatch):
     network, images = make("vit")
     model = bcosify(network)
     model.save_pretrained(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["README.md", "config.json", "model.safetensors"]
     mode = stat.S_IMODE((tmp_path / "config.json").stat().st_mode)
     assert mode == stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode)
     (tmp_path / "plain").write_text("")

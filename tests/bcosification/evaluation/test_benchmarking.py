@@ -2,11 +2,14 @@
 
 import copy
 import re
+import warnings
 
 import pytest
 import torch
 from torchvision.models.vision_transformer import VisionTransformer
 
+import bcos_kernels
+import bcos_kernels.cpu
 import bcosification
 from bcosification.evaluation import benchmark, benchmarking
 from bcosification.evaluation.benchmarking import (
@@ -55,6 +58,37 @@ def test_every_contender_has_its_rows(pair, eager_compiler):
     step = Step(copy.deepcopy(converted), IMAGES, torch.arange(3))
     assert kept["ours"] == pytest.approx(bytes_kept(step.loss) / 2**20, rel=0.02)
     assert kept["peer"] > 1.5 * kept["ours"] > 1.5 * kept["ours-low"]
+
+
+def test_the_share_of_the_fallback_is_told(pair, monkeypatch):
+    network, converted = pair
+
+    def told():
+        result = benchmark(network, converted, IMAGES, contenders=("plain", "ours"), **QUICK)
+        return {row["task"]: row for row in result.rows if row["contender"] == "ours"}, str(result)
+
+    with bcos_kernels.backend("reference"):
+        rows, text = told()
+    assert all(row["fallback_share"] == 1 for row in rows.values())
+    assert "plain PyTorch: training 100 %, inference 100 %, explanation 100 % (" in text
+
+    if bcos_kernels.backends()["cpu"] is not None:
+        pytest.skip("no CPU kernels here, so that everything is a fallback")
+    rows, text = told()
+    assert all(row["fallback_share"] == 0 and row["fallback_ops"] == [] for row in rows.values())
+    assert "plain PyTorch: training 0 %, inference 0 %, explanation 0 %." in text
+
+    def refuse(*_):
+        raise NotImplementedError("not built")
+
+    monkeypatch.setattr(bcos_kernels.cpu, "batch_norm_uncentered_forward", refuse)  # not part of a fused block: none
+    monkeypatch.setattr(bcos_kernels.cpu, "conv2d_backward", refuse)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows, text = told()
+    assert rows["inference"]["fallback_share"] == 0
+    assert 0 < rows["training"]["fallback_share"] < 1 and rows["training"]["fallback_ops"] == ["conv2d_backward"]
+    assert f"training {100 * rows['training']['fallback_share']:.0f} %" in text and "(conv2d_backward)." in text
 
 
 def test_the_models_are_left_alone(pair):

@@ -28,6 +28,8 @@ class Family:
     """What stays as it is, in a few words."""
     cannot = "move the head before the pooling; save without model= to load"
     """What the conversion cannot do or does not keep exactly, in a few words; "" where there is nothing to say."""
+    example_options: dict[str, Any] = {"mean": 0.5, "std": 0.25, "head": "keep"}
+    """Options of ``bcosify`` that ``example``'s conversion needs; by default none."""
     preprocessing: str | None = None
     """"imagenet", "openai": the library's weights were trained with ImageNet's, with OpenAI's CLIP's mean and std."""
     embeds: bool = False
@@ -49,7 +51,8 @@ class Family:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" in cls.__dict__:  # what is said of networks that no family knows does not hold for one
-            for attribute, default in (("title", cls.name.replace("_", " ")), ("cannot", "")):
+            defaults = {"title": cls.name.replace("_", " "), "cannot": "", "example_options": {}}
+            for attribute, default in defaults.items():
                 if attribute not in cls.__dict__:
                     setattr(cls, attribute, default)
 
@@ -93,6 +96,29 @@ class Family:
     def build(self, architecture: dict[str, Any]) -> nn.Module:
         """A model with random weights, from what ``architecture`` returned."""
         raise NotImplementedError(f"{self.name}: models of this family are not built from a description")
+
+    def example(self) -> nn.Module | None:
+        """A small model of the family with random weights, for `bcosify families --check`. None: nobody wrote one.
+
+        Everything that the family handles should be in it once; images are ``input_size`` or 32 x 32. A library that
+        is not installed may raise its ImportError.
+        """
+        if type(self) is not Family:
+            return None
+        return _AnyNetwork()
+
+
+class _AnyNetwork(nn.Module):
+    """A network of no family: layers that have rules, in a forward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8)
+        self.body, self.act, self.head = nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.SiLU(), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x))
+        return self.head((x + self.act(self.body(x))).mean((2, 3)))
 
 
 FAMILIES: dict[str, Family] = {}

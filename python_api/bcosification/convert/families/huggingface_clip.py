@@ -73,6 +73,10 @@ class HuggingFaceCLIP(Family):
 
         return CLIPVisionModelWithProjection(CLIPVisionConfig(**architecture))
 
+    def example(self) -> nn.Module:
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return self.build({**sizes, "image_size": 32, "patch_size": 8, "projection_dim": 12})
+
 
 @rule("transformers.models.clip.modeling_clip.CLIPAttention")
 def clip_attention(layer: nn.Module, options: Options) -> nn.Module:

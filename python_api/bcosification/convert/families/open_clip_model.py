@@ -33,3 +33,10 @@ class OpenClipModel(Family):
 
     def input_size(self, model: nn.Module) -> tuple[int, int] | None:
         return family_of(model.visual).input_size(model.visual)
+
+    def example(self) -> nn.Module:
+        import open_clip
+
+        text = {"context_length": 16, "vocab_size": 99, "width": 8, "heads": 2, "layers": 1}
+        vision = {"layers": 1, "width": 16, "head_width": 8, "image_size": 32, "patch_size": 8}
+        return open_clip.CLIP(embed_dim=12, vision_cfg=vision, text_cfg=text)

@@ -65,3 +65,6 @@ class OpenClipResNet(Family):
         from open_clip.modified_resnet import ModifiedResNet
 
         return ModifiedResNet(**architecture)
+
+    def example(self) -> nn.Module:
+        return self.build({"layers": [1, 1, 1, 1], "output_dim": 12, "heads": 4, "image_size": 64, "width": 8})

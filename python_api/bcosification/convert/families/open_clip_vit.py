@@ -108,6 +108,11 @@ class OpenClipViT(Family):
             arguments[name] = tuple(arguments[name])
         return VisionTransformer(act_layer=activation, norm_layer=partial(norm, eps=eps), **arguments)
 
+    def example(self) -> nn.Module:
+        from open_clip.transformer import QuickGELU, VisionTransformer
+
+        return VisionTransformer(32, 8, 16, 2, 2, 2.0, output_dim=12, act_layer=QuickGELU)
+
 
 def _layers() -> dict[str, type[nn.Module]]:
     """Activations and norms that a tower can be built with."""

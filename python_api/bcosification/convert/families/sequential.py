@@ -50,6 +50,7 @@ class SequentialFamily(Family):
         "convolutions, linear layers, norms, max pooling; a last linear layer behind global pooling moves before it"
     )
     cannot = "move a head that is not the last layer, behind AdaptiveAvgPool2d(1) and Flatten"
+    example_options = {"mean": 0.5, "std": 0.25}
 
     def input_layer(self, model: nn.Module) -> str | None:
         for name, module in model.named_modules():
@@ -69,3 +70,16 @@ class SequentialFamily(Family):
             model.pool_position = _pool_position(model)
             change_class(model, HeadBeforePoolSequential)
         return model
+
+    def example(self) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8, affine=False),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True),
+            nn.Sequential(nn.Conv2d(8, 12, 3, stride=2, groups=2), nn.GroupNorm(3, 12), nn.GELU("tanh")),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(12, 5),
+        )

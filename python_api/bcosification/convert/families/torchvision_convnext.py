@@ -92,6 +92,11 @@ class TorchvisionConvNeXt(Family):
         blocks = [CNBlockConfig(*setting) for setting in arguments.pop("block_setting")]
         return ConvNeXt(blocks, **arguments)
 
+    def example(self) -> nn.Module:
+        from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+
+        return ConvNeXt([CNBlockConfig(8, 12, 2), CNBlockConfig(12, None, 1)], num_classes=5)
+
 
 def _downsamples(layer: nn.Module | None) -> bool:
     """Whether an entry of features is LayerNorm2d and convolution, which follow a stage that changes its channels."""

@@ -69,3 +69,8 @@ class TorchvisionDenseNet(Family):
         from torchvision.models.densenet import DenseNet
 
         return DenseNet(**architecture)
+
+    def example(self) -> nn.Module:
+        from torchvision.models.densenet import DenseNet
+
+        return DenseNet(growth_rate=8, block_config=(2, 1, 2, 1), num_init_features=12, bn_size=2, num_classes=5)

@@ -64,3 +64,8 @@ class TorchvisionResNet(Family):
         arguments = dict(architecture)
         blocks = {"BasicBlock": resnet.BasicBlock, "Bottleneck": resnet.Bottleneck}
         return resnet.ResNet(blocks[arguments.pop("block")], arguments.pop("layers"), **arguments)
+
+    def example(self) -> nn.Module:
+        from torchvision.models.resnet import Bottleneck, ResNet
+
+        return ResNet(Bottleneck, [1, 2, 1, 1], num_classes=5, groups=2, width_per_group=16)

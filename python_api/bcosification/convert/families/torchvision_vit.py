@@ -59,3 +59,8 @@ class TorchvisionViT(Family):
         from torchvision.models.vision_transformer import VisionTransformer
 
         return VisionTransformer(**architecture)
+
+    def example(self) -> nn.Module:
+        from torchvision.models.vision_transformer import VisionTransformer
+
+        return VisionTransformer(16, 4, num_layers=2, num_heads=2, hidden_dim=12, mlp_dim=24, num_classes=5)
