@@ -201,7 +201,7 @@ def model_card(
     origin = f"the licence of {f'`{base_model}`' if base_model else made_of}"
     terms = f"`{license}`." if license else f"These weights start from others', so {origin} holds for them."
     name = base_model or source or config["class"]
-    calls = ("logits = model(images)", "explanation = bcosification.explain(model, images)          # W(x), contributions")
+    calls = ("logits = model(images)", "explanation = bcosification.explain(model, images)          # W(x) and more")
     of, axes = "logits", "(1, 2)"
     if "attention_pool" in config:  # an image tower of CLIP
         texts = 'text=["a dog", "a cat"]'
