@@ -238,13 +238,17 @@ def table(results: dict[str, dict], options) -> str:
     chance = next(iter(next(iter(results.values())).values()))["epg_chance"]
     lines.append(f"| | chance | 10.0 | 50.0 | 0.25 | {chance:.2f} |")
     told = machine()
-    trained = ", ".join(f"{' and '.join(map(str, epochs_of(tower, options)))} epochs ({tower})" for tower in results)
-    return (
-        "# CLIP in miniature\n\n" + "\n".join(lines) + f"\n\nTrained on 3000 scenes, teacher and student for {trained}; "
-        f"{len(scenes('val', size=SIZE))} to measure on, captions averaged over {len(TEMPLATES)} templates; GridPG: {options.grids} grids, EPG: "
-        f"{options.localisation_images} images.\n\nMeasured on {told['device']}, {told['threads']} threads, torch "
-        f"{told['torch']}, {told['date']}.\n"
-    )
+    trained = ", ".join("{} and {} epochs ({})".format(*epochs_of(tower, options), tower) for tower in results)
+    lines += [
+        "",
+        f"Trained on 3000 scenes, teacher and student for {trained}; {len(scenes('val', size=SIZE))} to measure on, "
+        f"captions averaged over {len(TEMPLATES)} templates; GridPG: {options.grids} grids, EPG: {options.localisation_images} "
+        "images.",
+        "",
+        f"Measured on {told['device']}, {told['threads']} threads, torch {told['torch']}, {told['date']}.",
+        "",
+    ]
+    return "# CLIP in miniature\n\n" + "\n".join(lines)
 
 
 def epochs_of(tower: str, options) -> tuple[int, int]:

@@ -38,7 +38,7 @@ def test_the_contrastive_loss(example):
 
 
 def test_the_whole_at_the_smallest_size(example, tmp_path, capsys, monkeypatch):
-    small = "--epochs 1 --distill-epochs 1 --limit-batches 2 --batch-size 8 --width 4 --grids 1 --localisation-images 4"
+    small = "--epochs 1 --distill-epochs 1 --limit-batches 2 --batch-size 8 --width 8 --grids 1 --localisation-images 4"
     arguments = ["--out", str(tmp_path), *small.split()]
     part = bcosification.train.data.scenes("val", count=40)
     monkeypatch.setattr(example, "scenes", lambda split, size: part)
