@@ -248,8 +248,8 @@ def table(results: dict[str, dict], options) -> str:
     lines += [
         "",
         f"Trained on 3000 scenes, teacher and student for {trained}; measured on {len(scenes('val', size=SIZE))}, "
-        f"captions averaged over {len(TEMPLATES)} templates; GridPG: {options.grids} grids, EPG: {options.localisation_images} "
-        "images.",
+        f"captions averaged over {len(TEMPLATES)} templates; GridPG: {options.grids} grids, EPG: "
+        f"{options.localisation_images} images.",
         "",
         f"Measured on {told['device']}, {told['threads']} threads, torch {told['torch']}, {told['date']}.",
         "",

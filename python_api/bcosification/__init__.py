@@ -24,9 +24,13 @@ _HOMES = {
     "evaluate_zero_shot": "bcosification.evaluation.zero_shot",
     "explain": "bcosification.explanation.explaining",
     "explanation_mode": "bcosification.nn.modes",
+    "export_peer": "bcosification.convert.peer_checkpoints",
     "finetune": "bcosification.train.finetuning",
     "fuse": "bcosification.convert.peers",
+    "list_pretrained": "bcosification.convert.published",
     "load": "bcosification.convert.checkpoints",
+    "load_peer": "bcosification.convert.peer_checkpoints",
+    "pretrained": "bcosification.convert.published",
     "reset_head": "bcosification.convert.wrapper",
     "resolve": "bcosification.convert.resolver",
     "unfuse": "bcosification.convert.peers",
@@ -36,7 +40,7 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 
-_PACKAGES = ("convert", "evaluation", "explanation", "train")
+_PACKAGES = ("convert", "evaluation", "explanation", "models", "train")
 
 
 def __getattr__(name: str) -> Any:

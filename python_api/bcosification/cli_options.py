@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 __all__ = ["CONVERSION", "FOLDER_HELP", "STANDARD_HELP", "in_options", "parser"]
 
 STANDARD_HELP = (
-    "torchvision:NAME or just NAME (resnet18), timm:NAME, open_clip:NAME/TAG, or a weights file together with --arch"
+    "torchvision:NAME or just NAME (resnet18), timm:NAME, open_clip:NAME/TAG, bcosification:NAME "
+    "(simple_vit_s_patch16_224), or a weights file together with --arch"
 )
 FOLDER_HELP = "a folder that finetune, distill or convert wrote (a run stands for its best epoch)"
 EXIT_CODES = """\

@@ -55,7 +55,7 @@ def test_works_without_extras(tmp_path):
 
 
 # A package may import those after it, and itself.
-LAYERS = ["cli", "train", "evaluation", "explanation", "convert", "nn"]
+LAYERS = ["cli", "train", "evaluation", "explanation", "convert", "models", "nn"]
 
 
 def test_imports_run_downwards():

@@ -75,6 +75,11 @@ def _fusible_norm(norm: nn.Module) -> bool:
     return isinstance(norm, BatchNormUncentered2d) and not _has_hooks(norm)
 
 
+def _acting(activation: nn.Module | None) -> nn.Module | None:
+    """The activation, None for an nn.Identity, which stands where a conversion removed one."""
+    return None if type(activation) is nn.Identity and not _has_hooks(activation) else activation
+
+
 def norm_activation(
     norm: nn.Module,
     activation: nn.Module | None,
@@ -95,6 +100,7 @@ def norm_activation(
         recompute: the result is computed again in the backward instead of being kept (not with a residual, which would
             have to be kept in its place).
     """
+    activation = _acting(activation)
     if activation is None:
         y = _norm_add(norm, x, residual)
         return norm.recomputed(y, x) if recompute and residual is None and _fusible_norm(norm) else y
@@ -123,6 +129,7 @@ def convolution_norm_activation(
         recompute: what is between this and the next layer is computed again in the backward instead of being kept: the
             result (not with a residual), and conv's output where that is cheap.
     """
+    activation = _acting(activation)
     rectifies = activation is None or (type(activation) is nn.ReLU and not _has_hooks(activation))
     if not (rectifies and _fusible_convolution(conv) and _fusible_norm(norm)):
         return norm_activation(norm, activation, conv(x), residual, recompute=recompute)
@@ -219,12 +226,12 @@ def _peer_bottleneck_forward(self: Any, x: Tensor) -> Tensor:
 
 
 def _dense_layer_features(self: Any, inputs: list[Tensor]) -> Tensor:
-    """relu1(norm1(cat(inputs)))"""
+    """relu1(norm1(cat(inputs))); the package bcos has no ReLUs."""
     low = recomputes(self)
     features = torch.cat(inputs, 1)
     if low:
         features = bcos_kernels.recomputed(features, lambda *parts: torch.cat(parts, 1), *inputs)
-    return norm_activation(self.norm1, self.relu1, features, recompute=low)
+    return norm_activation(self.norm1, getattr(self, "relu1", None), features, recompute=low)
 
 
 def _dense_layer_bn_function(self: Any, inputs: list[Tensor]) -> Tensor:
@@ -233,12 +240,12 @@ def _dense_layer_bn_function(self: Any, inputs: list[Tensor]) -> Tensor:
 
 def _dense_layer_forward(self: Any, x: Tensor | list[Tensor]) -> Tensor:
     features = [x] if isinstance(x, Tensor) else x
-    low = recomputes(self)
+    low, relu = recomputes(self), getattr(self, "relu2", None)
     if self.memory_efficient and self.any_requires_grad(features):
-        out = norm_activation(self.norm2, self.relu2, self.call_checkpoint_bottleneck(features), recompute=low)
+        out = norm_activation(self.norm2, relu, self.call_checkpoint_bottleneck(features), recompute=low)
     else:
         out = _dense_layer_features(self, features)
-        out = convolution_norm_activation(self.conv1, self.norm2, self.relu2, out, recompute=low)
+        out = convolution_norm_activation(self.conv1, self.norm2, relu, out, recompute=low)
     out = self.conv2(out)
     return F.dropout(out, p=self.drop_rate, training=self.training) if self.drop_rate > 0 else out
 
@@ -283,12 +290,12 @@ def _sequential_forward(self: Any, x: Any) -> Any:
 
 
 def _needs(relus: tuple[str, ...], norms: tuple[str, ...]) -> Callable[[nn.Module], str | None]:
-    """A check that returns why a block is left, or None: its norms and ReLUs have to be of the right types."""
+    """A check that returns why a block is left, or None: norms have to be uncentered, activations ReLUs or removed."""
 
     def check(module: nn.Module) -> str | None:
         for name in relus:
             part = getattr(module, name, None)
-            if type(part) is not nn.ReLU:
+            if type(part) not in (nn.ReLU, nn.Identity):
                 return f"{name} is {type(part).__name__}, not ReLU"
         for name in norms:
             part = getattr(module, name, None)
@@ -327,6 +334,7 @@ class BlockRule:
 
 _TORCHVISION_RESNET = _needs(("relu",), ("bn1", "bn2"))
 _SEQUENTIAL = {"forward": _sequential_forward}
+_DENSE_LAYER = {"forward": _dense_layer_forward, "bn_function": _dense_layer_bn_function}
 
 # Qualified name of the library's class → rule. Conversions of further families add theirs here.
 BLOCK_RULES: dict[str, BlockRule] = {
@@ -340,10 +348,9 @@ BLOCK_RULES: dict[str, BlockRule] = {
         "FusedResNet", {"_forward_impl": _resnet_forward_impl}, _needs(("relu",), ("bn1",))
     ),
     "torchvision.models.densenet._DenseLayer": BlockRule(
-        "FusedDenseLayer",
-        {"forward": _dense_layer_forward, "bn_function": _dense_layer_bn_function},
-        _needs(("relu1", "relu2"), ("norm1", "norm2")),
+        "FusedDenseLayer", _DENSE_LAYER, _needs(("relu1", "relu2"), ("norm1", "norm2"))
     ),
+    "bcos.models.densenet._DenseLayer": BlockRule("FusedPeerDenseLayer", _DENSE_LAYER, _needs((), ("norm1", "norm2"))),
     "torchvision.models.densenet._Transition": BlockRule("FusedTransition", _SEQUENTIAL, _has_pair),
     "torchvision.ops.misc.Conv2dNormActivation": BlockRule("FusedConv2dNormActivation", _SEQUENTIAL, _has_pair),
     "torchvision.ops.misc.MLP": BlockRule("FusedMLP", _SEQUENTIAL, _has_pair),

@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-import pickle
 import tempfile
-import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from bcosification.convert.families import FAMILIES, family_of
 from bcosification.convert.preprocessing import Preprocessing
 from bcosification.convert.rules import Options
 from bcosification.convert.wrapper import BcosifiedModel, reset_head
+from bcosification.weights_files import load_state, read_weights, safetensors_library, shortened
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -60,7 +58,7 @@ def save_pretrained(model: BcosifiedModel, folder: str | os.PathLike, *, card: s
     """
     if not isinstance(model, BcosifiedModel):
         raise TypeError(f"save_pretrained: expected a model made by bcosify, got {type(model).__name__}")
-    save_file = _safetensors().torch.save_file
+    save_file = safetensors_library().torch.save_file
     folder = require_writable(folder)
     config = {**model.config, "options": dict(model.config["options"])}
     exponents = fixed_exponents(model)
@@ -99,15 +97,6 @@ def save_pretrained(model: BcosifiedModel, folder: str | os.PathLike, *, card: s
     finally:
         for path in made:
             path.unlink(missing_ok=True)
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise RuntimeError(f"checkpoints: need safetensors ({error}): pip install 'bcos-kernels[train]'") from None
-    return safetensors
 
 
 def _umask() -> int:
@@ -170,10 +159,12 @@ def load(folder: str | os.PathLike, model: nn.Module | None = None) -> Bcosified
     converted.prepare_for(config, state)
     for name, value in config.get("layer_b", {}).items():
         converted.get_submodule(name).set_b(value)
+    for name in config.get("without_bias", []):
+        converted.get_submodule(name.removesuffix(".bias"))._parameters["bias"] = None
     for name, value in state.items():
         if name.endswith(".b"):
             converted.get_submodule(name.removesuffix(".b")).set_b(nn.Parameter(value.clone()))
-    load_state(converted, state, str(weights))
+    load_state(converted, state, str(weights), kind=type(converted.model).__name__)
     config.pop("layer_b", None)
     converted.config = config
     if model is not whole and own is not None and converted.text is None:
@@ -208,7 +199,7 @@ def _listing(folder: Path) -> str:
     if loadable:
         return f"none there, but in {', '.join(loadable)}"
     names = sorted(path.name for path in folder.iterdir())
-    return f"only {_shortened(names)}" if names else "an empty folder"
+    return f"only {shortened(names)}" if names else "an empty folder"
 
 
 def _source(config: dict[str, Any]) -> dict[str, Any]:
@@ -233,77 +224,3 @@ def standard_network(config: dict[str, Any], folder: str | os.PathLike) -> nn.Mo
         f"load: {folder} holds a {config.get('class')}, which cannot be built from its config: "
         "expected model=, the standard network of that class, got None"
     )
-
-
-def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str, asked: str | None = None) -> None:
-    """Copy ``state`` into ``model``, all of it; ``origin`` and ``asked`` name the file and the architecture in errors.
-
-    Raises:
-        ValueError: naming what is missing, left over or of another shape; ``model`` may then be filled in part.
-    """
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        own = model.state_dict()
-        problems = [
-            ("missing", sorted(set(own) - set(state))),
-            ("unexpected", sorted(set(state) - set(own))),
-            (
-                "other shape",
-                [
-                    f"{name}: expected {tuple(own[name].shape)}, got {tuple(state[name].shape)}"
-                    for name in sorted(set(own) & set(state))
-                    if own[name].shape != state[name].shape
-                ],
-            ),
-        ]
-        listed = [f"{label} ({len(names)}): {_shortened(names)}" for label, names in problems if names]
-        kind = type(model.model if isinstance(model, BcosifiedModel) else model).__name__
-        expected = kind if asked is None else f"{asked} ({kind})"
-        raise ValueError(
-            f"{origin}: expected weights of {expected}, got another architecture's:\n  "
-            + "\n  ".join(listed or [str(error)])
-        ) from None
-
-
-def _shortened(names: list[str], most: int = 6) -> str:
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
-
-
-def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a weights file, by name. Nothing in the file is executed.
-
-    Takes safetensors, and files of ``torch.save`` that hold tensors only; a "state_dict" or "model" entry is unpacked.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: a pickle with other objects than tensors, a truncated file, or one
-            without tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a weights file, found none at {str(path)!r}")
-    if path.suffix == ".safetensors":
-        library = _safetensors()
-        try:
-            return library.torch.load_file(str(path))
-        except (library.SafetensorError, ValueError, RuntimeError, OSError) as error:
-            raise ValueError(f"{path}: expected a safetensors file, got one that cannot be read: {error}") from None
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # whose text goes on to tell how to switch the check off
-        raise ValueError(
-            f"{path}: expected a file of tensors (safetensors, or torch.save(model.state_dict())), got another format "
-            "or a pickle with other objects (a whole model), which could run code when it is read, so it is refused"
-        ) from None
-    except (RuntimeError, EOFError, OSError, KeyError, zipfile.BadZipFile, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected a file of tensors, got one that cannot be read: {error}") from None
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: expected tensors by name, got {type(content).__name__}")
-    state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    if not state:
-        raise ValueError(f"{path}: expected tensors by name, got {len(content)} entries without a tensor")
-    return state

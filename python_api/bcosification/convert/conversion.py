@@ -324,10 +324,11 @@ def convert(
             network = family.prepare(network, options, moves)
         if options.inverse:
             try:
-                double_input_channels(network.get_submodule(input_name))
+                innermost = len(preprocessing.mean) if family.channels_innermost(model) else None
+                double_input_channels(network.get_submodule(input_name), innermost=innermost)
             except NoRule as reason:
                 problems.append(f"layer {input_name!r}: {reason}")
-        if moves:
+        if moves and not family.head_is_linear:
             network.set_submodule(head_name, _as_convolution(network.get_submodule(head_name)))
     network = walk.replace(network, "")  # with problems, only to find the layers without a rule
     for entry in walk.applied:

@@ -167,13 +167,14 @@ def _constant_hook(module: nn.Module, gain: Tensor) -> Callable | None:
     if constant is None:
         return None
     # The peers' PositionNorm and torchvision's LayerNorm2d are nn.LayerNorms on (N, C, H, W).
-    channels_first = isinstance(module, _CHANNELS_FIRST) or "PositionNorm" in kind or kind == "LayerNorm2d"
+    names = ("LayerNorm2d", "Normalize")
+    channels_first = isinstance(module, _CHANNELS_FIRST) or "PositionNorm" in kind or kind in names
 
     def part(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
         extra = per_sample(gain, output.shape[0], output.dim(), kind) - 1
         added = constant
         if channels_first and isinstance(added, Tensor):
-            added = added.view(-1, *[1] * (output.dim() - 2))
+            added = added.to(output).view(-1, *[1] * (output.dim() - 2))
         return output + extra * added
 
     return part
@@ -183,6 +184,9 @@ def _constant_of(module: nn.Module) -> Tensor | float | None:
     bias = getattr(module, "logit_bias", None)  # the peers' LogitLayer
     if isinstance(bias, (int, float)) and not module._modules:
         return float(bias)
+    if f"{type(module).__module__}.{type(module).__qualname__}" == "torchvision.transforms.transforms.Normalize":
+        mean, std = (torch.as_tensor(values, dtype=torch.float64) for values in (module.mean, module.std))
+        return -mean / std  # B-cosification's networks begin with one
     if not isinstance(module, (*_CHANNELS_FIRST, nn.Linear, nn.LayerNorm)):
         return None
     bias = None if module.bias is None else module.bias.detach()

@@ -15,9 +15,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import GELU, BatchNormUncentered2d, BcosConv2d, BcosLinear, GroupNorm, LayerNorm, LogitBias
+from ..nn import (
+    GELU,
+    BatchNormUncentered2d,
+    BcosConv2d,
+    BcosLinear,
+    DetachableModule,
+    GroupNorm,
+    LayerNorm,
+    LayerNorm2d,
+    LogitBias,
+)
 from .blocks import FusionReport, fuse_blocks, set_recompute, unfuse_blocks
 
 __all__ = ["fuse", "unfuse"]
@@ -102,6 +113,17 @@ class PeerBcosifyLinear(BcosifyExponent, PeerLayer, BcosLinear):
     normalize_weight = False
 
 
+class PeerAttention(DetachableModule):
+    """The attention of ``bcos``'s SimpleViT, fused: softmax(q kᵀ·scale) v in one op, which keeps no matrix of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.to_qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.detach:
+            q, k = q.detach(), k.detach()
+        heads = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return self.to_out(heads.transpose(1, 2).flatten(2))
+
+
 # --- what may be fused ----------------------------------------------------------------------------------------------
 
 
@@ -150,6 +172,15 @@ def _check_plain_linear(module: nn.Module) -> str | None:
     return _check_layer(module, "torch.nn.modules.linear.Linear")
 
 
+def _check_attention(module: nn.Module) -> str | None:
+    attend = module._modules.get("attend")
+    if type(attend) is not nn.Softmax or attend.dim != -1:
+        return f"its attend is {attend}, not Softmax(dim=-1)"
+    if any(attend.__dict__[hooks] for hooks in _HOOKS) or "forward" in attend.__dict__:
+        return "its softmax has hooks or a forward of its own, which would not be called"
+    return None
+
+
 def _check_nothing(module: nn.Module) -> str | None:
     return None
 
@@ -172,7 +203,9 @@ PEER_RULES: dict[str, PeerRule] = {
     "bcos.modules.norms.centered_norms.DetachableGroupNorm2d": PeerRule(GroupNorm),
     "bcos.modules.norms.centered_norms.DetachableGNInstanceNorm2d": PeerRule(GroupNorm),
     "bcos.modules.norms.centered_norms.DetachableGNLayerNorm2d": PeerRule(GroupNorm),
+    "bcos.modules.norms.centered_norms.DetachablePositionNorm2d": PeerRule(LayerNorm2d),
     "bcos.modules.logitlayer.LogitLayer": PeerRule(LogitBias),
+    "bcos.models.vit.Attention": PeerRule(PeerAttention, _check_attention),
 }
 
 # B-cosification is no package and is vendored under many names: its classes are known by name and attributes.
@@ -300,8 +333,9 @@ def _has_converted_forward(module: nn.Module) -> bool:
 def fuse(model: nn.Module, *, blocks: bool = True, memory: str = "default") -> nn.Module:
     """Run a peer's B-cos model on the fused kernels: same parameters, same numbers, same state_dict keys.
 
-    B-cos layers, uncentered BatchNorms (with or without bias), detachable LayerNorms and GroupNorms and the logit layer
-    of ``bcos`` 0.1.3, and the layers of B-cosification, get the classes of this package, in place, exact types only.
+    B-cos layers, uncentered BatchNorms (with or without bias), detachable layer, group and position norms, the
+    attention of SimpleViTs and the logit layer of ``bcos`` 0.1.3, and the layers of B-cosification, get the classes of
+    this package, in place, exact types only: the classifiers that the two publish are covered whole.
     Parameters, buffers, hooks, device, dtype, training and explanation mode stay the same objects and values; weights
     of convolutions become channels_last in memory. Checkpoints load in both directions, and the peer model's own
     ``explain`` and ``explanation_mode`` keep working. On models of this package's modules, weights become
@@ -313,6 +347,8 @@ def fuse(model: nn.Module, *, blocks: bool = True, memory: str = "default") -> n
         memory: "default", or "low": what a pass over something kept gives again (normalised and rectified activations,
             concatenations, outputs of one-pixel convolutions that widen) is computed again in the backward. Same
             numbers; needs ``blocks``; second derivatives raise. Can be changed by calling `fuse` again.
+
+    Fused attention is torch's scaled_dot_product_attention, whose second derivatives raise where its fast kernels run.
 
     Returns:
         ``model``. ``model.fusion_report`` says what was fused, what was so already, and what was left and why, at

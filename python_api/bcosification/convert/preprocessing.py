@@ -223,15 +223,17 @@ class ImageTransform:
     """PIL image -> float32 tensor (C, H, W) in [0, 1], resized and cropped as the model's weights expect.
 
     The same steps as torchvision's evaluation presets (antialiased resizing of the shorter side, central crop), on PIL
-    alone, without the normalisation: that happens inside the model. Images smaller than the crop are padded with 0.
+    alone, without the normalisation: that happens inside the model, except with ``normalize=True``, for standard
+    networks. Images smaller than the crop are padded with 0.
 
     Example:
         >>> from PIL import Image
         >>> images = model.transform(Image.open("goldfinch.png")).unsqueeze(0)
     """
 
-    def __init__(self, preprocessing: Preprocessing) -> None:
+    def __init__(self, preprocessing: Preprocessing, *, normalize: bool = False) -> None:
         self.preprocessing = preprocessing
+        self.normalize = normalize
 
     def __call__(self, image: Any) -> Tensor:
         try:
@@ -253,11 +255,15 @@ class ImageTransform:
         pixels = pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
         if p.input_size is not None:
             pixels = _center_crop(pixels, *p.input_size)
-        return pixels.contiguous().to(torch.float32) / 255
+        pixels = pixels.contiguous().to(torch.float32) / 255
+        if self.normalize:
+            pixels = (pixels - pixels.new_tensor(p.mean).view(-1, 1, 1)) / pixels.new_tensor(p.std).view(-1, 1, 1)
+        return pixels
 
     def __repr__(self) -> str:
         p = self.preprocessing
-        return f"ImageTransform(resize={p.resize}, crop={p.crop!r}, size={p.input_size}, {p.interpolation})"
+        normalize = ", normalize=True" if self.normalize else ""
+        return f"ImageTransform(resize={p.resize}, crop={p.crop!r}, size={p.input_size}, {p.interpolation}{normalize})"
 
 
 def _shorter_side(size: tuple[int, int], target: int) -> tuple[int, int]:

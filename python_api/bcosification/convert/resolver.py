@@ -2,6 +2,7 @@
 
 torchvision:NAME, NAME      torchvision's classification models
 timm:NAME                   timm
+bcosification:NAME, NAME    SimpleViT and ViT_c of bcosification.models, with B-cos v2's standard weights
 open_clip:NAME/TAG          open_clip, weights TAG
 FOLDER                      written by save_pretrained: a B-cosified model
 FILE (with arch=SPEC)       weights of a standard model
@@ -19,10 +20,13 @@ from urllib.error import URLError
 
 from torch import Tensor, nn
 
-from bcosification.convert.checkpoints import CONFIG_NAME, load, load_state, read_weights
+from bcosification.convert.checkpoints import CONFIG_NAME, load
 from bcosification.convert.families import family_of
 from bcosification.convert.preprocessing import detect, from_torchvision
+from bcosification.convert.published import pretrained as published_network
 from bcosification.convert.wrapper import BcosifiedModel, reset_head
+from bcosification.models import CONSTRUCTORS
+from bcosification.weights_files import load_state, read_weights
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
@@ -74,7 +78,7 @@ def resolve(
     elif separator:
         raise _unknown_prefix(library, spec)
     else:
-        kind, library, name = "name", "torchvision", spec
+        kind, library, name = "name", "bcosification" if spec in CONSTRUCTORS else "torchvision", spec
     if kind == "folder":
         return _from_folder(path, num_classes, model, {"arch": arch, "weights": weights})
     if kind == "file":
@@ -267,10 +271,36 @@ def _open_clip(
     return network, {"library": "open_clip", "name": name, "weights": tag if pretrained else None}
 
 
+def _own(
+    name: str, num_classes: int | None, pretrained: bool, weights: str | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    if name not in CONSTRUCTORS:
+        raise _unknown("bcosification", name, CONSTRUCTORS)
+    if weights is not None:
+        raise ValueError(f"resolve: bcosification:{name}: expected weights to be a file, got {weights!r}")
+    if not pretrained:
+        arguments = {} if num_classes is None else {"num_classes": num_classes}
+        return CONSTRUCTORS[name](**arguments), {"library": "bcosification", "name": name, "weights": None}
+    try:
+        network = published_network(f"bcos/standard_{name}")
+    except RuntimeError as error:
+        hint = "weights=FILE takes a file that is here, pretrained=False random weights"
+        raise RuntimeError(f"resolve: bcosification:{name}: {error}; {hint}") from None
+    if num_classes is not None:
+        _new_head(network, num_classes, f"bcosification:{name}")
+    return network, {
+        "library": "bcosification",
+        "name": name,
+        "weights": network.bcosification_source["weights"],
+        "preprocessing": network.transform.preprocessing,
+    }
+
+
 LIBRARIES: dict[str, Callable[..., tuple[nn.Module, dict[str, Any]]]] = {
     "torchvision": _torchvision,
     "timm": _timm,
     "open_clip": _open_clip,
+    "bcosification": _own,
 }
 """Prefix of a spec -> function (name, num_classes, pretrained, weights) -> (model, info)."""
 

@@ -324,12 +324,12 @@ def linear_as_it_is(layer: nn.Module, options: Options) -> nn.Module:
     return layer
 
 
-def double_input_channels(layer: nn.Module) -> None:
+def double_input_channels(layer: nn.Module, *, innermost: int | None = None) -> None:
     """Make a layer on C channels one on 2C: [W, -W] / 2, which on [z, -z] gives W z.
 
     With the image encoded as [x, 1 - x] and normalised by (mean, 1 - mean) and (std, std), the second half is the
-    negative of the first, zero padding included. ``layer`` is a Conv2d, or a Linear on pixels with channels outermost;
-    it is changed in place.
+    negative of the first, zero padding included. ``layer`` is a Conv2d, or a Linear on pixels with channels outermost,
+    or with ``innermost`` channels innermost: then every pixel's weights are paired. It is changed in place.
     """
     if isinstance(layer, nn.Conv2d):
         if layer.groups != 1:
@@ -338,7 +338,11 @@ def double_input_channels(layer: nn.Module) -> None:
     else:
         layer.in_features *= 2
     weight = layer.weight.detach()
-    doubled = torch.cat([weight, -weight], dim=1) / 2
+    if innermost is not None and isinstance(layer, nn.Linear):
+        weight = weight.unflatten(1, (-1, innermost))
+        doubled = torch.cat([weight, -weight], dim=2).flatten(1) / 2
+    else:
+        doubled = torch.cat([weight, -weight], dim=1) / 2
     layer.weight = nn.Parameter(doubled, requires_grad=layer.weight.requires_grad)
 
 

@@ -31,6 +31,9 @@ PREPROCESSING_TOLERANCE = 1e-4
 """Of normalised images: float32, so that 1e-6 is rounding."""
 
 
+_NOT_COMPARED = "not compared: another shape, behind the head that moved or of doubled channels"
+
+
 @dataclass
 class LayerReport:
     """One layer: what it was and became, calls in one forward pass, error of its output at B = 1, and the verdict.
@@ -550,8 +553,7 @@ def _judge_layer(
         )
         report.error, report.largest = (math.nan if any(map(math.isnan, e)) else max(e) for e in (errors, largest))
         if not replaced and math.inf in errors:
-            report.error = report.largest = None
-            report.problem = "not compared: it runs after the head, which moved"
+            report.error, report.largest, report.problem = None, None, _NOT_COMPARED
         elif not report.error <= tolerance:
             report.ok, report.problem = False, f"output differs at B=1 (tolerance {tolerance:.0e})"
         elif "MaxPool" in entry["was"] and replaced:

@@ -85,6 +85,9 @@ MODELS = {
         R.BasicBlock, [1, 1, 1], num_classes=5, inplanes=8, norm_layer=NO_BIAS, stochastic_depth_prob=0.5
     ),
     "position norm": lambda: R.BcosResNet(R.BasicBlock, [1, 1, 1], num_classes=5, inplanes=8),
+    "uncentered position norm": lambda: R.BcosResNet(
+        R.BasicBlock, [1, 1, 1], num_classes=5, inplanes=8, norm_layer=norms.PositionNormUncentered2d
+    ),
     "densenet": lambda: D.BcosDenseNet(4, (2, 2), 8, num_classes=5, norm_layer=NO_BIAS),
     "checkpointed densenet": lambda: D.BcosDenseNet(
         4, (1, 1), 8, num_classes=5, norm_layer=NO_BIAS, memory_efficient=True
@@ -169,9 +172,9 @@ def test_every_known_class_is_replaced():
 def test_norms_without_a_fused_form_are_reported_but_not_warned_about():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = fuse(build("position norm"))
+        model = fuse(build("uncentered position norm"))
     left = {kind for _, kind, _ in model.fusion_report.left}
-    assert left == {"DetachablePositionNorm2d", "BasicBlock"}
+    assert left == {"PositionNormUncentered2d", "BasicBlock"}
 
 
 @pytest.mark.filterwarnings(SLOW_PEER)
@@ -466,12 +469,12 @@ def test_reports_count_what_is_the_same():
     lines = [f"{count} x {before} -> {after}" for (before, after), count in fused.items()]
     assert max(fused.values()) > 1 and str(peer.fusion_report).splitlines() == lines
     assert {kind for _, kind in fuse(peer).fusion_report.already} == {after for _, after in fused}
-    model = fuse(build("position norm"))
-    norms = [name for name, kind, _ in model.fusion_report.left if kind == "DetachablePositionNorm2d"]
-    (line,) = [line for line in str(model.fusion_report).splitlines() if "DetachablePositionNorm2d (has" in line]
+    model = fuse(build("uncentered position norm"))
+    norms = [name for name, kind, _ in model.fusion_report.left if kind == "PositionNormUncentered2d"]
+    (line,) = [line for line in str(model.fusion_report).splitlines() if "PositionNormUncentered2d (has" in line]
     more = f" and {len(norms) - 3} more" if len(norms) > 3 else ""
     reason = "has no fused form and works as it is"
-    assert line == f"  {len(norms)} x DetachablePositionNorm2d ({reason}): {', '.join(norms[:3])}{more}"
+    assert line == f"  {len(norms)} x PositionNormUncentered2d ({reason}): {', '.join(norms[:3])}{more}"
 
 
 def test_compiles_without_a_graph_break():

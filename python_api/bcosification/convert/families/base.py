@@ -32,6 +32,8 @@ class Family:
     """Options of ``bcosify`` that ``example``'s conversion needs; by default none."""
     preprocessing: str | None = None
     """"imagenet", "openai": the library's weights were trained with ImageNet's, with OpenAI's CLIP's mean and std."""
+    head_is_linear = False
+    """A moved head stays a linear layer, on tokens; else it becomes a 1x1 convolution, on maps."""
     embeds: bool = False
     """Whether the model is an image tower of CLIP's kind: it returns embeddings to be compared with those of texts."""
 
@@ -57,9 +59,13 @@ class Family:
                     setattr(cls, attribute, default)
 
     def input_layer(self, model: nn.Module) -> str | None:
-        """The layer that reads the image: a Conv2d, or a Linear on pixels with channels outermost. None: unknown."""
+        """The layer that reads the image: a Conv2d, or a Linear on pixels. None: unknown."""
         readers = [name for name, module in model.named_modules() if type(module) is nn.Conv2d]
         return readers[0] if readers else None
+
+    def channels_innermost(self, model: nn.Module) -> bool:
+        """Where a Linear reads the image: whether its pixels have their channels innermost; else outermost."""
+        return False
 
     def head(self, model: nn.Module) -> str | None:
         """The classifier, an nn.Linear whose outputs are the logits. None: the model has none."""
