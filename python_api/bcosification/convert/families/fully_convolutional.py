@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bcosification.convert.families.base import Family, HeadBeforePool, change_class, register
+from bcosification.convert.class_change import change_class
+from bcosification.convert.families.base import Family, HeadBeforePool, register
 from bcosification.convert.rules import FACTORS, Options
 from bcosification.models.fully_convolutional import FullyConvolutionalConvNeXt, FullyConvolutionalVGG
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bcosification.convert.families.base import Family, HeadBeforePool, change_class, register
+from bcosification.convert.class_change import change_class
+from bcosification.convert.families.base import Family, HeadBeforePool, register
 from bcosification.convert.rules import RULES, Options, layer_norm, linear, linear_as_it_is, rule
 from bcosification.models.simple_vit import Attention, SimpleViT
 from bcosification.nn import DetachableModule
