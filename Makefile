@@ -47,7 +47,7 @@ test: lint  ## lint and all tests, ahead-of-time compilation and installation ca
 	$(PYTEST) -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 test-aot: $(VENV)/.built  ## only: every Triton kernel compiled ahead of time for GPUs that need not be there
-	$(PYTEST) tests/bcos_kernels/triton -k ahead_of_time $(PYTEST_ARGS)
+	BCOS_TEST_AOT=all $(PYTEST) tests/bcos_kernels/triton -k ahead_of_time $(PYTEST_ARGS)
 
 test-cuda-build: $(VENV)/.built  ## only: every CUTLASS kernel compiled for Hopper, about ten minutes of nvcc
 	BCOS_TEST_CUDA_BUILD=all $(PYTEST) tests/bcos_kernels/test_cutlass_build.py $(PYTEST_ARGS)

@@ -1,5 +1,5 @@
 """`python -m bcos_kernels`: what is installed, what this machine has, which backends run here (or why not), and which
-kernels are verified on its GPUs. With `selftest` and `tune`, these commands (selftest.py)."""
+kernels are verified on its GPUs. With `selftest` and `tune`, these commands (selftest_commands.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, backends, tuning
+from . import __version__, backends, dispatch, tuning
 
 
 def _version(distribution: str) -> str | None:
@@ -61,9 +61,9 @@ def environment() -> dict:
     Returns:
         dict with "versions" (name → str or None where absent), "devices" (list of str), "build" (how the native parts
         were built: `bcos_kernels._C.build_info()`, or {"missing": reason}), "cpu_capability" ("avx512", "avx2",
-        "baseline", or None where the native parts are missing), "cpu_features" (name → bool), "backends" (name →
-        None where usable, else the reason) and "verified" (GPU → its name, and how many shape classes of which op,
-        direction and dtype a backend is the fastest verified for).
+        "baseline", or None where the native parts are missing), "cpu_features" (name → bool), "backends" and "variants"
+        of backends (name → None where usable, else the reason) and "verified" (GPU → its name, and how many shape
+        classes of which op, direction and dtype a backend is the fastest verified for).
     """
     try:
         from . import _C
@@ -88,6 +88,7 @@ def environment() -> dict:
         "cpu_capability": capability,
         "cpu_features": features,
         "backends": backends(),
+        "variants": {name: backends()[name] for name in dispatch.VARIANTS},
         "verified": _verified(),
     }
 
@@ -113,7 +114,8 @@ def _text(report: dict) -> str:
     lines = section("versions", [(k, v or "not installed") for k, v in report["versions"].items()])
     lines += section("devices", [(d.split(": ", 1)[0], d.split(": ", 1)[1]) for d in report["devices"]])
     lines += section("build", native)
-    lines += section("backends", [(k, "usable" if v is None else f"no: {v}") for k, v in report["backends"].items()])
+    usable = report["backends"] | report["variants"]
+    lines += section("backends", [(k, "usable" if v is None else f"no: {v}") for k, v in usable.items()])
     for device, found in report["verified"].items():
         rows = [
             (f"{r['op']} {r['direction']} {r['dtype']}", f"{r['backend']}, {r['shape_classes']} shape classes")
@@ -127,9 +129,9 @@ def _text(report: dict) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] in (["selftest"], ["tune"]):
-        from . import selftest
+        from . import selftest_commands
 
-        return getattr(selftest, argv[0])(argv[1:])
+        return getattr(selftest_commands, argv[0])(argv[1:])
     parser = argparse.ArgumentParser(
         prog="python -m bcos_kernels",
         description="Print versions, devices, how the native parts were built, which backends run here, and which "

@@ -27,8 +27,9 @@ def _held(y: Tensor, b: float, b_tensor: Tensor | None) -> Tensor | None:
 
 
 def keeps_pre_scale(backend: str, dtype: torch.dtype, b: float, b_tensor: Tensor | None, max_out: int) -> bool:
-    """Whether a backend's fused ops keep a in the place of y."""
-    return backend == "cuda" and b_tensor is None and b == 2 and max_out == 1 and dtype != torch.float16
+    """Whether a backend's fused ops keep a in the place of y, in any of its variants."""
+    of_cuda = backend.partition(":")[0] == "cuda"
+    return of_cuda and b_tensor is None and b == 2 and max_out == 1 and dtype != torch.float16
 
 
 def scaled(a: Tensor, n: Tensor) -> Tensor:

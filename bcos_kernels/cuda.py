@@ -5,20 +5,24 @@ layer adds to the plain one's traffic is one pass in place over its output, one 
 left the sums of squares, and two in the backward. With a BatchNorm behind it the scaling is part of the
 normalisation's passes: the convolution's own output a is kept in the place of y, y is never stored, and as many bytes
 move as in the plain network.
+
+That is the variant "library"; in the variant "cutlass" kernels of cutlass.py stand in for a product with its pass where
+they take the call.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import composed
+from . import composed, cutlass
 from .layouts import memory_format, norms_format, own_format, with_layout
 
 STRICT_LAYOUTS = True  # takes any strides, and returns those that the ops' fakes announce
+VARIANTS = {"cutlass": cutlass}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LIBRARY = Path(__file__).parent / "_lib" / "libbcos_kernels_cuda.so"
@@ -102,10 +106,15 @@ class _Layer:
         self.normalize_weight = normalize_weight
         self.stride, self.padding, self.dilation, self.groups = window or ((1, 1), (0, 0), (1, 1), 1)
         self.kernel = (1, 1) if self.is_linear else tuple(weight.shape[2:])
-        self.w = self.weight
-        if normalize_weight:
-            self.w = _new(self.weight)
-            _op("normalize_weight")(self.w, self.weight)
+
+    @cached_property
+    def w(self) -> Tensor:
+        """The weight that is multiplied by: w/‖w‖ where it is normalised."""
+        if not self.normalize_weight:
+            return self.weight
+        w = _new(self.weight)
+        _op("normalize_weight")(w, self.weight)
+        return w
 
     @property
     def geometry(self) -> tuple[int, ...]:
@@ -122,7 +131,7 @@ class _Layer:
     def norms(self, squares: Tensor | None = None) -> Tensor:
         """(N, G, P, Q), or (M,) of a linear layer; float32."""
         x, kind = self.x, _LINEAR if self.is_linear else _WINDOW
-        n = _new(x, self._windows(), torch.float32)
+        n = _new(x, self.windows(), torch.float32)
         one_pixel = self.kernel == (1, 1) and self.padding == (0, 0) and self.stride == (1, 1)
         squares = squares if self.groups == 1 else None
         if one_pixel and squares is not None:
@@ -136,7 +145,8 @@ class _Layer:
             _op("window_norms")(n, squares, x, *self.geometry, self.groups)
         return n
 
-    def _windows(self) -> tuple[int, ...]:
+    def windows(self) -> tuple[int, ...]:
+        """The norms' shape."""
         if self.is_linear:
             return (self.x.shape[0],)
         out = [
@@ -147,9 +157,20 @@ class _Layer:
         ]
         return (self.x.shape[0], self.groups, *out)
 
+    def spread(self, q: Tensor) -> Tensor:
+        """What x is multiplied by in dx, (N, 1, H, W): the sum of q over the windows that hold a pixel; one group."""
+        if self.kernel == (1, 1) and self.padding == (0, 0) and self.stride == (1, 1):
+            return q
+        ones = torch.ones((self.x.shape[0], 1, *self.x.shape[2:]), dtype=torch.float32, device=q.device)
+        under = torch.zeros_like(ones)
+        _op("add_norm_term")(under, ones, q, *self.geometry, 1)
+        return under
+
     def gradients(self, da, q, need_dx, need_dw, need_dbias) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dx, dw, dbias) from ∂L/∂a (shape of the units) and q = (∂L/∂n)/|p|, None where nothing flows through n."""
-        dx = dw = dbias = None
+        dw = dbias = None
+        dx = cutlass.backward_dx(self, da, q) if need_dx else None
+        fused = dx is not None
         depth = self.weight.numel() // max(self.weight.shape[0], 1)
         wider = self.normalize_weight and need_dw and self.x.dtype != torch.float32 and depth <= _SHORT
         if self.is_linear:
@@ -160,15 +181,16 @@ class _Layer:
             if need_dbias:
                 dbias = da.sum(0, dtype=torch.float32).to(da.dtype)
         else:
-            needs = [need_dx, need_dw and not wider, False]
+            needs = [need_dx and not fused, need_dw and not wider, False]
             if any(needs):
-                dx, dw, _ = self._convolution_backward(da, self.x, self.w, needs)
+                of_library, dw, _ = self._convolution_backward(da, self.x, self.w, needs)
+                dx = dx if fused else of_library
             if wider:
                 tensors = (t.float() for t in (da, self.x, self.w))
                 _, dw, _ = self._convolution_backward(*tensors, [False, True, False])
             if need_dbias:
                 dbias = da.sum((0, 2, 3), dtype=torch.float32).to(da.dtype)
-        if need_dx and q is not None:
+        if need_dx and q is not None and not fused:
             dx = _rows(dx)
             _op("add_norm_term")(dx, self.x, q, *self.geometry, self.groups)
         if need_dw and self.normalize_weight:
@@ -187,6 +209,9 @@ class _Layer:
 def _forward(layer: _Layer, b, b_tensor, max_out, keep, squares) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, n, a, index) with channels innermost, what is not kept being empty."""
     mode, exponent = _mode(b, b_tensor)
+    by_cutlass = cutlass.forward(layer, mode, max_out, keep, squares)
+    if by_cutlass is not None:
+        return *by_cutlass, _nothing(layer.x), _nothing(layer.x, torch.uint8)
     units = layer.product()
     n = _nothing(units, torch.float32) if mode == 1 else layer.norms(squares)
     y, a, index = units, _nothing(units), _nothing(units, torch.uint8)

@@ -126,6 +126,15 @@ def unbuildable_reason() -> str | None:
     return None
 
 
+def built() -> Path | None:
+    """The library as it lies in the cache, or None: nothing is built here."""
+    try:
+        library = _cache_folder(_find_tools()) / LIBRARY
+    except RuntimeError:
+        return None
+    return library if library.exists() else None
+
+
 def _cache_folder(tools: _Tools) -> Path:
     """Named after what objects are made from: sources, flags, versions, the ABI of torch."""
     made_from = hashlib.sha256()

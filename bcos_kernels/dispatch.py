@@ -6,6 +6,10 @@ opaque op, so that `backend` also governs compiled graphs.
 
 On a GPU only kernels run by themselves that were verified there and are the fastest for the shape, as the tables of
 tuning.py say; everything else runs on the library plus eager passes.
+
+A backend may run its launchers in several variants: "cuda" is the variant "cuda:library" unless a row of the table, or
+whoever names it, says "cuda:cutlass". A variant takes every call that its backend takes; what ran is told as
+"cuda:cutlass" only where a kernel of the variant's own did.
 """
 
 from __future__ import annotations
@@ -27,6 +31,9 @@ from torch import Tensor
 from . import composed, layouts, tuning
 
 NAMES = ("reference", "cpu", "triton", "cuda")
+VARIANTS = ("cuda:cutlass",)
+"""Of backends, beside what they run by themselves (`DEFAULTS`)."""
+DEFAULTS = {"cuda": "cuda:library"}
 _NAMED = "named "  # before a recorded backend
 _MODULES = {"reference": "reference", "cpu": "cpu", "triton": "triton_kernels", "cuda": "cuda"}
 _ON_CPU = ("cpu", "reference")
@@ -69,6 +76,7 @@ def _module(name: str) -> object:
 
 def _launcher(name: str, launcher: str) -> Callable:
     """A backend's launcher; one that sees to the strides of its tensors itself says so (``STRICT_LAYOUTS``)."""
+    name = base(name)
     module = _module(name)
     if launcher in composed.NAMES and not hasattr(module, launcher):
         return partial(getattr(composed, launcher), partial(_launcher, name))
@@ -76,21 +84,46 @@ def _launcher(name: str, launcher: str) -> Callable:
     return launch if getattr(module, "STRICT_LAYOUTS", False) else layouts.strict(launcher, launch)
 
 
+def base(name: str) -> str:
+    """The backend of a variant; a backend's name as it is."""
+    return name.partition(":")[0]
+
+
+def _variant_module(name: str) -> object:
+    """What a backend's module has for a variant: ``unusable_reason()``, and ``running()``, a context inside which the
+    backend's launchers run so; it gives an object whose ``ran`` tells whether kernels of the variant did."""
+    backend, _, variant = name.partition(":")
+    return _module(backend).VARIANTS[variant]
+
+
 def _unusable(name: str) -> str | None:
-    """Why a backend cannot run on this machine, or None."""
+    """Why a backend, or a variant of one, cannot run on this machine, or None."""
     if name == "reference":
         return None
-    return _module(name).unusable_reason()
+    if name in VARIANTS:
+        return _variant_module(name).unusable_reason()
+    return _module(base(name)).unusable_reason()
+
+
+class _Backends(dict):
+    """Backend → None or a reason; so, too, for variants, which are no keys: they run under their backend's name."""
+
+    def __missing__(self, name: str) -> str | None:
+        if name not in (*VARIANTS, *DEFAULTS.values()):
+            raise KeyError(name)
+        return _unusable(name)
 
 
 def backends() -> dict[str, str | None]:
     """Backend name → None if it can run on this machine, else the reason.
 
+    ``backends()["cuda:cutlass"]`` tells the same of a backend's variant.
+
     >>> import bcos_kernels
     >>> bcos_kernels.backends()["reference"] is None
     True
     """
-    return {name: _unusable(name) for name in NAMES}
+    return _Backends((name, _unusable(name)) for name in NAMES)
 
 
 @contextmanager
@@ -99,14 +132,16 @@ def backend(name: str) -> Iterator[None]:
 
     Args:
         name: "reference", "cpu", "triton", "cuda", or "auto" (the default outside any context: the fastest backend
-            measured for the shape). A named backend never falls back.
+            measured for the shape). A named backend never falls back. "cuda" runs in the variant that the tuning table
+            has for the shape, the library's products plus fused passes without one; "cuda:library" and "cuda:cutlass"
+            name a variant. CUTLASS's kernels run for the calls that they take, the library for all others.
 
     Raises:
         ValueError: unknown name.
         RuntimeError: the named backend cannot run on this machine (the reason is in `backends()`). An op raises
             NotImplementedError inside the context for a combination that the backend does not build.
     """
-    if name != "auto" and name not in NAMES:
+    if name != "auto" and name not in NAMES and name not in VARIANTS and name not in DEFAULTS.values():
         raise ValueError(f"backend: expected one of {', '.join((*NAMES, 'auto'))}, got {name!r}")
     if name != "auto":
         reason = _unusable(name)
@@ -130,7 +165,8 @@ class _Dispatched(dict):
 
 
 def dispatched() -> dict[str, str]:
-    """Op → backend that ran it last in this process, forward ("conv2d") and backward ("conv2d_backward") apart."""
+    """Op → backend that ran it last in this process, forward ("conv2d") and backward ("conv2d_backward") apart; as
+    "cuda:cutlass" where kernels of that variant ran."""
     with _lock:
         return _Dispatched(_last_run)
 
@@ -186,8 +222,10 @@ def last_backend() -> str:
 
 
 def backend_of(recorded: str) -> str:
-    """The name of a backend as `last_backend` records it, "auto" for none."""
-    return recorded.removeprefix(_NAMED) or "auto"
+    """The name of a backend as `last_backend` records it, "auto" for none; of one with variants the default one, which
+    computes what fused ops keep."""
+    name = base(recorded.removeprefix(_NAMED) or "auto")
+    return DEFAULTS.get(name, name)
 
 
 def runs_kernels(device: torch.device) -> bool:
@@ -196,7 +234,7 @@ def runs_kernels(device: torch.device) -> bool:
     name = _selected.get()
     if device.type == "cpu":
         return True
-    return device.type == "cuda" and (name in tuning.KERNELS or name == "auto" and bool(tuning.table(device)))
+    return device.type == "cuda" and (base(name) in tuning.KERNELS or name == "auto" and bool(tuning.table(device)))
 
 
 def _warn_once(key: str, message: str) -> None:
@@ -250,9 +288,10 @@ def _run(op: str, direction: str, tensor: Tensor, arguments: tuple, recorded: st
     key = op if direction == "forward" else launcher
     device = tensor.device.type
     if name != "auto" and (named or device != "cuda" or _selected.get() == name):
-        result = _run_named(name, launcher, op, tensor, arguments, strict=named)
-        if result is not None:
-            _record(key, name, named)
+        found = _run_named(name, launcher, op, direction, tensor, arguments, strict=named)
+        if found is not None:
+            result, ran = found
+            _record(key, ran, name, named)
             return result
     if device == "cuda":
         return _run_tuned(op, direction, tensor, arguments, name)
@@ -267,10 +306,19 @@ def _run(op: str, direction: str, tensor: Tensor, arguments: tuple, recorded: st
             else:
                 if refused:
                     _warn_once(f"{key}: {refused}", f"{key} runs on the reference implementation: {refused}")
-                _record(key, candidate, False)
+                _record(key, candidate, candidate, False)
                 return result
         refused = f"{candidate}: {reason}"
     raise RuntimeError(f"{op}: no backend runs on {tensor.device}: {refused}")
+
+
+def _launch(name: str, launcher: str, arguments: tuple) -> tuple[tuple, str]:
+    """(what a launcher gives, what ran: the variant that was asked for, or its backend, whose own kernels served)."""
+    if name not in VARIANTS:
+        return _launcher(name, launcher)(*arguments), base(name)
+    with _variant_module(name).running() as use:
+        result = _launcher(name, launcher)(*arguments)
+    return result, name if use.ran else base(name)
 
 
 def _run_tuned(op: str, direction: str, tensor: Tensor, arguments: tuple, forward: str) -> tuple:
@@ -282,7 +330,7 @@ def _run_tuned(op: str, direction: str, tensor: Tensor, arguments: tuple, forwar
     what = tuning.key(op, direction, arguments) if table else ()
     tuned = table.get(what, ())
     if forward != "auto" and (not tuned or op in tuning.JOINT):
-        candidates = dict.fromkeys((forward, *tuned, "reference"))
+        candidates = dict.fromkeys((forward, *([base(forward)] if not tuned else []), *tuned, "reference"))
     else:
         candidates = dict.fromkeys((*tuned, "reference"))
     refused = ""
@@ -290,15 +338,14 @@ def _run_tuned(op: str, direction: str, tensor: Tensor, arguments: tuple, forwar
         reason = _unusable(candidate)
         if reason is None:
             try:
-                own = forward in ("auto", candidate)
-                launch = _launcher(candidate, launcher)
-                result = launch(*(arguments if own else _portable(op, candidate, arguments)))
+                own = base(forward) in ("auto", base(candidate))
+                result, ran = _launch(candidate, launcher, arguments if own else _portable(op, candidate, arguments))
             except NotImplementedError as error:
                 reason = str(error)
             except Exception as error:
                 if candidate not in tuning.KERNELS or _is_out_of_memory(error):
                     raise
-                reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                reason = f"{type(error).__name__}: {_first_line(error)}"
                 tuning.drop(tensor.device, what, candidate)  # compiling it again would fail again
             else:
                 if refused:
@@ -306,7 +353,7 @@ def _run_tuned(op: str, direction: str, tensor: Tensor, arguments: tuple, forwar
                     _warn_once(f"{key}: {refused}", f"{key} runs on {serves}: {refused}")
                 elif not tuned and candidate == "reference":
                     _warn_once("cuda", _UNVERIFIED if not table else _UNMEASURED)
-                _record(key, candidate, False)
+                _record(key, ran, candidate, False)
                 return result
         refused = f"{candidate}: {reason}"
     raise RuntimeError(f"{op}: no backend runs on {tensor.device}: {refused}")
@@ -324,19 +371,46 @@ def _portable(op: str, name: str, arguments: tuple) -> tuple:
     return dh, x, weight, bias, *made, b, b_tensor, normalize_weight, max_out, *rest
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 def _is_out_of_memory(error: Exception) -> bool:
     """Of the allocator, or of a driver that found no room for a kernel's code or stack: no reason to do without it."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(error)
 
 
-def _run_named(name: str, launcher: str, op: str, tensor: Tensor, arguments: tuple, strict: bool) -> tuple | None:
+def _variant(name: str, op: str, direction: str, tensor: Tensor, arguments: tuple) -> str:
+    """What a named backend runs: the variant that the table has first for this call, where it can run."""
+    if name not in DEFAULTS or tensor.device.type != "cuda":
+        return name
+    table = tuning.table(tensor.device)
+    found = table.get(tuning.key(op, direction, arguments), ()) if table else ()
+    measured = next((candidate for candidate in found if base(candidate) == name), name)
+    return measured if _unusable(measured) is None else name
+
+
+def _run_named(
+    name: str, launcher: str, op: str, direction: str, tensor: Tensor, arguments: tuple, strict: bool
+) -> tuple[tuple, str] | None:
+    """(results, what ran), or None where a backend that was not named by the user lacks the call."""
     reason = _unusable(name)
     if reason is not None:
         raise RuntimeError(f"{op}: backend {name!r} cannot be used here: {reason}")
-    if not _accepts_device(name, tensor.device):
+    if not _accepts_device(base(name), tensor.device):
         raise RuntimeError(f"{op}: backend {name!r} does not run on {tensor.device.type} tensors")
+    variant = _variant(name, op, direction, tensor, arguments)
+    if variant != name:
+        try:
+            return _launch(variant, launcher, arguments)
+        except Exception as error:
+            if isinstance(error, NotImplementedError) or _is_out_of_memory(error):
+                raise
+            tuning.drop(tensor.device, tuning.key(op, direction, arguments), variant)
+            why = f"{variant}: {type(error).__name__}: {_first_line(error)}"
+            _warn_once(f"{launcher}: {why}", f"{launcher} runs on {DEFAULTS[name]}: {why}")
     try:
-        return _launcher(name, launcher)(*arguments)
+        return _launch(name, launcher, arguments)
     except NotImplementedError:
         # chosen by itself, the forward's backend may lack the backward of this combination
         if strict or _selected.get() == name:
@@ -344,8 +418,9 @@ def _run_named(name: str, launcher: str, op: str, tensor: Tensor, arguments: tup
         return None
 
 
-def _record(key: str, name: str, named: bool) -> None:
+def _record(key: str, ran: str, name: str, named: bool) -> None:
+    """``ran`` is told to users; ``name``, what was chosen or named, to the op's backward."""
     _thread.last = _NAMED + name if named else name
-    if _last_run.get(key) != name:
+    if _last_run.get(key) != ran:
         with _lock:
-            _last_run[key] = name
+            _last_run[key] = ran

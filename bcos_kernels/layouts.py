@@ -114,7 +114,6 @@ def _conv2d_forward(launch: Callable, x, weight, *options) -> tuple:
 
 def _conv2d_backward(launch: Callable, dy, x, weight, *options) -> tuple:
     dy, x, weight = canonical(dy), canonical(x), canonical(weight)
-    options = [*options[:8], options[8].contiguous(), *options[9:]]  # the norms
     dx, dw, dbias, db = launch(dy, x, weight, *options)
     return _as(dx, memory_format(x, weight)), _as(dw, own_format(weight)), dbias, db
 
@@ -143,7 +142,6 @@ def _conv2d_batch_norm_forward(launch: Callable, x, weight, *options) -> tuple:
 
 def _conv2d_batch_norm_backward(launch: Callable, dz, x, weight, *options) -> tuple:
     dz, x, weight = canonical(dz), canonical(x), canonical(weight)
-    options = [*options[:5], options[5].contiguous(), *options[6:]]  # the norms
     dx, dw, *others, dresidual = launch(dz, x, weight, *options)
     format_ = memory_format(x, weight)
     return _as(dx, format_), _as(dw, own_format(weight)), *others, _as(dresidual, format_)

@@ -86,6 +86,9 @@ def cases(quick: bool = False) -> list[Case]:
         batch_norm("evaluation", (3, 12, 5, 7), training=False, **relu),
         conv2d("training", (2, 16, 9, 7), 13, 3, op="conv2d_batch_norm", padding=1, training=True, **relu),
         linear("B = 2", 37, 45, 29, op="linear_gelu"),
+        # sizes that kernels with copies of 16 bytes ask for
+        linear("multiples of 8, unit weights", 40, 64, 48, normalize_weight=True),
+        conv2d("multiples of 8, unit weights", (2, 16, 9, 7), 24, 3, padding=1, normalize_weight=True),
     ]
     if quick:
         return most
@@ -104,6 +107,8 @@ def cases(quick: bool = False) -> list[Case]:
         linear("inputs of 1e4", 37, 45, 29, values="large"),
         conv2d("pixels innermost", (2, 16, 9, 7), 13, 3, padding=1, channels_last=False),
         conv2d("whole tiles, 1x1", (2, 64, 16, 16), 128, 1),
+        conv2d("multiples of 8, stride 2, explanation", (2, 16, 9, 7), 24, 3, stride=2, padding=1, detach=True),
+        conv2d("multiples of 8, dilation 2", (2, 16, 9, 9), 24, 3, dilation=2, padding=2),
         conv2d("7x7, stride 2, 6 channels", (2, 6, 23, 23), 16, 7, stride=2, padding=3),
         conv2d("explanation, unit weights", (2, 16, 9, 7), 13, 3, detach=True, normalize_weight=True),
         conv2d("B = 1", (2, 16, 9, 7), 13, 3, b=1, padding=1),
@@ -120,6 +125,7 @@ def cases(quick: bool = False) -> list[Case]:
         batch_norm("training, explanation", (3, 12, 5, 7), training=True, detach=True, **relu),
         batch_norm("evaluation, explanation, residual", (3, 130, 5, 7), training=False, detach=True, residual=True),
         conv2d("training, residual", (2, 16, 9, 7), 13, 3, training=True, residual=True, **fused, **relu),
+        conv2d("training, multiples of 8", (2, 16, 9, 7), 24, 3, training=True, **fused, **relu),
         conv2d("evaluation, explanation", (2, 16, 9, 7), 13, 3, training=False, detach=True, **fused, **relu),
         conv2d("evaluation, B = 1.5", (2, 16, 9, 7), 13, 3, training=False, b=1.5, **fused),
         linear("explanation, unit weights", 37, 45, 29, op="linear_gelu", detach=True, normalize_weight=True),

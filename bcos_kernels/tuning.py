@@ -8,10 +8,11 @@ A table is a JSON file, one a device. ``tuning_tables/`` holds those that come w
       "backends": ["triton", "reference"], "median_ms": {"triton": …, "reference": …}, "example": "…", "date": "…",
       "torch": "2.11.0+cu130", "triton": "3.6.0", "kernels": {"triton": "0123456789ab"}}]}
 
-``backends``: those that computed the right numbers, fastest first; "reference" is the library plus eager passes. A row
-holds for the torch and the Triton it was measured with, and a backend of it for the code that was checked
-(`fingerprint`): what has changed since counts as unverified. Rows of another device of the same architecture serve
-where there are none of the device itself. A backend that was ``wrong`` anywhere serves no shape of that op and dtype.
+``backends``: those that computed the right numbers, fastest first; "reference" is the library plus eager passes,
+"cuda:cutlass" a variant of the CUDA backend. A row holds for the torch and the Triton it was measured with, and a
+backend of it for the code that was checked (`fingerprint`): what has changed since counts as unverified. Rows of
+another device of the same architecture serve where there are none of the device itself. A backend that was ``wrong``
+anywhere serves no shape of that op and dtype.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from torch import Tensor
 
 SCHEMA = 1
 SHIPPED = Path(__file__).with_name("tuning_tables")
-KERNELS = ("triton", "cuda")
-"""The backends that need a verified row to be picked."""
+KERNELS = ("triton", "cuda", "cuda:cutlass")
+"""The backends, and variants of one, that need a verified row to be picked; "cuda" is its variant "library"."""
 JOINT = ("conv2d_batch_norm", "linear_gelu")
 """Ops whose backward takes what its forward's backend has kept in its own way: one row, the forward's, is for both."""
 _FIELDS = {
@@ -165,9 +166,14 @@ def versions() -> dict[str, str]:
 def fingerprint(backend: str) -> str:
     """Twelve digits that change with a backend's code."""
     package = Path(__file__).parent
-    patterns = {"triton": ["triton_kernels/*.py"], "cuda": ["cuda.py", "_lib/*cuda*"]}[backend]
+    patterns = {"triton": ["triton_kernels/*.py"], "cuda": ["cuda.py", "_lib/*cuda*"]}
+    patterns["cuda:cutlass"] = [*patterns["cuda"], "cutlass.py", "cutlass_build.py"]
+    paths = [path for pattern in patterns[backend] for path in sorted(package.glob(pattern))]
+    if backend == "cuda:cutlass":  # compiled on request, from a checkout
+        csrc = package.parent / "csrc"
+        paths += [path for path in [csrc / "math.h", *sorted(csrc.glob("cuda/cutlass/*"))] if path.is_file()]
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in patterns for path in package.glob(pattern)):
+    for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -12,11 +12,15 @@ written below DIR too: DIR/tuning/<device>.json.
 Exit status: 0 all done; 1 something is wrong or failed; 2 usage; 3 no GPU here; 4 a time limit came first (run again).
 
 --rehearse runs the stages on the CPU with next to no work in them: what can be tried of them without a GPU.
+
+--wheels DIR (or BCOS_WHEELS) names a folder of wheels, of packages that this machine lacks (wheels.py): bcos with
+einops, which is measured against, and nvidia-cutlass, whose headers the CUTLASS kernels need.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -25,9 +29,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +45,7 @@ from bcos_kernels import tuning  # noqa: E402
 from bcosification.evaluation.measuring import machine  # noqa: E402
 
 from .protocol import Results, load_rows, results_folder  # noqa: E402
+from .wheels import unpack  # noqa: E402
 
 DONE, WRONG, NO_GPU, CUT_OFF = 0, 1, 3, 4
 ENDINGS = {DONE: "done", WRONG: "wrong", NO_GPU: "no GPU here", CUT_OFF: "cut off"}
@@ -171,7 +177,7 @@ class Stage:
 
 
 def stages() -> dict[str, Stage]:
-    from . import gpu_correctness
+    from . import gpu_correctness, gpu_finetune
     from . import gpu_stages as s
 
     listed = (
@@ -182,6 +188,8 @@ def stages() -> dict[str, Stage]:
         Stage("tuning", "what is right is timed and unlocked: the tuning table of this GPU", 540, s.tune),
         Stage("layers", "layers of ResNet-50 and ViTs against plain and the peer's, eager and compiled", 540, s.layers),
         Stage("networks", "training steps, memory, inference and explanations of ResNet-50 and ViTs", 580, s.networks),
+        Stage("finetune", "a ResNet-50 fine-tuned through the input pipeline: rates, losses, memory, kernels", 580,
+              gpu_finetune.finetune),
         Stage("sanitizer", "memory checker and race checker; guard bands and bitwise repeats", 540, s.sanitizer),
     )  # fmt: skip
     return {stage.name: stage for stage in listed}
@@ -206,9 +214,11 @@ def run_here(stage: Stage, out: Path, limit_s: float, *, again: bool = False, re
     return WRONG if run.wrong else DONE
 
 
-def run_apart(stage: Stage, out: Path, limit_s: float, options: Sequence[str]) -> int:
-    """Run a stage in a process of its own, which is ended with its children when its time is over."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "python_api"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+def run_apart(stage: Stage, out: Path, limit_s: float, options: Sequence[str], packages: Path | None = None) -> int:
+    """Run a stage in a process of its own, which is ended with its children when its time is over; ``packages`` is a
+    folder of what is not installed."""
+    paths = [ROOT, ROOT / "python_api", os.environ.get("PYTHONPATH"), packages]
+    path = os.pathsep.join(str(part) for part in paths if part)
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "BCOS_TUNING_CACHE": str(out / "tuning")}
     command = [
         sys.executable, "-m", "benchmarks.gpu", "--here", "--stage", stage.name, "--out", str(out), "--limit",
@@ -224,6 +234,18 @@ def run_apart(stage: Stage, out: Path, limit_s: float, options: Sequence[str]) -
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return status if status in ENDINGS else WRONG
+
+
+@contextlib.contextmanager
+def _packages(wheels: Path | None) -> Iterator[Path | None]:
+    """A folder of the packages that come as wheels, while the stages run; None where there are none."""
+    if wheels is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        found = unpack(wheels, Path(folder))
+        print("from wheels: " + (", ".join(f"{n} {v}" for n, v in found.items()) or "nothing that is not installed"))
+        yield Path(folder)
 
 
 def worst(statuses: Sequence[int]) -> int:
@@ -243,6 +265,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the stages and their time limits")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the rows; default: benchmarks/results")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="of each stage, instead of its own")
+    wheels = os.environ.get("BCOS_WHEELS")
+    parser.add_argument(
+        "--wheels", type=Path, metavar="DIR", default=Path(wheels) if wheels else None,
+        help="folder of wheels of what is not installed here: bcos, einops, nvidia-cutlass; default: $BCOS_WHEELS",
+    )  # fmt: skip
     parser.add_argument("--again", action="store_true", help="measure what is there already, too")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with next to no work")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process
@@ -266,14 +293,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     passed_on = [*(["--again"] if options.again else []), *(["--rehearse"] if options.rehearse else [])]
     device = torch.device("cpu") if options.rehearse else torch.device("cuda", 0)
     statuses = []
-    for name in names:
-        limit = options.limit or known[name].limit_s
-        print(f"== {name}: {known[name].about} (at most {limit:g} s)", flush=True)
-        start = time.monotonic()
-        statuses.append(run_apart(known[name], out, limit, passed_on))
-        seconds = time.monotonic() - start
-        Rows("stages", out, device).add(name, "stage", status=ENDINGS[statuses[-1]], seconds=seconds)
-        print(f"== {name}: {ENDINGS[statuses[-1]]}, {seconds:.0f} s", flush=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            packages = stack.enter_context(_packages(options.wheels))
+        except ValueError as error:
+            parser.error(f"--wheels: {error}")
+        for name in names:
+            limit = options.limit or known[name].limit_s
+            print(f"== {name}: {known[name].about} (at most {limit:g} s)", flush=True)
+            start = time.monotonic()
+            statuses.append(run_apart(known[name], out, limit, passed_on, packages))
+            seconds = time.monotonic() - start
+            Rows("stages", out, device).add(name, "stage", status=ENDINGS[statuses[-1]], seconds=seconds)
+            print(f"== {name}: {ENDINGS[statuses[-1]]}, {seconds:.0f} s", flush=True)
     return worst(statuses)
 
 

@@ -56,7 +56,7 @@ def _calls(run: Run, case: selftest_cases.Case, backend: str, dtype: str = "bflo
     dy = torch.randn_like(like)
 
     def outputs() -> dict[str, Tensor]:
-        with bcos_kernels.backend(backend):
+        with selftest.exactly(backend):
             return selftest._outputs(function, case, tensors, dy)
 
     return tensors, dy, outputs
@@ -125,7 +125,7 @@ def _compiled(run: Run, case: selftest_cases.Case, backend: str) -> dict:
     compiled = torch.compile(
         lambda **leaves: function(**leaves, **options), fullgraph=True, dynamic=False, backend=compiler
     )
-    with bcos_kernels.backend(backend):
+    with selftest.exactly(backend):
         got = selftest._outputs(lambda **arguments: compiled(**_leaves(arguments, case)), case, tensors, dy)
     return _same(got, expected)
 
@@ -143,7 +143,7 @@ def _large_linear(run: Run, backend: str) -> dict:
     x = torch.randn(rows, k, dtype=torch.bfloat16, device=run.device).requires_grad_()
     w = (torch.randn(n, k, device=run.device) / k**0.5).bfloat16().requires_grad_()
     dy = torch.randn(rows, n, dtype=torch.bfloat16, device=run.device)
-    with bcos_kernels.backend(backend):
+    with selftest.exactly(backend):
         y = bcos_kernels.linear(x, w)
         (dx,) = torch.autograd.grad(y, x, dy)
     return _near_the_end(x, w, dy, y, dx, slice(-16, None), lambda x, w: reference.linear(x, w))
@@ -156,7 +156,7 @@ def _large_conv2d(kernel: int) -> Callable[[Run, str], dict]:
         x = torch.empty_like(x, memory_format=torch.channels_last).normal_().requires_grad_()
         w = (torch.randn(16, 64, kernel, kernel, device=run.device) / (8 * kernel)).bfloat16()
         w = w.contiguous(memory_format=torch.channels_last).requires_grad_()
-        with bcos_kernels.backend(backend):
+        with selftest.exactly(backend):
             y = bcos_kernels.conv2d(x, w, padding=kernel // 2)
             dy = torch.randn_like(y)
             (dx,) = torch.autograd.grad(y, x, dy)
@@ -186,7 +186,7 @@ def _large_batch_norm(run: Run, backend: str) -> dict:
     x = torch.empty(2, 64, edge, edge, dtype=torch.bfloat16, device=run.device)
     x = x.contiguous(memory_format=torch.channels_last).normal_()
     var, weight = torch.rand(64, device=run.device) + 0.5, torch.rand(64, device=run.device) + 0.5
-    with bcos_kernels.backend(backend), torch.no_grad():
+    with selftest.exactly(backend), torch.no_grad():
         y = bcos_kernels.batch_norm_uncentered(x, var, weight, None, training=False, activation="relu")
     place = (slice(1, 2), slice(None), slice(-4, None))
     want = reference.batch_norm_uncentered(

@@ -7,6 +7,8 @@ turn. A row of something wrong has status "wrong", of something that raised "fai
 from __future__ import annotations
 
 import contextlib
+import copy
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -18,17 +20,20 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import bcos_kernels
-from bcos_kernels import cutlass_build, selftest, selftest_cases, tuning
+from bcos_kernels import cutlass_build, selftest, selftest_cases, selftest_commands, tuning
+from bcosification.evaluation.benchmarking import Step, explain_one_by_one, gradient_error, inference, input_gradient
 from bcosification.evaluation.measuring import interleaved, summarized
 
 from .gpu import ROOT, OutOfTime, Run, first_line
-from .gpu_guards import guarded, repeated
+from .gpu_guards import SKIPPED, guarded, repeated
+from .networks import NETWORKS, Models, NotHere, inputs
 from .shapes import convolutions
 
 
@@ -74,6 +79,12 @@ def environment(run: Run) -> None:
             return {"status": "there" if status == 0 else "missing", "says": wanted[:200]}
 
         run.attempt("tools", name, look)
+    for name in ("torchvision", "bcos", "einops", "nvidia-cutlass"):
+        try:
+            values = {"status": "there", "says": importlib.metadata.version(name)}
+        except importlib.metadata.PackageNotFoundError:
+            values = {"status": "missing", "says": f"pip install {name}, or --wheels"}
+        run.add("packages", name, **values)
     if run.device.type == "cuda":
         properties = torch.cuda.get_device_properties(run.device)
         run.add(
@@ -166,7 +177,7 @@ def builds(run: Run) -> None:
 
 def tune(run: Run) -> None:
     """Checks, then rows of the tuning table, for the selftest's shapes and those of two networks; saved one by one."""
-    session = selftest.Session(run.device, selftest.usable(run.device), lambda text: print(text, flush=True))
+    session = selftest_commands.Session(run.device, selftest.usable(run.device), lambda text: print(text, flush=True))
     every = selftest.precisions(run.device, quick=run.rehearsal)
     for op in dict.fromkeys(case.op for case in selftest_cases.cases()):  # what is not right is not timed
         if run.left() <= 0:
@@ -263,7 +274,7 @@ def layers(run: Run) -> None:
 
 def _named(layer: nn.Module, backend: str) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        with bcos_kernels.backend(backend):
+        with selftest.exactly(backend):
             return layer(x)
 
     forward.parameters = layer.parameters
@@ -334,13 +345,18 @@ def networks(run: Run) -> None:
         "vit_b": (lambda: _vit(768, 12), 128),
         "vit_s": (lambda: _vit(384, 6), 256),
     }
-    contenders = {"eager": ("plain", "peer", "ours", "ours-low"),
+    contenders = {"eager": ("plain", "peer", "ours", "ours-low"), PACKAGE: (),
                   "compiled": ("plain", "plain-compiled", "peer-compiled", "ours-compiled")}  # fmt: skip
     size, rounds, dtypes = 224, 3, ("bfloat16", "float32")
     if run.rehearsal:
         known = {"resnet18": (lambda: torchvision.models.resnet18(num_classes=10), 2)}
-        contenders, size, rounds, dtypes = {"eager": ("plain", "ours")}, 64, 1, ("float32",)
+        contenders, size, rounds, dtypes = {"eager": ("plain", "ours"), PACKAGE: ()}, 64, 1, ("float32",)
     for how, group in contenders.items():
+        if how == PACKAGE:
+            for dtype in dtypes:
+                for name in [name for name in known if name in NETWORKS]:
+                    _of_the_package(run, name, dtype, known[name][1], size, rounds)
+            continue
         for dtype in dtypes:
             for name, (make, batch) in known.items():
                 label = f"{name}, {dtype}, batch {batch}, {how}"
@@ -374,6 +390,78 @@ def networks(run: Run) -> None:
                 del original, converted, images
 
 
+PACKAGE = "package bcos"
+
+
+def _of_the_package(run: Run, name: str, dtype: str, batch: int, size: int, rounds: int) -> None:
+    """The package's own network of that kind, as it is and fused by us, in turn with the plain one. Other networks than
+    the converted ones: weights normalised, and its ViTs have no class token. Gradients are compared before times: next
+    to the constant of an untrained network's logits the rest is nothing."""
+    label = f"{name}, {dtype}, batch {batch}, {PACKAGE}"
+    if not run.due(label, seconds=0 if run.rehearsal else 60):
+        return
+    run.free()
+    names = {"plain": "plain", "peer": "bcos", "fused-peer": "bcos, fused"}
+    models = Models(name, size)
+    autocast = None if dtype == "float32" else getattr(torch, dtype)
+    try:
+        made = {who: models.build(who).to(run.device) for who in names}
+        images = {who: inputs(who, batch, size).to(run.device) for who in names}
+        labels = torch.arange(batch, device=run.device)
+        error, right = _same_gradients(made["peer"], made["fused-peer"], images["peer"][:4], labels[:4])
+        if not right:
+            run.add(label, "bcos, fused", status="wrong", difference_from_peer=error)
+            return
+        tasks = {
+            "training": lambda who: Step(made[who].train(), images[who], labels, autocast=autocast),
+            "inference": lambda who: partial(inference, made[who].eval(), images[who], autocast=autocast),
+            "explanation": lambda who: _explainer(who, made[who].eval(), images[who], autocast),
+        }
+        for task, prepare in tasks.items():
+            runs = {who: prepare(who) for who in names}
+            times = interleaved(runs, rounds=rounds, warmup=1, device=run.device)
+            for who, values in reversed(summarized(times).items()):  # plain last: a case counts as measured by it
+                rate = batch / values["median_ms"] * 1e3
+                extra = {"difference_from_peer": error} if who == "fused-peer" else {}
+                run.add(label, f"{names[who]}, {task}", images_per_s=rate, **values, **extra)
+    except NotHere as error:
+        run.add(label, "bcos", status="not run", reason=f"{error.status}: {first_line(error)}")
+    except Exception as error:  # of one network
+        run.add(label, "bcos", status="failed", reason=f"{type(error).__name__}: {first_line(error)}")
+
+
+def _same_gradients(peer: nn.Module, fused: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, bool]:
+    """How far the gradients of a fused network are from its peer's, and whether that is rounding: below a hundredth, or
+    no further from those in float64 than twice what the peer's are."""
+
+    def gradients(model: nn.Module, x: Tensor = images) -> dict[str, Tensor]:
+        return Step(copy.deepcopy(model), x, labels).gradients()
+
+    got, expected = gradients(fused), gradients(peer)
+    error = gradient_error(got, expected)
+    if error < 1e-2:
+        return error, True
+    exact = gradients(copy.deepcopy(peer).double(), images.double())
+    return error, gradient_error(got, exact) <= 2 * gradient_error(expected, exact)
+
+
+def _explainer(who: str, model: nn.Module, images: Tensor, autocast: torch.dtype | None) -> Callable[[], object]:
+    """Of plain the input gradient; of the package image by image, as it explains; fused, in batches."""
+    if who == "plain":
+        return partial(input_gradient, model, images, autocast=autocast)
+    if who == "peer":
+        return partial(explain_one_by_one, model, images, autocast=autocast)
+
+    def ours():
+        from bcosification.explanation import explain
+
+        with warnings.catch_warnings(), torch.autocast(images.device.type, autocast, enabled=autocast is not None):
+            warnings.simplefilter("ignore")  # in 16 bits the sum of the contributions is the logit roughly
+            return explain(model, images, batch_size=len(images))
+
+    return ours
+
+
 # --- sanitizer --------------------------------------------------------------------------------------------------------
 
 
@@ -399,7 +487,7 @@ def sanitizer(run: Run) -> None:
 
 
 def _sanitized(run: Run, tool: str, checker: str, backend: str) -> dict:
-    log = run.out / f"gpu_{checker}_{backend}.log"
+    log = run.out / f"gpu_{checker}_{backend.replace(':', '_')}.log"
     command = [
         tool, "--tool", checker, "--error-exitcode", "86", "--log-file", str(log), sys.executable, "-m",
         "benchmarks.gpu_guards", backend,
@@ -412,6 +500,8 @@ def _sanitized(run: Run, tool: str, checker: str, backend: str) -> dict:
     summary = next((line.strip("= ") for line in reversed(text.splitlines()) if "SUMMARY" in line), "")
     if "not supported" in text:
         return {"status": "not run", "reason": "the device refuses it"}
+    skipped = [line.removeprefix(SKIPPED) for line in text.splitlines() if line.startswith(SKIPPED)]
+    seen = {"skipped": "; ".join(skipped)} if skipped else {}
     if status == 0:
-        return {"status": "right", "says": summary[:200]}
-    return {"status": "wrong" if status == 86 else "failed", "says": summary[:200] or first_line(text)}
+        return {"status": "right", "says": summary[:200], **seen}
+    return {"status": "wrong" if status == 86 else "failed", "says": summary[:200] or first_line(text), **seen}

@@ -56,6 +56,17 @@ def window_of_row(rows, P, Q):
 
 
 @triton.jit
+def first_tap(residue, pad, dil, step, TAPS: tl.constexpr, UNIT_STEP: tl.constexpr):
+    """First tap of an axis that reaches the pixels ≡ residue (mod step); TAPS if none does."""
+    first = 0
+    if not UNIT_STEP:
+        first = residue * 0 + TAPS
+        for tap in tl.static_range(TAPS - 1, -1, -1):
+            first = tl.where((residue + pad - tap * dil) % step == 0, tap, first)
+    return first
+
+
+@triton.jit
 def conv2d_forward_kernel(
     y_ptr, n_ptr, a_ptr, index_ptr, kept_ptr, emitted_ptr,
     x_ptr, w_ptr, bias_ptr, rnorm_ptr, b_ptr, squares_ptr, residual_ptr, var_ptr, norm_w_ptr, norm_b_ptr,

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import composed
-from . import own_launcher
+from . import conv2d_small_groups, own_launcher
 from .batch_norm_uncentered import as_rows, launch_sums, pass_relu
 from .bcos_math import (
     ONE,
@@ -179,7 +179,8 @@ def conv2d_batch_norm_backward(
         from_slope = False
     layout = memory_format(x, weight)
     y, z = y.contiguous(memory_format=layout), None if z is None else z.contiguous(memory_format=layout)
-    n = n.contiguous()
+    few = conv2d_small_groups.takes(weight, groups)
+    n = n.contiguous(memory_format=memory_format(n) if few else torch.contiguous_format)
     relu, inside = activation == "relu", need_dx or need_dw or need_dbias
     dnorm_weight = torch.empty_like(norm_weight) if need_dnorm_weight else None
     dnorm_bias = torch.empty_like(norm_bias) if need_dnorm_bias else None
@@ -197,12 +198,22 @@ def conv2d_batch_norm_backward(
         if inside or (need_dresidual and relu):
             da = torch.empty_like(y)
             q = torch.empty_like(n) if need_dx and not detach else None
-            _launch_backward_da(
-                as_rows(da), q, as_rows(dresidual) if relu else None, dz3, y3,
-                None if from_slope and dresidual is None else z3, None if from_slope else n, var, gamma, delta,
-                mean if through_variance else None, slope if through_variance else None, groups, eps, relu, from_slope,
-                detach,
-            )  # fmt: skip
+            da3, dresidual3 = as_rows(da), as_rows(dresidual) if relu else None
+            if not through_variance:
+                mean = slope = None
+            if from_slope:  # elementwise: groups are of no matter
+                z3 = None if dresidual is None else z3
+                _launch_backward_da(
+                    da3, None, dresidual3, dz3, y3, z3, None, var, gamma, delta, None, None, 1, eps, relu, True, detach
+                )
+            elif few:
+                conv2d_small_groups.launch_batch_norm_da(
+                    da3, q, dresidual3, dz3, y3, z3, n, var, gamma, delta, mean, slope, eps, relu, detach
+                )
+            else:
+                _launch_backward_da(
+                    da3, q, dresidual3, dz3, y3, z3, n, var, gamma, delta, mean, slope, groups, eps, relu, False, detach
+                )
             rnorm = reciprocal_weight_norms(weight) if normalize_weight else None
             dx, dw, dbias = launch_products(
                 da, q, None, x, weight, bias, rnorm, stride, padding, dilation, groups, max_out, need_dx, need_dw,

@@ -7,7 +7,8 @@ float16):
        beside it
 
 ∂L/∂a lies per output; with max_out the loads of 2 and 3 spread it to the winning units. Windows of one pixel over
-channels_last run 2 and 3 as a linear layer.
+channels_last run 2 and 3 as a linear layer, groups of few channels all three without matrix products
+(conv2d_small_groups.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import linear
+from . import conv2d_small_groups, linear
 from .bcos_math import (
     ONE,
     TWO,
@@ -40,6 +41,7 @@ from .bcos_math import (
 from .configs import config_for, fitted, flattened, shortened
 from .conv2d import (
     GROUP_M,
+    first_tap,
     launch_forward,
     output_shape,
     reciprocal_weight_norms,
@@ -99,17 +101,6 @@ def conv2d_backward_da_kernel(
         tl.store(q_ptr + n_offsets, -(through_n_sum / n) / n, mask=row_mask)
     if db_ptr is not None:
         tl.store(db_ptr + (tl.program_id(0) * tl.num_programs(1) + group), tl.sum(through_b_sum, axis=0))
-
-
-@triton.jit
-def first_tap(residue, pad, dil, step, TAPS: tl.constexpr, UNIT_STEP: tl.constexpr):
-    """First tap of an axis that reaches the pixels ≡ residue (mod step); TAPS if none does."""
-    first = 0
-    if not UNIT_STEP:
-        first = residue * 0 + TAPS
-        for tap in tl.static_range(TAPS - 1, -1, -1):
-            first = tl.where((residue + pad - tap * dil) % step == 0, tap, first)
-    return first
 
 
 @triton.jit
@@ -309,6 +300,12 @@ def launch_products(
             dbias = linear.launch_backward_dw(
                 dw[:, :, 0, 0], da, index, x, matrix, bias, rnorm, max_out, need_dbias, precision
             )
+    elif conv2d_small_groups.takes(weight, groups):
+        window = (stride, padding, dilation, groups, max_out)
+        if dx is not None and dx.numel():
+            conv2d_small_groups.launch_dx(dx, da, q, index, x, weight, rnorm, *window)
+        if dw is not None:
+            dbias = conv2d_small_groups.launch_dw(dw, da, index, x, weight, bias, rnorm, *window, need_dbias)
     else:
         if dx is not None and dx.numel():
             _launch_dx(dx, da, q, index, x, weight, rnorm, stride, padding, dilation, groups, max_out, precision)
@@ -379,8 +376,8 @@ def conv2d_backward(
 ):  # fmt: skip
     """Gradients (dx, dw, dbias, db) of `conv2d_forward`, None where not needed; db is a 0-dim float32 tensor.
 
-    y, n, a, index as the forward gave them; with y None (or n empty) what is missing is recomputed from x and weight.
-    dx is channels_last if x or weight is, dw if weight is.
+    y, n, a, index as the forward gave them, n in any strides; with y None (or n empty) what is missing is recomputed
+    from x and weight. dx is channels_last if x or weight is, dw if weight is.
     """
     check_dtype("conv2d", x)
     mode = b_mode(b, b_tensor)
@@ -414,7 +411,13 @@ def conv2d_backward(
 
     da, q, db = dy, None, None
     with on_device(x):
-        if mode != ONE:
+        if mode != ONE and conv2d_small_groups.takes(weight, groups):
+            da = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+            q, db = conv2d_small_groups.launch_da(
+                da, dy, v, n, b, b_tensor, mode, from_output, detach, need_dx and not detach, need_db and not detach
+            )
+        elif mode != ONE:
+            n = n.contiguous()
             block_m, block_n = 32, 64
             programs = triton.cdiv(rows, block_m)
             da = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import types
@@ -323,12 +324,15 @@ FORWARD = (X, W, None, 2.0, None, False, 1, True, None)
 
 
 class Kernels(types.SimpleNamespace):
-    """A backend whose launchers are the reference's, noting every call; ``failing`` raises instead."""
+    """A backend whose launchers are the reference's, noting every call; ``failing`` raises instead. Its variant
+    "cutlass" takes what `takes` says, and leaves the rest to the backend's own launchers."""
 
     STRICT_LAYOUTS = True
 
     def __init__(self, failing=None):
-        super().__init__(calls=[])
+        super().__init__(calls=[], variants=[], takes=lambda: True, variant_failing=None, why_no_variant=None)
+        variant = types.SimpleNamespace(unusable_reason=lambda: self.why_no_variant, running=self.running)
+        self.VARIANTS = {"cutlass": variant}
         for name in tuning._CLASSES:
             setattr(self, "_".join(name), self._launcher("_".join(name), failing))
 
@@ -337,12 +341,22 @@ class Kernels(types.SimpleNamespace):
             self.calls.append((name, arguments))
             if failing is not None:
                 raise failing
+            if self.variants and self.variants[-1] == "inside" and self.variant_failing is not None:
+                raise self.variant_failing
             return dispatch_launcher("reference", name)(*arguments)
 
         return launch
 
     def unusable_reason(self):
         return None
+
+    @contextlib.contextmanager
+    def running(self):
+        self.variants.append("inside")
+        try:
+            yield types.SimpleNamespace(ran=self.takes())
+        finally:
+            self.variants[-1] = "cutlass"
 
 
 dispatch_launcher = dispatch._launcher
@@ -495,6 +509,128 @@ def test_a_corrupt_table_changes_no_numbers(gpu, monkeypatch, tmp_path):
     with pytest.warns(RuntimeWarning, match="gpu.json is ignored"):
         y = dispatch.run("linear", "forward", ON_GPU, FORWARD)[0]
     assert torch.equal(y, expected_y())
+
+
+# Variants of a backend ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_row_names_a_variant(gpu):
+    table, backends = gpu
+    table[key()] = ("cuda:cutlass", "cuda", "reference")
+    y = dispatch.run("linear", "forward", ON_GPU, FORWARD)[0]
+    assert torch.equal(y, expected_y()) and backends["cuda"].variants == ["cutlass"]
+    assert bcos_kernels.dispatched() == {"linear": "cuda:cutlass"} and dispatch.last_backend() == "cuda:cutlass"
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_a_variant_leaves_to_its_backend_is_told_as_that(gpu):
+    table, backends = gpu
+    table[key()] = ("cuda:cutlass", "reference")
+    backends["cuda"].takes = lambda: False
+    dispatch.run("linear", "forward", ON_GPU, FORWARD)
+    assert bcos_kernels.dispatched() == {"linear": "cuda"} and backends["cuda"].variants == ["cutlass"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "name, row, expected",
+    [
+        ("cuda", ("cuda:cutlass", "cuda", "reference"), "cuda:cutlass"),
+        ("cuda", ("triton", "cuda:cutlass", "cuda", "reference"), "cuda:cutlass"),  # the first of the backend's own
+        ("cuda", ("cuda", "cuda:cutlass", "reference"), "cuda"),
+        ("cuda", ("triton", "reference"), "cuda"),
+        ("cuda", None, "cuda"),
+        ("cuda:library", ("cuda:cutlass", "cuda", "reference"), "cuda"),
+        ("cuda:cutlass", ("cuda", "reference"), "cuda:cutlass"),
+        ("cuda:cutlass", None, "cuda:cutlass"),
+    ],
+)
+def test_a_named_backend_runs_in_the_row_s_variant(gpu, name, row, expected):
+    if row is not None:
+        gpu[0][key()] = row
+    with bcos_kernels.backend(name):
+        y = dispatch.run("linear", "forward", ON_GPU, FORWARD)[0]
+    assert torch.equal(y, expected_y()) and bcos_kernels.dispatched() == {"linear": expected}
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_named_backend_s_variant_that_cannot_run_is_the_library_s(gpu):
+    gpu[0][key()] = ("cuda:cutlass", "cuda", "reference")
+    gpu[1]["cuda"].why_no_variant = "not built"
+    with bcos_kernels.backend("cuda"):
+        dispatch.run("linear", "forward", ON_GPU, FORWARD)
+    assert bcos_kernels.dispatched() == {"linear": "cuda"}
+    assert bcos_kernels.backends()["cuda"] is None and bcos_kernels.backends()["cuda:cutlass"] == "not built"
+    assert list(bcos_kernels.backends()) == list(dispatch.NAMES)
+    with pytest.raises(RuntimeError, match="'cuda:cutlass' cannot be used here: not built"):
+        with bcos_kernels.backend("cuda:cutlass"):
+            pass
+    with pytest.raises(KeyError):
+        bcos_kernels.backends()["cuda:abacus"]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_variant_that_fails_is_replaced_with_one_warning(gpu, named):
+    table, backends = gpu
+    table[key()] = ("cuda:cutlass", "cuda", "reference")
+    backends["cuda"].variant_failing = RuntimeError("the driver refused a tensor map\nin full")
+    with contextlib.ExitStack() as stack:
+        if named:
+            stack.enter_context(bcos_kernels.backend("cuda"))
+        with pytest.warns(RuntimeWarning, match="runs on cuda.*: cuda:cutlass: RuntimeError: the driver") as told:
+            first = dispatch.run("linear", "forward", ON_GPU, FORWARD)[0]
+            second = dispatch.run("linear", "forward", ON_GPU, FORWARD)[0]
+    assert len(told) == 1 and torch.equal(first, expected_y()) and torch.equal(second, first)
+    assert bcos_kernels.dispatched() == {"linear": "cuda"} and table[key()] == ("cuda", "reference")
+    assert len(backends["cuda"].variants) == 1
+
+
+def test_too_little_memory_is_no_reason_to_do_without_a_named_backend_s_variant(gpu):
+    gpu[0][key()] = ("cuda:cutlass", "cuda", "reference")
+    gpu[1]["cuda"].variant_failing = torch.OutOfMemoryError("no room")
+    with bcos_kernels.backend("cuda"), pytest.raises(torch.OutOfMemoryError):
+        dispatch.run("linear", "forward", ON_GPU, FORWARD)
+    assert gpu[0][key()] == ("cuda:cutlass", "cuda", "reference")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_backward_goes_by_its_own_row_or_by_its_forward_s_variant(gpu):
+    table, backends = gpu
+    arguments = backward_arguments()
+    dispatch.run("linear", "backward", ON_GPU, arguments, "cuda:cutlass")
+    assert bcos_kernels.dispatched() == {"linear_backward": "cuda:cutlass"}
+    table[key("backward", arguments)] = ("cuda", "reference")
+    dispatch.run("linear", "backward", ON_GPU, arguments, "cuda:cutlass")
+    assert bcos_kernels.dispatched() == {"linear_backward": "cuda"}
+
+
+def test_without_a_row_of_its_own_a_backward_s_failing_variant_is_its_backend_s(gpu):
+    gpu[1]["cuda"].variant_failing = RuntimeError("the launch failed")
+    with pytest.warns(RuntimeWarning, match="linear_backward runs on cuda: cuda:cutlass: RuntimeError: the launch"):
+        dispatch.run("linear", "backward", ON_GPU, backward_arguments(), "cuda:cutlass")
+    assert bcos_kernels.dispatched() == {"linear_backward": "cuda"}
+
+
+def test_variants_keep_the_same_in_y_s_place(gpu):
+    """What a fused op's forward kept in one variant serves the backward in the other: nothing is computed again."""
+    table, backends = gpu
+    forward, backward = linear_gelu_calls()
+    table[key("forward", forward, "linear_gelu")] = ("cuda:cutlass", "cuda", "reference")
+    arguments = backward(*dispatch.run("linear_gelu", "forward", ON_GPU, forward))
+    backends["cuda"].variant_failing = RuntimeError("the launch failed")
+    backends["cuda"].calls.clear()
+    with pytest.warns(RuntimeWarning, match="linear_gelu_backward runs on cuda: cuda:cutlass"):
+        dispatch.run("linear_gelu", "backward", ON_GPU, arguments, "cuda:cutlass")
+    assert [name for name, _ in backends["cuda"].calls] == ["linear_gelu_backward"] * 2
+    assert backends["cuda"].calls[1][1][4] is arguments[4]
+
+
+def test_what_is_computed_again_for_a_backward_is_the_library_s():
+    """Bit for bit what the forward kept: of a fused op that is a, or in float16 y with a, and no variant's."""
+    for recorded in ("cuda", "cuda:cutlass", "named cuda", "named cuda:cutlass"):
+        assert dispatch.backend_of(recorded) == "cuda:library"
+    assert dispatch.backend_of("named triton") == "triton" and dispatch.backend_of("") == "auto"
 
 
 # What fused ops keep is their backend's own affair --------------------------------------------------------------------

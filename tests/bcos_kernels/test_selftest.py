@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import types
 
@@ -10,7 +11,16 @@ import torch
 
 import bcos_kernels
 import bcos_kernels.cpu
-from bcos_kernels import dispatch, reference, selftest, selftest_cases, tuning
+from bcos_kernels import (
+    cutlass,
+    cutlass_build,
+    dispatch,
+    reference,
+    selftest,
+    selftest_cases,
+    selftest_commands,
+    tuning,
+)
 from bcos_kernels.__main__ import main
 from tests.bcos_kernels import harness
 
@@ -150,7 +160,7 @@ def test_the_command_where_something_is_wrong(backend, monkeypatch, capsys):
     monkeypatch.setattr(bcos_kernels.cpu, "linear_forward", scaled(launch, 0, 1.01))
     assert main(["selftest", "--quick", "--device", "cpu"]) == 1
     captured = capsys.readouterr()
-    assert "WRONG in 3 of 3" in captured.out and "wrong: cpu, B = 2: x 37x45, weight 29x45: y: " in captured.err
+    assert "WRONG in 4 of 4" in captured.out and "wrong: cpu, B = 2: x 37x45, weight 29x45: y: " in captured.err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -161,6 +171,27 @@ def test_without_a_gpu_the_commands_say_so(command, capsys):
     assert stopped.value.code == 2
     said = "no CUDA device here" if command[0] == "selftest" else "nothing to tune on cpu"
     assert said in capsys.readouterr().err
+
+
+def test_cutlass_is_built_where_that_is_asked_for(monkeypatch, capsys):
+    """All kernels, before their library is loaded; a build that fails, or a device that is none for them, ends it."""
+    parser, built = argparse.ArgumentParser(), []
+    monkeypatch.setattr(cutlass_build, "build", lambda kinds, verbose: built.append(kinds))
+    monkeypatch.setattr(cutlass, "unusable_reason", types.SimpleNamespace(cache_clear=lambda: built.append("forget")))
+    selftest_commands._build_cutlass(parser, torch.device("cuda", 0))
+    assert built == [list(cutlass_build.KINDS), "forget"]
+
+    def fail(kinds, verbose):
+        raise RuntimeError("cutlass_build: expected nvcc\nin full")
+
+    monkeypatch.setattr(cutlass_build, "build", fail)
+    for device, said in (("cuda", "--cutlass: cutlass_build: expected nvcc\n"), ("cpu", "capability 9.0, got cpu")):
+        with pytest.raises(SystemExit):
+            selftest_commands._build_cutlass(parser, torch.device(device))
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["selftest", "--quick", "--device", "cpu", "--cutlass"])
+    assert "capability 9.0, got cpu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["selftest", "tune"])
@@ -191,7 +222,8 @@ def gpu(monkeypatch):
 
     monkeypatch.setattr(selftest, "_milliseconds", milliseconds)
     said: list[str] = []
-    return types.SimpleNamespace(session=selftest.Session(CPU, ["reference", "triton"], said.append), said=said)
+    session = selftest_commands.Session(CPU, ["reference", "triton"], said.append)
+    return types.SimpleNamespace(session=session, said=said)
 
 
 CASES = [
@@ -247,7 +279,7 @@ def test_what_is_wrong_with_an_option_gets_no_row_for_any_shape(backend, gpu, mo
 
 def test_a_table_that_cannot_be_written_is_a_problem(gpu, monkeypatch):
     monkeypatch.setenv("BCOS_TUNING_CACHE", "off")
-    session = selftest.Session(CPU, ["reference"], gpu.said.append)
+    session = selftest_commands.Session(CPU, ["reference"], gpu.said.append)
     session.time(CASES[:1], ["bfloat16"])
     assert session.unlock() is None and not session.ok
     assert "could not be written" in session.problems[0]

@@ -145,6 +145,17 @@ def test_the_reference_is_behind_every_kernel_and_nothing_behind_it(folders):
     assert found[*KEY[:3], other] == ("reference",)
 
 
+def test_a_variant_is_verified_apart_from_its_backend(folders):
+    both = row(("cuda:cutlass", "cuda", "reference"))
+    write(folders[0], [both])
+    assert tuning.assembled(*HERE) == {KEY: ("cuda:cutlass", "cuda", "reference")}
+    write(folders[0], [dict(both, kernels=both["kernels"] | {"cuda:cutlass": "0" * 12})])
+    assert tuning.assembled(*HERE) == {KEY: ("cuda", "reference")}
+    write(folders[1], [tuning.row(KEY, {"reference": 2.0, "cuda": 1.0}, "", ["cuda:cutlass"])])
+    write(folders[0], [dict(both, shape_class=["two", False, 5, 2, 3])])
+    assert set(tuning.assembled(*HERE).values()) == {("cuda", "reference")}
+
+
 def test_the_last_word(folders):
     """Another device's rows, before this device's; the package's before the user's."""
     shipped, own = folders

@@ -6,13 +6,14 @@ import json
 import re
 import time
 import types
+import zipfile
 
 import pytest
 import torch
 
 from bcos_kernels import selftest, selftest_cases
 from bcosification.evaluation import measuring
-from benchmarks import gpu, gpu_correctness, gpu_guards, gpu_stages
+from benchmarks import gpu, gpu_correctness, gpu_finetune, gpu_guards, gpu_stages, networks, wheels
 from benchmarks.protocol import load_rows
 
 STAGES = gpu.stages()
@@ -146,6 +147,57 @@ def test_stages_run_in_processes_of_their_own(tmp_path, capfd):
     assert "== environment: done" in capfd.readouterr().out
 
 
+# --- packages from wheels ---------------------------------------------------------------------------------------------
+
+
+def wheel(folder, name, version, files=()):
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        archive.writestr(f"{name}-{version}.dist-info/METADATA", metadata)
+        for path in files:
+            archive.writestr(path, "VALUE = 7\n")
+
+
+def test_what_is_not_installed_is_unpacked(tmp_path):
+    wheel(tmp_path / "wheels", "abacus", "1.5", ["abacus/__init__.py", "abacus-1.5.data/purelib/beads.py"])
+    wheel(tmp_path / "wheels", "torch", "99.0", ["torch.py"])  # installed
+    (tmp_path / "wheels" / "README").write_text("no wheel")
+    target = tmp_path / "target"
+    assert wheels.unpack(tmp_path / "wheels", target) == {"abacus": "1.5"}
+    assert (target / "abacus" / "__init__.py").is_file() and (target / "beads.py").is_file()
+    assert not (target / "torch.py").exists()
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [(None, "which is no folder"), ("", "which has none"), ("abacus-1.5-cp311-cp311-linux_x86_64.whl", "pure Python"),
+     ("abacus-1.5-py3-none-any.whl", "abacus-1.5-py3-none-any.whl cannot be unpacked: File is not a zip file")],
+)  # fmt: skip
+def test_what_is_no_folder_of_wheels(name, message, tmp_path, capsys):
+    folder = tmp_path / "wheels"
+    if name is not None:
+        folder.mkdir()
+    if name:
+        (folder / name).write_text("no zip")
+    with pytest.raises(ValueError, match=message):
+        wheels.unpack(folder, tmp_path / "target")
+    with pytest.raises(SystemExit):
+        gpu.main(["--rehearse", "--stage", "environment", "--out", str(tmp_path), "--wheels", str(folder)])
+    assert f"--wheels: {'' if name else 'expected a folder'}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_stages_have_what_comes_as_wheels(tmp_path, monkeypatch, capfd):
+    """In their own processes, where the package of that name was not installed."""
+    wheel(tmp_path / "wheels", "einops", "99.0", ["einops/__init__.py"])
+    monkeypatch.setattr(wheels, "_installed", lambda distribution: False)
+    monkeypatch.setenv("BCOS_WHEELS", str(tmp_path / "wheels"))
+    assert gpu.main(["--rehearse", "--stage", "environment", "--out", str(tmp_path)]) == gpu.DONE
+    assert "from wheels: einops 99.0" in capfd.readouterr().out
+    assert rows_of("environment", tmp_path)["packages", "einops"]["says"] == "99.0"
+
+
 # --- the stages, rehearsed --------------------------------------------------------------------------------------------
 
 
@@ -163,7 +215,8 @@ def rehearse(tmp_path, monkeypatch):
 
 def test_environment(rehearse):
     status, rows = rehearse("environment")
-    assert status == gpu.DONE and {case for case, _ in rows} == {"tools", "bandwidth", "matrix product 64^3"}
+    assert status == gpu.DONE
+    assert {case for case, _ in rows} == {"tools", "packages", "bandwidth", "matrix product 64^3"}
     assert rows["matrix product 64^3", "bfloat16"]["TFLOP_per_s"] > 0
     assert rows["tools", "nvcc"]["status"] in ("there", "missing")
 
@@ -229,17 +282,19 @@ def test_a_tool_that_hangs_is_ended_with_its_children(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script, status",
-    [("exit 0", "right"), ("echo '========= ERROR SUMMARY: 3 errors'; exit 86", "wrong"), ("exit 1", "failed"),
-     ("echo 'Device not supported'; exit 1", "not run")],
+    "script, status, skipped",
+    [("exit 0", "right", None), ("echo '========= ERROR SUMMARY: 3 errors'; exit 86", "wrong", None),
+     ("exit 1", "failed", None), ("echo 'Device not supported'; exit 1", "not run", None),
+     ("echo 'linear, B = 2'; echo 'not built: conv2d, 3x3: no'; echo 'not built: linear, x: y'", "right",
+      "conv2d, 3x3: no; linear, x: y")],
 )  # fmt: skip
-def test_what_a_checker_says(script, status, tmp_path):
+def test_what_a_checker_says(script, status, skipped, tmp_path):
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(f"#!/bin/sh\n{script}\n")
     tool.chmod(0o755)
     run = gpu.Run(CPU, True, gpu.Rows("sanitizer", tmp_path, CPU), tmp_path, time.monotonic() + 60)
-    found = gpu_stages._sanitized(run, str(tool), "memcheck", "triton")
-    assert found["status"] == status
+    found = gpu_stages._sanitized(run, str(tool), "memcheck", "cuda:cutlass")
+    assert found["status"] == status and found.get("skipped") == skipped
     assert found.get("says", "") == ("ERROR SUMMARY: 3 errors" if status == "wrong" else "")
 
 
@@ -258,11 +313,67 @@ def test_layers(rehearse):
 def test_networks(rehearse):
     status, rows = rehearse("networks")
     assert status == gpu.DONE
-    assert {who for _, who in rows} == {
-        f"{who}, {task}" for who in ("plain", "ours") for task in ("training", "inference", "explanation")
-    }
+    tasks = ("training", "inference", "explanation")
+    of_the_package = {who: row for (case, who), row in rows.items() if case.endswith("package bcos")}
+    rows = {key: row for key, row in rows.items() if not key[0].endswith("package bcos")}
+    assert {who for _, who in rows} == {f"{who}, {task}" for who in ("plain", "ours") for task in tasks}
+    assert set(of_the_package) == {f"{who}, {task}" for who in ("plain", "bcos", "bcos, fused") for task in tasks}
+    assert 0 < of_the_package["bcos, fused, training"]["difference_from_peer"] < 1e-2
+    assert all(row["images_per_s"] > 0 for row in of_the_package.values())
     ours = next(row for (_, who), row in rows.items() if who == "ours, training")
     assert ours["ratio"] > 0 and ours["peak_MiB"] > 0 and ours["backends"]
+
+
+def test_a_package_s_network_with_other_gradients_is_wrong(rehearse, monkeypatch):
+    build = gpu_stages.Models.build
+
+    def off(models, contender):
+        model = build(models, contender)
+        if contender == "fused-peer":
+            with torch.no_grad():
+                next(model.parameters()).mul_(1.1)  # its first layer normalises weights: not seen
+                list(model.parameters())[1].mul_(1.1)
+        return model
+
+    monkeypatch.setattr(gpu_stages.Models, "build", off)
+    status, rows = rehearse("networks")
+    assert status == gpu.WRONG
+    assert rows["resnet18, float32, batch 2, package bcos", "bcos, fused"]["status"] == "wrong"
+
+
+def test_networks_without_the_package(rehearse, monkeypatch):
+    def missing(models):
+        raise networks.NotHere("needs bcos", "pip install bcos")
+
+    monkeypatch.setattr(gpu_stages.Models, "peer", missing)
+    status, rows = rehearse("networks")
+    assert status == gpu.DONE
+    assert rows["resnet18, float32, batch 2, package bcos", "bcos"]["reason"] == "needs bcos: pip install bcos"
+
+
+def test_finetune(rehearse):
+    status, rows = rehearse("finetune")
+    assert status == gpu.DONE
+    (label,) = {case for case, _ in rows if ": kernels" not in case}
+    assert label == "resnet18, float32, batch 4, 64 pixels, 4 steps"
+    for who in ("plain", "peer", "ours"):
+        row = rows[label, who]
+        assert row["status"] == "right" and row["images_per_s"] > 0 and row["resident_ms"] > 0
+        assert 0 < row["waiting"] < 1 and 0 < row["first_loss"] < 2 and row["last_loss"] > 0
+        shares = [r["share_of_step"] for (case, _), r in rows.items() if case == f"{label}: kernels of {who}"]
+        assert len(shares) > 5 and 0.3 < sum(shares) <= 1.001 and shares == sorted(shares, reverse=True)
+    kernels = {kernel for case, kernel in rows if case.endswith("kernels of ours")}
+    assert any("bcos" in kernel for kernel in kernels), kernels
+
+
+def test_a_fine_tune_that_goes_wrong_says_so():
+    training = gpu_finetune.Training(torch.nn.Linear(2, 2), CPU, None)
+    training.losses, training.memory = [torch.tensor(1.0), torch.tensor(0.9)], [1000, 1004]
+    assert training.wrong() == ""
+    training.memory.append(1000 + 2**20)
+    assert training.wrong() == "memory that grows: 1.0 MiB from the first steps on"
+    training.losses.append(torch.tensor(float("nan")))
+    assert training.wrong() == "a loss that is not finite"
 
 
 def test_sanitizer(rehearse):
@@ -375,9 +486,21 @@ def test_a_result_that_changes_is_seen(monkeypatch):
     assert gpu_guards.repeated(LINEAR, "float32", "reference", CPU, 5) == {"status": "wrong", "different": 1}
 
 
-def test_the_small_set_for_the_checkers(capsys):
+def test_the_small_set_for_the_checkers(capsys, monkeypatch):
     assert gpu_guards.main(["reference"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(selftest_cases.cases(quick=True))
+
+    def refuse(launch, *arguments):
+        raise NotImplementedError("linear: not this")
+
+    with_launcher(monkeypatch, refuse)
+    assert gpu_guards.main(["reference"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    skipped = [line for line in lines if line.startswith("not built: ")]
+    assert len(lines) == len(selftest_cases.cases(quick=True)) and len(skipped) == len(
+        [case for case in selftest_cases.cases(quick=True) if case.op in ("linear", "linear_gelu")]
+    )
+    assert skipped[0] == "not built: linear, B = 2: x 37x45, weight 29x45: linear: not this"
 
 
 def test_rows_are_json(tmp_path):

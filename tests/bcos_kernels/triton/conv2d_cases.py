@@ -66,7 +66,29 @@ CASES = [
         Case("1x1", kernel=(1, 1), padding=(0, 0), shape=(2, 16, 5, 4), layout="contiguous", dy_layout="contiguous"),
         Case("1x1 as linear", kernel=(1, 1), padding=(0, 0), shape=(2, 16, 5, 4), dy_layout="contiguous"),
         Case("squares given", squares=True, stride=(2, 1)),
+        Case("groups", shape=(1, 12, 5, 6), outputs=12, groups=2, normalize=True),
+        Case("depthwise 7x7", shape=(2, 12, 6, 5), outputs=12, kernel=(7, 7), padding=(3, 3), groups=12),
+        Case("depthwise, stride", shape=(1, 70, 6, 5), outputs=70, groups=70, stride=(2, 1), normalize=True, bias=True),
+        Case("groups of 4, general b", shape=(1, 8, 6, 5), outputs=8, groups=2, b=1.5, dy_layout="contiguous"),
     ),
+    Case("depthwise, pixels innermost", shape=(2, 20, 6, 5), outputs=20, groups=20, layout="contiguous"),
+    Case("depthwise, splits", shape=(2, 4, 33, 33), outputs=4, groups=4, bias=True),
+    Case("depthwise, dilation and stride", shape=(1, 6, 13, 12), outputs=6, groups=6, dilation=(2, 3), stride=(4, 2),
+         padding=(3, 1), b=1.5, normalize=True),
+    Case("depthwise, stride beyond kernel", shape=(1, 5, 11, 10), outputs=5, groups=5, kernel=(2, 1), stride=(3, 4),
+         padding=(0, 0)),
+    Case("depthwise 11x11", shape=(1, 3, 7, 6), outputs=3, groups=3, kernel=(11, 11), padding=(5, 5)),
+    Case("depthwise 1x1", shape=(2, 6, 5, 4), outputs=12, groups=6, kernel=(1, 1), padding=(0, 0), squares=True),
+    Case("depthwise, oblong", shape=(1, 5, 4, 9), outputs=5, groups=5, kernel=(1, 5), padding=(0, 2), stride=(1, 2)),
+    Case("depthwise, one pixel", shape=(3, 6, 1, 1), outputs=6, groups=6),
+    Case("depthwise, max_out 4", shape=(2, 6, 5, 4), outputs=6, groups=6, max_out=4, bias=True, recompute=True),
+    Case("depthwise, b 1", shape=(2, 6, 5, 4), outputs=6, groups=6, b=1.0, bias=True),
+    Case("depthwise, b tensor", shape=(2, 6, 5, 4), outputs=18, groups=6, b=1.75, b_tensor=True, dtype="bf16"),
+    Case("depthwise, zeros", shape=(2, 6, 5, 5), outputs=6, groups=6, zeros=True, normalize=True, dtype="fp16"),
+    Case("depthwise, values of 1e4", shape=(1, 6, 5, 5), outputs=6, groups=6, scale=1e4, dtype="fp16"),
+    Case("depthwise, strided memory", shape=(2, 6, 5, 5), outputs=6, groups=6, layout="strided", dy_layout="strided",
+         weight_layout="strided"),
+    Case("depthwise, expanded", shape=(2, 6, 5, 5), outputs=6, groups=6, layout="expanded", dy_layout="expanded"),
     Case(
         "1x1 as linear, all options",
         kernel=(1, 1),
@@ -268,6 +290,36 @@ def test_nan_reaches_the_windows_that_see_it():
     assert dw.isnan().any()
 
 
+def test_norms_may_lie_as_the_activation_does():
+    """Of several groups they come in either order, and the gradients are the same bits."""
+    x, weight, dy = torch.randn(2, 6, 5, 4), torch.randn(6, 1, 3, 3), torch.randn(2, 6, 5, 4)
+    for w, groups in ((weight, 6), (torch.randn(6, 3, 3, 3), 2), (torch.randn(12, 3, 3, 3), 2)):
+        window = ((1, 1), (1, 1), (1, 1), groups, 2.0, None)
+        y, n, a, index = triton_kernels.conv2d_forward(x, w, None, *window, False, 1, True)
+        dy = torch.randn(y.shape)
+        first, second = (
+            triton_kernels.conv2d_backward(
+                dy, x, w, None, *window, y, n.contiguous(memory_format=format_), a, index, False, 1, False, True, True,
+                False, False,
+            )
+            for format_ in (torch.contiguous_format, torch.channels_last)
+        )  # fmt: skip
+        assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+def test_groups_of_few_channels_multiply_elementwise(monkeypatch):
+    """Up to four channels and units, of several groups; one group, however few its channels, is a matrix product."""
+    module = importlib.import_module("bcos_kernels.triton_kernels.conv2d_small_groups")
+    ran = []
+    for name in ("launch_da", "launch_dx", "launch_dw"):
+        launch = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, launch=launch, name=name: (ran.append(name), launch(*a))[1])
+    for channels, units, groups, expected in ((4, 4, 2, 3), (1, 1, 3, 3), (5, 4, 2, 0), (4, 5, 2, 0), (3, 4, 1, 0)):
+        check(Case("", shape=(1, channels * groups, 4, 3), outputs=units * groups, groups=groups), "cpu")
+        assert len(ran) == 2 * expected, (channels, units, groups)  # in training and in explanation mode
+        ran.clear()
+
+
 def test_given_squares_are_what_the_norms_are_made_of():
     x, weight, squares = torch.randn(2, 4, 5, 5), torch.randn(3, 4, 3, 3), torch.rand(2, 5, 5)
     _, n, _, _ = triton_kernels.conv2d_forward(x, weight, None, *PLAIN, False, 1, False, squares)
@@ -288,11 +340,12 @@ def test_one_pixel_windows_run_as_a_linear_layer(monkeypatch):
 
 
 def test_offsets_in_int64(monkeypatch):
-    for name in ("conv2d", "conv2d_gradient"):
+    for name in ("conv2d", "conv2d_gradient", "conv2d_small_groups"):
         module = importlib.import_module(f"bcos_kernels.triton_kernels.{name}")
         monkeypatch.setattr(module, "index64", lambda *tensors: True)
     check(Case("int64", max_out=2, normalize=True, stride=(2, 1), groups=2, outputs=4, bias=True), "cpu")
     check(Case("int64", squares=True, stride=(1, 2)), "cpu")
+    check(Case("int64", shape=(1, 12, 5, 4), outputs=12, groups=2, max_out=2), "cpu")
 
 
 def test_float64_is_not_built():

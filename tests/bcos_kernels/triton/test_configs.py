@@ -17,6 +17,7 @@ from bcos_kernels.triton_kernels.configs import (
     reduced,
     shortened,
 )
+from bcos_kernels.triton_kernels.conv2d_small_groups import DW_ELEMENTS, DW_LAST, dw_splits, dw_tile
 
 SIZES = (1, 3, 16, 17, 32, 33, 64, 65, 128, 1000, 100_000)
 
@@ -82,6 +83,26 @@ def test_every_size_has_a_tile_and_every_tile_a_size():
 )
 def test_blocks_of_channels(block, channels, expected):
     assert fitted(block, channels) == expected
+
+
+@pytest.mark.parametrize("taps", [1, 3, 9, 25, 49, 121])
+@pytest.mark.parametrize("columns", [2, 4, 70, 768])
+def test_tiles_of_small_groups(taps, columns):
+    """Of ∂L/∂w: 32 accumulators a thread at most, all taps of a 7 × 7 window in one program."""
+    block_m, block_t, block_c = dw_tile(taps, columns)
+    assert all(block & (block - 1) == 0 for block in (block_m, block_t, block_c))
+    assert block_m * block_t * block_c <= DW_ELEMENTS and min(taps, 64) <= block_t < 2 * max(taps, 1)
+    assert block_c >= min(columns, 32)
+
+
+@pytest.mark.parametrize("rows", [1, 63, 2178, 200_704, 10**7])
+@pytest.mark.parametrize("tiles", [1, 3, 24, 5000])
+def test_splits_of_small_groups(rows, tiles):
+    """Every window in one split; many splits are summed in two steps of a fixed order."""
+    chunk, splits = dw_splits(rows, tiles, 4)
+    assert chunk * splits >= rows and chunk % 4 == 0 and 1 <= splits <= 128
+    assert splits <= DW_LAST or splits % DW_LAST == 0
+    assert splits == 1 or splits * tiles <= 1024
 
 
 @pytest.mark.parametrize("members", [1, 2, 16, 256])

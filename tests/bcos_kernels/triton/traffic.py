@@ -35,6 +35,10 @@ KERNELS = {
     "conv2d_backward_da_kernel": Moves("da q db"),
     "conv2d_backward_dx_kernel": Moves("dx"),
     "conv2d_backward_dw_kernel": Moves("partial dbias"),
+    "conv2d_small_groups_backward_da_kernel": Moves("da q db"),
+    "conv2d_small_groups_backward_dx_kernel": Moves("dx"),
+    "conv2d_small_groups_backward_dw_kernel": Moves("partial dbias"),
+    "conv2d_small_groups_batch_norm_backward_da_kernel": Moves("da q dresidual"),
     "conv2d_batch_norm_backward_da_kernel": Moves("da q dresidual"),
     "batch_norm_statistics_kernel": Moves("mean moment"),
     "batch_norm_variance_kernel": Moves("mean var"),
@@ -53,6 +57,7 @@ ONLY_WITH = {
     "linear_backward_dx_kernel": {"x": "q"},
     "linear_backward_dx_persistent_kernel": {"x": "q"},
     "conv2d_backward_dx_kernel": {"x": "q"},
+    "conv2d_small_groups_backward_dx_kernel": {"x": "q"},
     "weight_gradient_kernel": {"w": "rnorm"},
 }
 

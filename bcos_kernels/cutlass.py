@@ -1,0 +1,187 @@
+"""The variant "cutlass" of the CUDA backend: CUTLASS's kernels for Hopper in the place of a product and the pass behind
+it, for the calls that they take. cutlass_build.py builds them, on request only.
+
+    linear forward       x and w → y with 1/n given; where nothing keeps n, with the norms summed beside the products
+    conv2d forward       x and w → y with 1/n given
+    conv2d gradient      ∂L/∂a, w, x and q → dx with the norm's term, stride 1; alone and with a BatchNorm behind it
+
+Every other call is cuda.py's own, so that the variant takes whatever the backend takes. cuda.py asks here inside
+`running` alone, which also tells whether a kernel of these ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import cutlass_build
+
+if TYPE_CHECKING:
+    from .cuda import _Layer
+
+_NAMESPACE = "bcos_kernels_cutlass"
+_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_ALIGNMENT = 8  # elements in the 16 bytes that the tensor memory accelerator moves
+_LIMIT = 2**31  # CUTLASS counts rows, columns and pixels in 32 bits
+_STRIDES = 8  # the most of the accelerator's im2col mode
+
+
+class Use:
+    """What `running` tells: ``ran``, whether any of the kernels was launched."""
+
+    ran = False
+
+
+_use: ContextVar[Use | None] = ContextVar("bcos_kernels_cutlass", default=None)
+
+
+@contextmanager
+def running() -> Iterator[Use]:
+    """Inside, launchers of cuda.py use these kernels for what they take."""
+    use = Use()
+    token = _use.set(use)
+    try:
+        yield use
+    finally:
+        _use.reset(token)
+
+
+@cache
+def unusable_reason() -> str | None:
+    """Why these kernels cannot run here, or None. Loads their library on the first call, and never builds it."""
+    from . import cuda
+
+    reason = cuda.unusable_reason()
+    if reason is not None:
+        return reason
+    capability = torch.cuda.get_device_capability()
+    if capability != (9, 0):
+        return f"its kernels are for compute capability 9.0, got {capability[0]}.{capability[1]}"
+    library = cutlass_build.built()
+    if library is None:
+        return cutlass_build.unbuildable_reason() or "not built: python -m bcos_kernels.cutlass_build, minutes of nvcc"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"its library {library} does not load: {error}"
+    return None
+
+
+@cache
+def _op(name: str):
+    return getattr(getattr(torch.ops, _NAMESPACE), name).default
+
+
+@cache
+def _kinds() -> frozenset[str]:
+    """The kernels that the library holds."""
+    return frozenset(line.split()[0] for line in _op("kernels")().splitlines())
+
+
+# --- what the kernels take: the checks of csrc/cuda/cutlass/ops.cpp ---------------------------------------------------
+
+
+def _has(stem: str, dtype: torch.dtype) -> bool:
+    return dtype in _DTYPES and f"{stem}_{_DTYPES[dtype]}" in _kinds()
+
+
+def _is_aligned(t: Tensor) -> bool:
+    return t.is_meta or t.data_ptr() % 16 == 0
+
+
+def _are_operands(*tensors: Tensor) -> bool:
+    """Of one type, densely packed with channels innermost, at addresses and of sizes that the kernels count with."""
+    dense = torch.channels_last if tensors[0].dim() == 4 else torch.contiguous_format
+    return all(
+        t.dtype == tensors[0].dtype
+        and t.is_contiguous(memory_format=dense)
+        and _is_aligned(t)
+        and t.numel() > 0
+        and max(t.shape) < _LIMIT
+        for t in tensors
+    )
+
+
+def takes_linear(x: Tensor, weight: Tensor) -> bool:
+    """x (M, K), weight (N, K)."""
+    return _are_operands(x, weight) and weight.shape[0] % _ALIGNMENT == 0 and weight.shape[1] % _ALIGNMENT == 0
+
+
+def takes_conv2d(x: Tensor, weight: Tensor, outputs: tuple[int, int], stride: tuple[int, int], groups: int) -> bool:
+    """x (N, C, H, W), weight (O, C, R, S), outputs (P, Q)."""
+    images, channels, height, width = x.shape
+    return (
+        groups == 1
+        and _are_operands(x, weight)
+        and channels % _ALIGNMENT == 0
+        and weight.shape[0] % _ALIGNMENT == 0
+        and max(stride) <= _STRIDES
+        and images * height * width < _LIMIT
+        and images * outputs[0] * outputs[1] < _LIMIT
+    )
+
+
+# --- calling them -----------------------------------------------------------------------------------------------------
+
+
+def _launch(name: str, *arguments) -> Tensor:
+    made = _op(name)(*arguments)
+    _use.get().ran = True
+    return made
+
+
+def _reciprocal_weight_norm(layer: _Layer) -> Tensor | None:
+    """1/‖w‖ of every unit, 0 for a unit without weights; None where weights are taken as they are."""
+    if not layer.normalize_weight:
+        return None
+    weight = layer.weight
+    norm = torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim())), dtype=torch.float32)
+    return torch.where(norm == 0, 0.0, norm.reciprocal())
+
+
+def forward(layer: _Layer, mode: int, max_out: int, keep: bool, squares: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """(y, n) of a layer, or None for a call that is cuda.py's own: any but B = 2 without bias and max_out, and where a
+    has to be kept. Where the squares are summed beside the products, n is left unwritten: nothing is kept then, so that
+    nobody reads it."""
+    x, weight = layer.x, layer.weight
+    if _use.get() is None or mode != 2 or max_out > 1 or layer.bias is not None:
+        return None
+    if keep and x.dtype == torch.float16:
+        return None
+    if layer.is_linear:
+        if not takes_linear(x, weight):
+            return None
+        if not keep and squares is None and _has("linear_norm_forward", x.dtype):
+            n = torch.empty((x.shape[0],), dtype=torch.float32, device=x.device)
+            return _launch("linear_norm_forward", x, weight, _reciprocal_weight_norm(layer)), n
+        if not _has("linear_forward", x.dtype):
+            return None
+        n = layer.norms(squares)
+        return _launch("linear_forward", x, weight, n.reciprocal(), _reciprocal_weight_norm(layer)), n
+    if not _has("conv2d_forward", x.dtype):
+        return None
+    if not takes_conv2d(x, weight, layer.windows()[2:], layer.stride, layer.groups):
+        return None
+    n = layer.norms(squares)
+    window = (*layer.stride, *layer.padding, *layer.dilation)
+    return _launch("conv2d_forward", x, weight, n.reciprocal(), _reciprocal_weight_norm(layer), *window), n
+
+
+def backward_dx(layer: _Layer, da: Tensor, q: Tensor | None) -> Tensor | None:
+    """dx = transposed convolution of da + x ⊙ (transposed box filter of q), q (N, 1, P, Q); None for a call that is
+    cuda.py's own: of a linear layer, with a stride (which CUTLASS's kernel takes and computes wrongly), without q."""
+    if _use.get() is None or layer.is_linear or q is None or layer.stride != (1, 1):
+        return None
+    x = layer.x
+    if not _has("conv2d_backward_dx", x.dtype):
+        return None
+    if not takes_conv2d(x, layer.w, da.shape[2:], layer.stride, layer.groups) or not _are_operands(x, da):
+        return None
+    window = (*layer.stride, *layer.padding, *layer.dilation)
+    return _launch("conv2d_backward_dx", da, layer.w, x, layer.spread(q), *window)
