@@ -39,9 +39,9 @@ DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 TEMPLATES = [
     "a photo of the digit {}.",
     "a photo of a {}.",
-    "the number {}.",
+    "the number {} on a photo.",
     "a handwritten {}.",
-    "{}",
+    "a picture of the figure {}.",
 ]
 SIZE = 64
 RATES = {"resnet": 2e-3, "vit": 1e-3}
@@ -135,13 +135,14 @@ class Study:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.startswith("visual."))
         module = ContrastiveModule(
-            model, optimizer="adamw", lr=RATES[self.tower], weight_decay=0.05, warmup_epochs=min(2, epochs / 4)
-        )
+            model, optimizer="adamw", lr=RATES[self.tower], weight_decay=0.05,
+            warmup_epochs=min(1 if self.tower == "resnet" else 2, epochs / 4),
+        )  # fmt: skip
         data = build_datamodule("scenes", image_size=SIZE, batch_size=options.batch_size, seed=options.seed)
         start = time.perf_counter()
         rows = train(
             module, data, epochs=epochs, seed=options.seed, output=output, resume=True, accelerator="cpu", devices=1,
-            clip_norm=1.0, limit_batches=options.limit_batches, progress=None,
+            clip_norm=None if self.tower == "resnet" else 1.0, limit_batches=options.limit_batches, progress=None,
         )  # fmt: skip
         curve = " ".join(f"{100 * row['val_top1']:.1f}" for row in rows)
         self.say(f"{self.tower}: teacher, accuracy after each epoch (%): {curve}  [{elapsed(start)}]")
