@@ -13,11 +13,15 @@ from typing import Any
 
 _HOMES = {
     "nn": None,
+    "BcosifiedCLIP": "bcosification.convert.clip",
     "BcosifiedModel": "bcosification.convert.wrapper",
+    "DistillConfig": "bcosification.train.distillation",
     "Explanation": "bcosification.explanation.explaining",
     "FinetuneConfig": "bcosification.train.finetuning",
     "bcosify": "bcosification.convert.conversion",
+    "distill": "bcosification.train.distillation",
     "evaluate": "bcosification.evaluation.accuracy",
+    "evaluate_zero_shot": "bcosification.evaluation.zero_shot",
     "explain": "bcosification.explanation.explaining",
     "explanation_mode": "bcosification.nn.modes",
     "export_peer": "bcosification.convert.peer_checkpoints",

@@ -1,4 +1,4 @@
-"""The command `bcosify`: fine-tune, explain, evaluate, convert, verify and benchmark models.
+"""The command `bcosify`: fine-tune, distil, explain, evaluate, convert, verify and benchmark models.
 
     bcosify finetune --model resnet18 --data digits --out runs/digits
     bcosify explain runs/digits IMAGE… --out pictures
@@ -32,25 +32,47 @@ EXTRAS = {
 }
 EXTRAS |= {"yaml": "train", "safetensors": "train", "matplotlib": "explain", "captum": "explain", "PIL": "explain"}
 
+# Families of image towers, whose models have no classes.
+CLIP_FAMILIES = ("open_clip_resnet", "open_clip_vit", "huggingface_clip")
+
 # --- the commands -----------------------------------------------------------------------------------------------------
 
 
 def _finetune(arguments: argparse.Namespace) -> int:
-    from bcosification.train.finetuning import FinetuneConfig, check_output, finetune, load_recipe, saved_config
+    from bcosification.train.finetuning import FinetuneConfig, finetune
 
-    given = _given(arguments, [field.name for field in dataclasses.fields(FinetuneConfig)])
+    result = finetune(_run_config(arguments, FinetuneConfig), resume=arguments.resume)
+    last = result.history[-1]["val_top1"]
+    return _tell_run(result, f"validation top-1 {100 * last:.2f} % (best {100 * result.best:.2f} %)")
+
+
+def _distill(arguments: argparse.Namespace) -> int:
+    from bcosification.train.distillation import DistillConfig, distill
+
+    result = distill(_run_config(arguments, DistillConfig), resume=arguments.resume)
+    last = result.history[-1]["val_cosine"]
+    return _tell_run(result, f"cosine with the teacher {last:.4f} (best {result.best:.4f})")
+
+
+def _run_config(arguments: argparse.Namespace, kind):
+    """The configuration of a run: the command line's, on top of a recipe's or of the run that is resumed."""
+    from bcosification.train.finetuning import check_output, load_recipe, saved_config
+
+    given = _given(arguments, [field.name for field in dataclasses.fields(kind)])
     values = {}
     if arguments.resume and "output" not in given:
         raise ValueError("--resume: expected --out with the folder of the run to continue")
     if given.get("output"):
         check_output(given["output"], resume=arguments.resume)  # before torch is imported, which may take its time
     if arguments.resume:
-        values = dataclasses.asdict(saved_config(Path(given["output"])))
-    if arguments.recipe is not None:
-        values |= load_recipe(arguments.recipe)
+        values = dataclasses.asdict(saved_config(Path(given["output"]), kind))
+    recipe = getattr(arguments, "recipe", None)
+    if recipe is not None:
+        values |= load_recipe(recipe)
     for option, name in (("--model", "model"), ("--data", "data"), ("--out", "output")):
         if not (given.get(name) or values.get(name)):
-            raise ValueError(f"expected {option}" + (" (or a recipe that names it)" if name != "output" else ""))
+            hint = " (or a recipe that names it)" if name != "output" and hasattr(arguments, "recipe") else ""
+            raise ValueError(f"expected {option}{hint}")
     conversion = _given(arguments, CONVERSION)
     if conversion:
         given["conversion"] = {**values.get("conversion", {}), **conversion}
@@ -60,14 +82,15 @@ def _finetune(arguments: argparse.Namespace) -> int:
         given["model"] = _run_folder(given["model"])
         if _is_converted(given["model"]):  # it keeps the options that it was converted with
             values = {name: read_config(given["model"])["options"][name] for name in ("b", "bias")} | values
-    config = FinetuneConfig.from_mapping(values | given, "command line")
-    result = finetune(config, resume=arguments.resume)
+    return kind.from_mapping(values | given, "command line")
+
+
+def _tell_run(result, reached: str) -> int:
     done = len(result.history)
     if result.earlier == done:
         print(f"the run in {result.output} is complete; --resume --epochs N with N > {done} goes on with it")
-    last = result.history[-1]
     print(
-        f"{_count(done, 'epoch')}; validation top-1 {100 * last['val_top1']:.2f} % (best {100 * result.best:.2f} %)\n"
+        f"{_count(done, 'epoch')}; {reached}\n"
         f"model: {result.output / 'last'} (best: {result.output / 'best'}); curves and metrics in {result.output}"
     )
     return 0
@@ -95,9 +118,15 @@ def _explain(arguments: argparse.Namespace) -> int:
     model = bcosification.load(folder)
     tensors, read, unreadable = _read_images([path for path, _ in files], model)
     names = model.config.get("class_names")
+    texts = _texts(arguments, model, folder)
+    if texts is not None and arguments.target is not None:
+        raise ValueError("expected --target or --text, got both")
     targets = None if arguments.target is None else _class_number(arguments.target, names, model.num_classes)
     model.to(_device(arguments.device))
-    explanation = bcosification.explain(model, torch.stack(tensors), targets, batch_size=arguments.batch_size)
+    explained = {} if texts is None else dict(text=texts, templates=_templates(arguments), protocol=arguments.protocol)
+    explanation = bcosification.explain(
+        model, torch.stack(tensors), targets, batch_size=arguments.batch_size, **explained
+    )
     height, width = tensors[0].shape[-2:]
     smooth = arguments.smooth
     if smooth is None:
@@ -107,18 +136,23 @@ def _explain(arguments: argparse.Namespace) -> int:
     drawn = dict(class_names=names, smooth=smooth, percentile=arguments.percentile)
     explanation.save(out, names=_distinct([path.stem for path in read]), size=arguments.size, **drawn)
     save_figure(explanation.figure(indices=range(min(len(read), 64)), **drawn), out / "overview.png")
-    for i, path in enumerate(read):
+    for i, path in enumerate(read) if texts is not None else ():
+        cosines = ", ".join(f"{text!r} {float(value):.3f}" for text, value in zip(
+            texts, explanation.logits[i], strict=True))  # fmt: skip
+        print(f"{path}: cosines with {cosines}")
+    for i, path in enumerate(read) if texts is None else ():
         target, predicted = int(explanation.targets[i]), int(explanation.logits[i].argmax())
         label = names[target] if names else target
         note = "" if target == predicted else f" (predicted: {names[predicted] if names else predicted})"
         print(f"{path}: class {label}{note}, logit {float(explanation.logits[i, target]):.2f}")
+    each = "" if texts is None else "textNUMBER_"
     factor = enlargement(height, width, arguments.size)
     pixels = f"{height * factor} x {width * factor} pixels"
     if factor > 1:
         pixels += f" (the network sees {height} x {width}, each drawn {factor} x {factor})"
     print(
-        f"{out}: {_count(len(read), 'image')}, each as NAME_image.png, NAME_explanation.png and "
-        f"NAME_contributions.png, {pixels}; all in overview.png, numbers in explanations.json"
+        f"{out}: {_count(len(read), 'image')}, each as NAME_image.png, NAME_{each}explanation.png and "
+        f"NAME_{each}contributions.png, {pixels}; all in overview.png, numbers in explanations.json"
     )
     _list_unreadable(unreadable, len(files))
     named = {path for path, by_name in files if by_name}
@@ -132,16 +166,17 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     check_source(arguments.data, evaluation_only=True)
     device = _device(arguments.device)
-    model, config = _any_model(arguments, _model_spec(arguments))
+    spec = _model_spec(arguments)
+    model, config = (_clip_model if arguments.zero_shot else _any_model)(arguments, spec)
     size = arguments.image_size or (min(config["input_size"]) if config.get("input_size") else None)
     own = arguments.image_size is None and hasattr(model, "transform")
-    names = config.get("class_names")
+    names = None if arguments.zero_shot else config.get("class_names")
     data = build_datamodule(
         arguments.data, image_size=size, batch_size=arguments.batch_size, num_workers=arguments.num_workers,
         eval_transform=model.transform if own else evaluation_transform(size or 224), evaluation_only=True,
         class_names=names,
     )  # fmt: skip
-    classes = config.get("num_classes")
+    classes = None if arguments.zero_shot else config.get("num_classes")
     if classes is not None and data.num_classes > classes:
         raise ValueError(f"--data: expected at most the model's {classes} classes, got {data.num_classes}")
     if classes is not None and data.num_classes < classes:
@@ -149,10 +184,31 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             f"the model has {classes} classes and the data {data.num_classes}: class k of the data is taken for the "
             "model's class k", stacklevel=1,
         )  # fmt: skip
-    result = evaluate(model, data.val_dataloader(), device=device)
+    if arguments.zero_shot:
+        result = _zero_shot(arguments, model, data, device)
+    else:
+        result = evaluate(model, data.val_dataloader(), device=device)
     print(f"images {result['images']}, top-1 {100 * result['top1']:.2f} %, top-5 {100 * result['top5']:.2f} %")
     _list_unreadable(data.unreadable, len(data.unreadable) + result["images"])
     return 0
+
+
+def _zero_shot(arguments: argparse.Namespace, model, data, device) -> dict:
+    from bcosification.evaluation import evaluate_zero_shot
+    from bcosification.evaluation.zero_shot import texts_of_classes
+
+    if arguments.class_names is None:
+        names = texts_of_classes(data.class_names)
+    else:
+        file = Path(arguments.class_names)
+        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if len(names) != data.num_classes:
+            raise ValueError(
+                f"--class-names: expected {data.num_classes} names, one a line in the order of the classes "
+                f"({', '.join(data.class_names[:5])} …), got {len(names)} in {file}"
+            )
+    templates = _templates(arguments, default="openai")
+    return evaluate_zero_shot(model, data.val_dataloader(), names, templates, device=device)
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -167,10 +223,16 @@ def _convert(arguments: argparse.Namespace) -> int:
             "evaluate and verify take it"
         )
     original, converted = _converted(arguments, spec)
-    converted.save_pretrained(out)
+    _switch_attention_pool(arguments, converted)
+    if arguments.with_text:
+        _expect_clip(converted, "--with-text", spec)
+        converted.save_pretrained(out, with_text=True)
+    else:
+        converted.save_pretrained(out)
     changed = sum(entry["was"] != entry["becomes"] for entry in converted.conversion)
     print(f"{type(original).__name__}: {changed} of {len(converted.conversion)} layers became B-cos layers")
-    print(f"written to {out}; it wants fine-tuning: bcosify finetune --model {out} --data DIR --out RUN")
+    train = "finetune" if converted.config["family"] not in CLIP_FAMILIES else "distill"
+    print(f"written to {out}; it wants fine-tuning: bcosify {train} --model {out} --data DIR --out RUN")
     return 0
 
 
@@ -383,7 +445,11 @@ def _any_model(arguments: argparse.Namespace, spec: str):
         _run_folder(spec), arch=arguments.arch, pretrained=arguments.pretrained, weights=arguments.weights
     )
     if isinstance(model, BcosifiedModel):
+        if model.config["family"] in CLIP_FAMILIES:
+            raise ValueError(f"expected --zero-shot for a CLIP model, got {spec} without")
         return model, model.config
+    if callable(getattr(model, "encode_text", None)):
+        raise ValueError(f"expected --zero-shot for a CLIP model, got {spec} without")
     known = info["preprocessing"]
     if known is None:
         raise ValueError(f"expected a model whose input normalisation is known, got {spec}")
@@ -391,6 +457,77 @@ def _any_model(arguments: argparse.Namespace, spec: str):
         **known,
         "num_classes": info["num_classes"],
     }
+
+
+def _clip_model(arguments: argparse.Namespace, spec: str):
+    """The CLIP model that `spec` names, B-cosified or standard, with a text tower, on images in [0, 1]."""
+    from bcosification.convert.clip import StandardCLIP
+    from bcosification.convert.resolver import resolve
+    from bcosification.convert.wrapper import BcosifiedModel
+
+    model, info = resolve(
+        _run_folder(spec), arch=arguments.arch, pretrained=arguments.pretrained, weights=arguments.weights
+    )
+    if isinstance(model, BcosifiedModel):
+        _expect_clip(model, "--zero-shot", spec)
+        _switch_attention_pool(arguments, model)
+        _attach_text(arguments, model, spec)
+        return model, model.config
+    if not callable(getattr(model, "encode_text", None)):
+        raise ValueError(f"--zero-shot: expected a CLIP model, got {spec} ({type(model).__name__})")
+    known = info["preprocessing"]
+    return StandardCLIP(model, known["mean"], known["std"]).eval(), known
+
+
+def _expect_clip(model, option: str, spec: str) -> None:
+    from bcosification.convert.clip import BcosifiedCLIP
+
+    if not isinstance(model, BcosifiedCLIP):
+        raise ValueError(f"{option}: expected a CLIP model, got {spec} ({model.config['class']})")
+
+
+def _switch_attention_pool(arguments: argparse.Namespace, model) -> None:
+    if arguments.attention_pool is None and arguments.power is None:
+        return
+    _expect_clip(model, "--attention-pool" if arguments.power is None else "--power", "MODEL")
+    model.set_attention_pool(arguments.attention_pool, p=arguments.power)
+
+
+def _attach_text(arguments: argparse.Namespace, model, spec: str) -> None:
+    """The text tower of --text-model, where one was named or the folder holds none."""
+    from bcosification.convert.resolver import resolve
+
+    if arguments.text_model is not None:
+        source, _ = resolve(arguments.text_model)
+        model.attach_text(source)
+    elif model.text is None:
+        told = model.config["text"]
+        named = "--text-model MODEL" if told is None or not told["model"] else f"--text-model {told['model']}"
+        raise ValueError(
+            f"expected a model with its text tower, got {spec}, which was saved without (--with-text stores it); give "
+            + named
+        )
+
+
+def _texts(arguments: argparse.Namespace, model, folder: str) -> list[str] | None:
+    """The texts of --text, for a CLIP model with its text tower; None for a classifier."""
+    from bcosification.convert.clip import BcosifiedCLIP
+
+    _switch_attention_pool(arguments, model)
+    if not arguments.text:
+        if isinstance(model, BcosifiedCLIP):
+            raise ValueError(f"expected --text for a CLIP model, got {folder} without")
+        return None
+    _expect_clip(model, "--text", folder)
+    _attach_text(arguments, model, folder)
+    return list(arguments.text)
+
+
+def _templates(arguments: argparse.Namespace, default: str | None = None):
+    given = arguments.templates
+    if given is None:
+        return default
+    return {"none": None}.get(given[0], given[0]) if len(given) == 1 else given
 
 
 def _bcos_folder(spec: str) -> str:
@@ -535,6 +672,7 @@ def _count(number: int, what: str) -> str:
 
 COMMANDS = {
     "finetune": _finetune,
+    "distill": _distill,
     "explain": _explain,
     "evaluate": _evaluate,
     "convert": _convert,
@@ -578,8 +716,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return arguments.run(arguments)
     except KeyboardInterrupt:
         hint = ""
-        if arguments.command == "finetune" and hasattr(arguments, "output"):
-            hint = f"; go on with: bcosify finetune --resume --out {arguments.output}"
+        if arguments.command in ("finetune", "distill") and hasattr(arguments, "output"):
+            hint = f"; go on with: bcosify {arguments.command} --resume --out {arguments.output}"
         print(f"bcosify: interrupted{hint}", file=sys.stderr)
         return 130
     except Exception as error:

@@ -16,7 +16,7 @@ STANDARD_HELP = (
     "torchvision:NAME or just NAME (resnet18), timm:NAME, open_clip:NAME/TAG, bcosification:NAME "
     "(simple_vit_s_patch16_224), or a weights file together with --arch"
 )
-FOLDER_HELP = "a folder that finetune or convert wrote (a run stands for its best epoch)"
+FOLDER_HELP = "a folder that finetune, distill or convert wrote (a run stands for its best epoch)"
 EXIT_CODES = """\
 exit codes: 0 done; 1 not all of it (a check failed, a named image could not be read, a package is missing);
 2 wrong usage or input, nothing was done; 130 interrupted"""
@@ -41,6 +41,7 @@ bcosify COMMAND --help tells the options of a command. A first try, without a do
     commands = whole.add_subparsers(dest="command", metavar="COMMAND")
     for name, add in (
         ("finetune", _add_finetune),
+        ("distill", _add_distill),
         ("explain", _add_explain),
         ("evaluate", _add_evaluate),
         ("convert", _add_convert),
@@ -113,13 +114,35 @@ def _add_b_and_bias(group) -> None:
     )  # fmt: skip
 
 
+def _add_attention_pool(group) -> None:
+    group.add_argument(
+        "--attention-pool", choices=("pool", "unpool"),
+        help="of CLIP's ResNets: one embedding an image, or one of every position (default: as the model was saved)",
+    )  # fmt: skip
+    group.add_argument(
+        "--power", type=float, metavar="P", help="with unpool: the mean over positions is that of l * |l|^(P-1), P >= 1"
+    )
+
+
+def _add_texts(group, templates: str) -> None:
+    group.add_argument(
+        "--templates", nargs="+", metavar="TEXT", help="openai, simple (open_clip's for ImageNet), none, or texts with "
+        f"{{}} in them (default: {templates})",
+    )  # fmt: skip
+    group.add_argument(
+        "--text-model", metavar="MODEL", help="open_clip:NAME/TAG whose text tower is used, where the folder holds none"
+    )
+    _add_attention_pool(group)
+
+
 def _add_explain(commands, name: str) -> argparse.ArgumentParser:
     command = _command(
         commands, name, "write pictures of explanations",
         "Write for every image its picture, its explanation W(x) and its contribution map, as PNG.",
         "examples:\n"
         "  bcosify explain runs/r18 photo.jpg other.png --out pictures\n"
-        "  bcosify explain runs/r18/last photos/ --out pictures --target 207\n\n"
+        "  bcosify explain runs/r18/last photos/ --out pictures --target 207\n"
+        "  bcosify explain runs/clip photo.jpg --out pictures --text 'a dog' 'a cat' --attention-pool unpool\n\n"
         "An image that cannot be read is left out and listed; the exit code is then 1 if it was named itself, and 0\n"
         "if it lies in a folder that was named.",
         usage="bcosify explain [options] MODEL IMAGE [IMAGE ...] --out DIR",
@@ -128,6 +151,15 @@ def _add_explain(commands, name: str) -> argparse.ArgumentParser:
     command.add_argument("images", metavar="IMAGE", nargs="+", help="image files, or folders of them")
     command.add_argument("--out", metavar="DIR", required=True, help="where to; made if it is missing")
     command.add_argument("--target", metavar="CLASS", help="class to explain, number or name (default: the predicted)")
+    group = command.add_argument_group("CLIP models")
+    group.add_argument(
+        "--text", nargs="+", metavar="TEXT", help="texts to explain, each with pictures of its own (put it after IMAGE)"
+    )
+    _add_texts(group, "none")
+    group.add_argument(
+        "--protocol", choices=("paper", "peer"), default="paper",
+        help="peer: the gradient goes through the L2 norm, as in the reference's code (default: paper)",
+    )  # fmt: skip
     group = command.add_argument_group("pictures")
     group.add_argument(
         "--size", type=int, default=224, metavar="PIXELS",
@@ -155,7 +187,9 @@ def _add_evaluate(commands, name: str) -> argparse.ArgumentParser:
         "Accuracy on a data set: digits, scenes, or a folder (its val/ if it has one, else its class folders).",
         "examples:\n"
         "  bcosify evaluate runs/r18 --data /data/imagenet\n"
-        "  bcosify evaluate resnet18 --data /data/imagenet\n\n"
+        "  bcosify evaluate resnet18 --data /data/imagenet\n"
+        "  bcosify evaluate open_clip:RN50/openai --data /data/imagenet --zero-shot\n"
+        "  bcosify evaluate runs/clip --data /data/imagenet --zero-shot --text-model open_clip:RN50/openai\n\n"
         "Image files that cannot be read are left out, counted and listed; it is an error only if all are.",
         usage="bcosify evaluate [options] MODEL --data DATA",
     )  # fmt: skip
@@ -166,6 +200,10 @@ def _add_evaluate(commands, name: str) -> argparse.ArgumentParser:
     command.add_argument(
         "--num-workers", type=int, metavar="N", help="loading processes (default: 0 for embedded data, else up to 8)"
     )
+    group = command.add_argument_group("CLIP models")
+    group.add_argument("--zero-shot", action="store_true", help="classes are texts: the names of the class folders")
+    group.add_argument("--class-names", metavar="FILE", help="their names, one a line in the order of the folders")
+    _add_texts(group, "openai")
     _add_source(command.add_argument_group("standard model"))
     _add_common(command, device=True)
     return command
@@ -187,6 +225,9 @@ def _add_convert(commands, name: str) -> argparse.ArgumentParser:
     group = command.add_argument_group("conversion")
     _add_b_and_bias(group)
     _add_conversion(group)
+    group = command.add_argument_group("CLIP models")
+    group.add_argument("--with-text", action="store_true", help="store the text tower, too")
+    _add_attention_pool(group)
     _add_common(command)
     return command
 
@@ -368,6 +409,7 @@ def _add_finetune(commands, name: str) -> argparse.ArgumentParser:
         "       bcosify finetune --resume --out DIR [options]",
     )  # fmt: skip
     add = _adder(defaults)
+
     group = command.add_argument_group("what")
     add(group, "--model", f"{STANDARD_HELP}; or {FOLDER_HELP}", metavar="MODEL")
     add(
@@ -384,6 +426,59 @@ def _add_finetune(commands, name: str) -> argparse.ArgumentParser:
     add(group, "--arch", "architecture of a weights file, as a MODEL is named", metavar="NAME")
     add(group, "--weights", "the standard model's weights, .safetensors or .pth", metavar="FILE")
     add(group, "--no-pretrained", "random weights; nothing is downloaded", dest="pretrained", action="store_false")
+
+    _add_run(command, add)
+    return command
+
+
+def _add_distill(commands, name: str) -> argparse.ArgumentParser:
+    from bcosification.train.distillation import DistillConfig
+
+    command = _command(
+        commands, name, "B-cosify CLIP's image tower and distil it from the original",
+        "B-cosify a CLIP model's image tower and train it to give the original's embeddings: images are all it takes.",
+        "examples:\n"
+        "  bcosify distill --model open_clip:RN50/openai --data /data/images --out runs/clip --epochs 20\n"
+        "  bcosify distill --resume --out runs/clip                    (after a kill)\n\n"
+        "The loss is SigLIP's, between the embeddings of the standard tower and of the B-cosified one. Labels and\n"
+        "sub-folders of DATA mean nothing; without train/ and val/, a twentieth of the images is held out.",
+        usage="bcosify distill --model MODEL --data DATA --out DIR [options]\n"
+        "       bcosify distill --resume --out DIR [options]",
+    )  # fmt: skip
+    add = _adder(DistillConfig())
+    group = command.add_argument_group("what")
+    add(group, "--model", f"open_clip:NAME/TAG; or {FOLDER_HELP}", metavar="MODEL")
+    add(group, "--data", "digits, scenes, or a folder of images, with train/ and val/ in it or without", metavar="DATA")
+    add(group, "--out", "output folder: new, empty, or with --resume that of a run", dest="output", metavar="DIR")
+    group.add_argument(
+        "--resume", action="store_true",
+        help="continue the run in --out after its last complete epoch, with its own options; --epochs may differ, and "
+        "those of the machine",
+    )  # fmt: skip
+    add(group, "--teacher", "another teacher than MODEL, named as it is", metavar="MODEL")
+    add(group, "--with-text", "store the text tower with the student", action="store_true")
+    add(group, "--no-pretrained", "random weights; nothing is downloaded", dest="pretrained", action="store_false")
+    _add_run(command, add)
+    return command
+
+
+def _adder(defaults) -> Callable[..., None]:
+    """Adds options that name fields of a configuration: their defaults are shown, only what is given is set."""
+
+    def add(group, name: str, text: str, **options) -> None:
+        destination = options.pop("dest", name.removeprefix("--").replace("-", "_"))
+        default = getattr(defaults, destination)
+        shown = "" if default in (None, "") or isinstance(default, bool) else f" (default: {default:g})" if isinstance(
+            default, float) else f" (default: {default})"  # fmt: skip
+        # Recipes and earlier runs fill in the rest.
+        group.add_argument(name, dest=destination, default=argparse.SUPPRESS, help=text + shown, **options)
+
+    return add
+
+
+def _add_run(command: argparse.ArgumentParser, add: Callable[..., None]) -> None:
+    """What every run has options for: conversion, optimisation, data, machine."""
+    from bcosification.train.finetuning import FinetuneConfig
 
     group = command.add_argument_group("conversion, of a standard model")
     add(group, "--b", "exponent B >= 1", type=float, metavar="B")
@@ -402,10 +497,14 @@ def _add_finetune(commands, name: str) -> argparse.ArgumentParser:
     add(group, "--optimizer", "optimiser", choices=("adam", "adamw"))
     add(group, "--weight-decay", "of matrices and kernels, not of vectors", type=float, metavar="DECAY")
     add(group, "--warmup-epochs", "linear warm-up, fractions allowed", type=float, metavar="EPOCHS")
-    add(
-        group, "--loss", "binary cross-entropy with off labels 1/classes, with one-hot labels, or cross-entropy",
-        choices=("bce_uniform", "bce", "cross_entropy"),
-    )  # fmt: skip
+    if command.prog.endswith("distill"):
+        add(group, "--logit-scale", "of the SigLIP loss's logits", type=float, metavar="SCALE")
+        add(group, "--logit-bias", "likewise", type=float, metavar="BIAS")
+    else:
+        add(
+            group, "--loss", "binary cross-entropy with off labels 1/classes, with one-hot labels, or cross-entropy",
+            choices=("bce_uniform", "bce", "cross_entropy"),
+        )  # fmt: skip
     add(group, "--agc", "adaptive gradient clipping with this factor (the papers: 0.01)", type=float, metavar="FACTOR")
     add(group, "--clip-norm", "clip the gradient's norm", type=float, metavar="NORM")
     add(group, "--seed", "of everything random", type=int, metavar="N")
@@ -428,12 +527,11 @@ def _add_finetune(commands, name: str) -> argparse.ArgumentParser:
     add(group, "--devices", "their number, auto, or indices such as 0,2", metavar="N")
     add(group, "--no-progress", "a line per epoch instead of a bar", dest="progress", action="store_false")
     group.add_argument("--debug", action="store_true", help="on an error, show the Python traceback")
-    return command
 
 
 # What the library's messages begin with: the function that speaks, which the user of a command did not call.
-SPEAKERS = ("bcosify", "resolve", "load", "finetune", "explain", "evaluate", "verify", "benchmark", "families")
-SPEAKERS += ("sweep", "explanation picture")
+SPEAKERS = ("bcosify", "resolve", "load", "finetune", "distill", "explain", "evaluate", "verify", "benchmark")
+SPEAKERS += ("families", "sweep", "explanation picture", "set_attention_pool")
 # Parameters that are named otherwise on the command line.
 RENAMED = {"targets": "target"}
 # Parameters that no command has an option for.

@@ -13,7 +13,7 @@ import sys
 class Absent:
     names = {"torchvision", "timm", "open_clip", "safetensors", "lightning", "pytorch_lightning", "torchmetrics",
              "webdataset", "sklearn", "yaml", "matplotlib", "captum", "PIL", "gradio", "bcos", "scipy",
-             "huggingface_hub"}
+             "huggingface_hub", "transformers"}
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.names:

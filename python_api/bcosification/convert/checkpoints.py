@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bcosification import nn as bnn
 from bcosification.convert.conversion import FORMAT, check_convertible, convert
-from bcosification.convert.families import FAMILIES
+from bcosification.convert.families import FAMILIES, family_of
 from bcosification.convert.preprocessing import Preprocessing
 from bcosification.convert.rules import Options
 from bcosification.convert.wrapper import BcosifiedModel, reset_head
@@ -74,7 +74,7 @@ def save_pretrained(model: BcosifiedModel, folder: str | os.PathLike, *, card: s
         texts[CARD_NAME] = card
     state: dict[str, Tensor] = {}
     storages = set()
-    for name, value in model.state_dict().items():
+    for name, value in model.saved_state().items():
         value = value.detach().contiguous()
         # A layer in two places has its tensors here twice; safetensors refuses shared memory.
         state[name] = value.clone() if value.data_ptr() in storages else value
@@ -120,7 +120,8 @@ def load(folder: str | os.PathLike, model: nn.Module | None = None) -> Bcosified
     Args:
         folder: with model.safetensors and config.json.
         model: needed only where config.json does not tell how to build the network (own classes): the *standard*
-            network of the same architecture, whatever its weights; it is not changed.
+            network of the same architecture, whatever its weights; it is not changed. A whole open_clip model also
+            gives its text tower where that was not stored.
 
     Returns:
         The model as it was saved, in eval mode, on the CPU.
@@ -133,7 +134,7 @@ def load(folder: str | os.PathLike, model: nn.Module | None = None) -> Bcosified
         >>> model.save_pretrained("resnet18-bcos")
         >>> model = bcosification.load("resnet18-bcos")
     """
-    folder = Path(folder)
+    folder, own = Path(folder), model
     config = read_config(folder)
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
@@ -146,15 +147,16 @@ def load(folder: str | os.PathLike, model: nn.Module | None = None) -> Bcosified
         preprocessing = Preprocessing.from_dict(config)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"load: expected {folder / CONFIG_NAME} as save_pretrained writes it, got {error!r}") from None
-    if model is None:
-        model = standard_network(config, folder)
-    check_convertible(model)
+    whole = model if model is not None else standard_network(config, folder)
+    check_convertible(whole)
+    model = family_of(whole).tower(whole)
     dtype = getattr(torch, config.get("dtype", "float32"))
     if any(parameter.dtype != dtype for parameter in model.parameters()):
         model = copy.deepcopy(model).to(dtype)
     converted = convert(model, options, preprocessing, source=_source(config), warn=False)
     if config["num_classes"] is not None and converted.num_classes != config["num_classes"]:
         reset_head(converted, config["num_classes"])
+    converted.prepare_for(config, state)
     for name, value in config.get("layer_b", {}).items():
         converted.get_submodule(name).set_b(value)
     for name in config.get("without_bias", []):
@@ -165,6 +167,8 @@ def load(folder: str | os.PathLike, model: nn.Module | None = None) -> Bcosified
     load_state(converted, state, str(weights), kind=type(converted.model).__name__)
     config.pop("layer_b", None)
     converted.config = config
+    if model is not whole and own is not None and converted.text is None:
+        converted.attach_text(whole)
     return converted.eval()
 
 
@@ -214,7 +218,8 @@ def standard_network(config: dict[str, Any], folder: str | os.PathLike) -> nn.Mo
     if config.get("source"):
         from bcosification.convert.resolver import resolve
 
-        return resolve(config["source"], pretrained=False, num_classes=_source(config)["num_classes"])[0]
+        model, _ = resolve(config["source"], pretrained=False, num_classes=_source(config)["num_classes"])
+        return family_of(model).tower(model)
     raise ValueError(
         f"load: {folder} holds a {config.get('class')}, which cannot be built from its config: "
         "expected model=, the standard network of that class, got None"

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from bcosification.convert.blocks import fuse_blocks
+from bcosification.convert.clip import BcosifiedCLIP
 from bcosification.convert.families import Family, family_of, original_class
 from bcosification.convert.preprocessing import Preprocessing, detect, with_statistics
 from bcosification.convert.rules import (
@@ -79,8 +80,9 @@ def bcosify(
     moved, it is applied at every position instead of to their mean. docs/families.md says it of each family.
 
     Args:
-        model: a standard network; torchvision's classifiers and nn.Sequential are known whole (`bcosify families` lists
-            all), other classes are converted layer by layer with head="keep".
+        model: a standard network; torchvision's classifiers, nn.Sequential, open_clip's CLIP models, their image towers
+            alone and Hugging Face's CLIPVisionModelWithProjection (these become a BcosifiedCLIP) are known whole
+            (`bcosify families` lists all), other classes are converted layer by layer with head="keep".
         b: exponent of all B-cos layers, a number >= 1, default 2.
         bias: "remove" all biases (default), "keep" them, or "decay": kept now, to be removed during training
             (``BcosifiedModel.remove_biases``).
@@ -93,7 +95,7 @@ def bcosify(
         normalize_input: normalise by mean and std inside the model (default True).
         logit_bias: number added to all logits, None, or "auto" (default): -log(classes - 1) unless bias="keep".
         mean, std: per channel for images in [0, 1]; default: those of timm's pretrained_cfg, open_clip's preprocessing
-            or ImageNet's for torchvision's models. Required for other models.
+            (OpenAI's for CLIP's bare towers) or ImageNet's for torchvision's models. Required for other models.
         on_unknown: layers without a rule: "error" (default) names them all, "keep" leaves them as they are.
 
     Returns:
@@ -125,18 +127,27 @@ def bcosify(
         logit_bias=logit_bias,
         on_unknown=on_unknown,
     )
+    whole, model = model, family_of(model).tower(model)
     family = family_of(model)
-    source = getattr(model, "bcosification_source", None) or {}
+    source = getattr(whole, "bcosification_source", None) or {}
     size = family.input_size(model)
     if source.get("preprocessing"):
         found = Preprocessing.from_dict(source["preprocessing"])
     else:
         found = detect(model, family.preprocessing, size)
     problems: list[str] = []
+    if whole is not model and not family.embeds:
+        problems.append(
+            "expected an image tower of a known family (open_clip's ModifiedResNet and VisionTransformer), got "
+            f"{type_name(type(model))} in {type_name(type(whole))}"
+        )
     preprocessing = None
     with _noted(problems):
         preprocessing = with_statistics(found, mean, std, size)
-    return convert(model, options, preprocessing, source=source, problems=problems)
+    converted = convert(model, options, preprocessing, source=source, problems=problems)
+    if whole is not model:
+        converted.attach_text(whole)
+    return converted
 
 
 def check_options(**given: Any) -> Options:
@@ -295,6 +306,9 @@ def convert(
     if preprocessing is not None:
         with _noted(problems):
             preprocessing = _check_channels(model, input_name, options, preprocessing)
+    if family.embeds:
+        with _noted(problems):
+            _check_tower(model, options)
     with _noted(problems):
         _check_single(model, input_name if options.inverse else None, "layer that reads the image")
         _check_single(model, head_name if moves else None, "classifier")
@@ -307,7 +321,8 @@ def convert(
     additive = family.additive_parameters(model)
     walk = _Walk(options, set(additive))
     if not problems:
-        network = family.prepare(network, options, moves)
+        with _noted(problems):
+            network = family.prepare(network, options, moves)
         if options.inverse:
             try:
                 innermost = len(preprocessing.mean) if family.channels_innermost(model) else None
@@ -336,7 +351,8 @@ def convert(
         "logit_bias": auto_logit_bias(options.bias, classes) if logit_bias == "auto" else logit_bias,
         "kept": [{"name": name, "type": kind, "reason": reason} for name, kind, reason in walk.unknown],
     }
-    return BcosifiedModel(network, config, conversion=walk.applied, additive_parameters=additive)
+    kind = BcosifiedCLIP if family.embeds else BcosifiedModel
+    return kind(network, config, conversion=walk.applied, additive_parameters=additive)
 
 
 def describe(family: Family, model: nn.Module) -> dict[str, Any] | None:
@@ -383,6 +399,20 @@ def _check_channels(
             f"bcosify: expected one mean and std per channel of {input_name!r}, which reads {read}, got {channels}"
         )
     return preprocessing
+
+
+def _check_tower(model: nn.Module, options: Options) -> None:
+    """Of an image tower, whose outputs are no logits."""
+    if isinstance(options.logit_bias, float):
+        raise ValueError(
+            f"bcosify: expected logit_bias='auto' or None for an image tower, which has no logits, got "
+            f"{options.logit_bias}"
+        )
+    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"bcosify: expected an image tower in one dtype, got {' and '.join(dtypes)}; model.float() makes it one"
+        )
 
 
 def _check_single(model: nn.Module, name: str | None, what: str) -> None:

@@ -9,6 +9,7 @@ kernel of ours: a float64 copy of the model runs once with plain torch operation
     variance    of LayerNorm, GroupNorm and every other norm that takes it from the sample
     attention   the softmax matrices
     pooling     the winners of max pooling
+    norm        the lengths of embeddings
 
 and every later run takes these from the record. What is left has to be an affine function of the image, whose gradient
 is W(x) and whose value at the zero image is c(x). A detach that is missing anywhere makes `weights` differ from that
@@ -357,6 +358,33 @@ def _multi_head_attention(
     return out, (matrices.mean(1) if average_attn_weights else matrices) if need_weights else None
 
 
+def _own_attention_pool2d(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
+    tokens = x.flatten(2).transpose(1, 2)
+    if module.mode == "unpool":
+        return module.norm(module.c_proj(module.v_proj(tokens)))
+    tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1)
+
+    def heads(projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+
+    def attention() -> Tensor:
+        q, k = heads(module.q_proj(tokens[:, :1])), heads(module.k_proj(tokens))
+        return (q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))).softmax(-1)
+
+    values = tape.constant("attention", attention) @ heads(module.v_proj(tokens))
+    weight = module.c_proj.weight
+    weight = _unit_rows(weight) if module.c_proj.normalize_weight else weight
+    return F.linear(values.transpose(1, 2).flatten(1), weight)
+
+
+def _own_l2_norm(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
+    return x / tape.constant("norm", lambda: (x**2).sum(-1, keepdim=True).sqrt().clamp_min(module.eps))
+
+
+def _own_position_mean(module: nn.Module, tape: _Tape, cosines: Tensor) -> Tensor:
+    return (cosines * tape.constant("scale", lambda: cosines.abs() ** (module.p - 1))).mean(1)
+
+
 def _per_channel(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     return None if parameter is None else parameter.view(-1, *[1] * (x.dim() - 2))
 
@@ -507,6 +535,9 @@ def _own_handlers() -> dict[type, Callable]:
         layers.GatedActivation: _other_gated,
         layers.ScalingGate: _own_scaling_gate,
         layers.MultiheadAttention: _multi_head_attention,
+        layers.AttentionPool2d: _own_attention_pool2d,
+        layers.L2Norm: _own_l2_norm,
+        layers.PositionMean: _own_position_mean,
         nn.MultiheadAttention: _multi_head_attention,
     }
 
@@ -536,7 +567,7 @@ class FrozenReplay:
         model: The float64 copy that is replayed.
         images: The recorded images (N, C, H, W), float64.
         recorded: How many values of each kind were recorded: scale, max_out, relu, gelu, gate, variance, attention,
-            pooling.
+            pooling, norm.
     """
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:

@@ -207,13 +207,20 @@ def model_card(
     origin = f"the licence of {f'`{base_model}`' if base_model else made_of}"
     terms = f"`{license}`." if license else f"These weights start from others', so {origin} holds for them."
     name = base_model or source or config["class"]
+    calls = ("logits = model(images)", "explanation = bcosification.explain(model, images)          # W(x) and more")
+    of, axes = "logits", "(1, 2)"
+    if "attention_pool" in config:  # an image tower of CLIP
+        texts = 'text=["a dog", "a cat"]'
+        calls = ("embeddings = model(images)", f"explanation = bcosification.explain(model, images, {texts})")
+        of, axes = "similarities with a text", "(2, 3)"
+    called = "\n".join(calls)
     return f"""---
 {head}
 ---
 
 # {name}, B-cosified
 
-A B-cos network: each of its logits is a linear map W(x) of the image, which is its explanation. Made with
+A B-cos network: each of its {of} is a linear map W(x) of the image, which is its explanation. Made with
 `bcosification` after [B-cosification](https://arxiv.org/abs/2411.00715) (Arya, Rao, Böhle, Schiele, 2024).
 
 {chr(10).join(f"- {fact}" for fact in facts)}
@@ -226,12 +233,11 @@ from PIL import Image
 
 model = bcosification.BcosifiedModel.from_pretrained("REPOSITORY_OR_FOLDER")
 images = model.transform(Image.open("photo.jpg"))[None]     # (1, 3, H, W) in [0, 1], not normalised
-logits = model(images)
-explanation = bcosification.explain(model, images)          # W(x), contributions, pictures
+{called}
 explanation.save("pictures")
 ```
 
-`explanation.contributions.sum((1, 2)) + explanation.constant` is the explained logit.
+`explanation.contributions.sum({axes}) + explanation.constant` is what is explained.
 
 ## Licence
 

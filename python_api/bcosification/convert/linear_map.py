@@ -39,11 +39,13 @@ def dynamic_linear_map(model: nn.Module, x6: Tensor, targets: Tensor | None = No
         model: a B-cosified model, one made of this package's or the peers' modules, or any wrapper of DataParallel's
             or torch.compile's kind around one (which is run without the wrapper).
         x6: images (N, C, H, W), floating point, passed to the model as they are (encoded, not normalised).
-        targets: (N,) integers, the logits to explain; None: the largest one of each image.
+        targets: (N,) integers, the logits to explain; None: the largest one of each image; (N, T): several of each,
+            from one forward pass and T backward passes.
 
     Returns:
         logits (N, classes), weights W(x) = ∂logit/∂x6 (N, C, H, W), constant (N,), all detached, in the logits' dtype
-        (weights: x6's). (weights * x6).sum + constant = logit.
+        (weights: x6's). (weights * x6).sum + constant = logit. With targets (N, T): weights (N, T, C, H, W) and
+        constant (N, T).
 
     The model runs in eval and explanation mode; both are restored, also after errors. ``.grad`` is left alone. Calls
     for the same model wait for each other.
@@ -56,18 +58,27 @@ def dynamic_linear_map(model: nn.Module, x6: Tensor, targets: Tensor | None = No
     model = bare_model(model)
     if not isinstance(x6, Tensor) or not x6.is_floating_point():
         raise TypeError(f"dynamic_linear_map: expected floating point images, got {getattr(x6, 'dtype', type(x6))}")
-    with _locks_guard:
-        lock = _locks.setdefault(model, threading.RLock())
+    with _locks_guard:  # classifiers made of one CLIP model share its layers, so they share its lock
+        lock = _locks.setdefault(getattr(model, "explained", model), threading.RLock())
     with lock, torch.inference_mode(False), torch.enable_grad(), evaluation_mode(model), explanation_mode(model):
         x6 = x6.detach().clone().requires_grad_()
         gain = torch.ones(x6.shape[0], device=x6.device, dtype=x6.dtype, requires_grad=True)
         with _gained(model, gain) as parameters:
             logits = torch.func.functional_call(model, parameters, (x6,)) if parameters else model(x6)
         index = _target_index(logits, x6.shape[0], targets)
-        chosen = logits.gather(1, index).sum()
+        chosen = logits.gather(1, index).sum(0)
         if not chosen.requires_grad:
             raise ValueError("dynamic_linear_map: expected logits that depend on the images, got constant ones")
-        weights, constant = torch.autograd.grad(chosen, (x6, gain), allow_unused=True, materialize_grads=True)
+        parts = []
+        for i, column in enumerate(chosen):
+            more = i + 1 < chosen.numel()
+            parts.append(
+                torch.autograd.grad(column, (x6, gain), retain_graph=more, allow_unused=True, materialize_grads=True)
+            )
+    if targets is None or torch.as_tensor(targets).dim() == 1:
+        ((weights, constant),) = parts
+    else:
+        weights, constant = (torch.stack(tensors, 1) for tensors in zip(*parts, strict=True))
     return logits.detach(), weights.detach(), constant.detach().to(logits.dtype)
 
 
@@ -99,14 +110,16 @@ def _target_index(logits: Tensor, samples: int, targets: Tensor | None) -> Tenso
     if targets is None:
         return logits.detach().argmax(1, keepdim=True)
     targets = torch.as_tensor(targets, device=logits.device)
-    if targets.shape != (samples,) or targets.is_floating_point() or targets.dtype == torch.bool:
+    shaped = targets.dim() in (1, 2) and targets.shape[0] == samples and (targets.dim() == 1 or targets.shape[1] > 0)
+    if not shaped or targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(
-            f"dynamic_linear_map: expected targets ({samples},) of integers, got {tuple(targets.shape)} {targets.dtype}"
+            f"dynamic_linear_map: expected targets ({samples},) or ({samples}, T) of integers, got "
+            f"{tuple(targets.shape)} {targets.dtype}"
         )
     # One host read, before anything is computed from the targets: gather on CUDA would end in a device assertion.
     if samples and not bool(((targets >= 0) & (targets < logits.shape[1])).all()):
         raise ValueError(f"dynamic_linear_map: expected targets in [0, {logits.shape[1] - 1}], got {targets.tolist()}")
-    return targets.long().unsqueeze(1)
+    return targets.long() if targets.dim() == 2 else targets.long().unsqueeze(1)
 
 
 @contextmanager

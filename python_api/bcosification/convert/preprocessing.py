@@ -128,6 +128,12 @@ def imagenet(size: tuple[int, int] | None) -> Preprocessing:
     )
 
 
+def openai(size: tuple[int, int] | None) -> Preprocessing:
+    """OpenAI's preprocessing of CLIP: resize the shorter side to the input's (default 224), central crop, bicubic."""
+    size = size or (224, 224)
+    return Preprocessing(OPENAI_MEAN, OPENAI_STD, size, min(size), "center", "bicubic", origin="OpenAI's CLIP")
+
+
 def detect(model: nn.Module, known: str | None, size: tuple[int, int] | None) -> Preprocessing | None:
     """What the model itself tells: timm's pretrained_cfg, open_clip's preprocess_cfg, what its family knows (known),
     or that it is one of torchvision's classifiers."""
@@ -141,6 +147,8 @@ def detect(model: nn.Module, known: str | None, size: tuple[int, int] | None) ->
         mean, std = getattr(tower, "image_mean", None), getattr(tower, "image_std", None)
         if mean is not None and std is not None:
             return Preprocessing(tuple(mean), tuple(std), size, None, origin="open_clip image_mean, image_std")
+    if known == "openai":
+        return openai(size)
     # torchvision's classifiers are modules of torchvision.models itself; those of its sub-packages (detection,
     # segmentation, video, optical flow) have normalisations of their own.
     package, _, _ = type(model).__module__.rpartition(".")

@@ -178,7 +178,7 @@ def sync_batch_norm(layer: nn.SyncBatchNorm, options: Options) -> nn.Module:
     return bnn.SyncBatchNormUncentered2d.convert_sync_batchnorm(batch_norm2d(layer, options), layer.process_group)
 
 
-@rule(nn.LayerNorm)
+@rule(nn.LayerNorm, "open_clip.transformer.LayerNorm", "open_clip.transformer.LayerNormFp32")
 def layer_norm(layer: nn.LayerNorm, options: Options) -> nn.Module:
     """LayerNorm -> LayerNorm whose variance is a constant in explanation mode."""
     new = bnn.LayerNorm(layer.normalized_shape, eps=layer.eps, device="meta")
@@ -237,6 +237,23 @@ def qkv_linear(layer: nn.Module, options: Options, *, key_bias: bool = True) -> 
     new = bnn.QKVLinear(layer.in_features, layer.out_features, device="meta", key_bias=key_bias)
     _take_over(new, "weight", layer.weight)
     _take_over(new, "bias", layer.bias)
+    return _moved(layer, new)
+
+
+@rule("open_clip.modified_resnet.AttentionPool2d")
+def attention_pool2d(layer: nn.Module, options: Options) -> nn.Module:
+    """CLIP's AttentionPool2d, replaced whole: without positional embedding and biases (of any ``bias`` option)."""
+    new = bnn.AttentionPool2d(
+        layer.q_proj.in_features,
+        layer.num_heads,
+        layer.c_proj.out_features,
+        device="meta",
+        dtype=layer.c_proj.weight.dtype,
+        b=options.b,
+        normalize_weight=options.normalize_weight,
+    )
+    for name in ("q_proj", "k_proj", "v_proj", "c_proj"):
+        _take_over(getattr(new, name), "weight", getattr(layer, name).weight)
     return _moved(layer, new)
 
 
@@ -320,6 +337,8 @@ def max_pool2d(layer: nn.MaxPool2d, options: Options) -> nn.Module:
     "torchvision.models.maxvit.SwapAxes",
     "torchvision.models.maxvit.WindowPartition",
     "torchvision.models.maxvit.WindowDepartition",
+    "open_clip.transformer.LayerScale",
+    "open_clip.transformer.PatchDropout",
 )
 def linear_as_it_is(layer: nn.Module, options: Options) -> nn.Module:
     """Already linear, without constant, in eval mode: kept."""

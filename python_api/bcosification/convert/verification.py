@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bcosification.convert.clip import BcosifiedCLIP
 from bcosification.convert.conversion import convert
 from bcosification.convert.families import family_of
 from bcosification.convert.frozen_replay import frozen_replay
@@ -244,7 +245,8 @@ def verify(
       converted layer and the logits have to be the original's, in its own dtype and in float64 (float64: 1e-10,
       float32: 1e-4, relative). Where moving the head before the pooling changes the function by itself (a LayerNorm
       stands between them), the outputs are compared with the head kept. ``equivalence.differences`` tells what the
-      converted model does otherwise on purpose, and how much each of these changes the logits.
+      converted model does otherwise on purpose, and how much each of these changes the logits. An original is compared
+      without what every conversion drops (CLIP's attention pooling: positional embedding and biases).
     - Calls: a converted layer that the forward never calls is an error.
     - Biases: a model that was converted with bias="remove" and has some is an error.
     - Completeness: in ``converted`` itself, contributions + constant have to be the logit of the predicted class, the
@@ -252,6 +254,7 @@ def verify(
     - Explanations: in a float64 copy of ``converted``, W(x) has to be the gradient of the frozen replay: the same
       forward pass with every scale, gate, variance and attention matrix held at its value, which knows nothing of
       explanation mode (frozen_replay.py); and that replay has to be affine.
+    - Of CLIP's image towers, what is explained are the cosines with four fixed directions.
 
     Args:
         original: the standard model that was converted. It may be in any mode, and is left as it is.
@@ -360,18 +363,25 @@ def _compare(
 
     twin = variant()
     changed = _compare_parameters(twin, converted)
+    family = family_of(original)
+    reference, left_out = family.comparable(original)
     modules = dict(original.named_modules())  # families may add modules to the converted network
     names = [entry["name"] for entry in twin.conversion if entry["name"] in modules]
-    with torch.no_grad(), evaluation_mode(original), _recorded(original, names) as expected:
-        logits = original(inputs)
+    added = [entry["name"] for entry in twin.conversion if entry["name"] not in modules]
+    with torch.no_grad(), evaluation_mode(reference), _recorded(reference, names) as expected:
+        logits = family.output(reference(inputs))
     if not isinstance(logits, Tensor):
         raise TypeError(f"verify: expected the models to return a tensor of logits, got {type(logits).__name__}")
-    with _recorded(twin.model, names) as got:
+    with _recorded(twin.model, names) as got, _recorded(twin.model, added) as of_added:
         twin_logits = logits_of(twin)
     differences: list[Difference] = []
+    if left_out is not None:
+        with torch.no_grad(), evaluation_mode(original):
+            change = _error(logits, family.output(original(inputs)))
+        differences.append(Difference(left_out, "conversions drop it", change))
     reason, moved = None, set()
     if converted.config["head_before_pool"]:
-        reason = family_of(original).head_move_changes(original)
+        reason = family.head_move_changes(original)
     if reason is not None:
         kept = variant(head="keep")
         with _recorded(kept.model, names) as unmoved:
@@ -380,7 +390,7 @@ def _compare(
         # Calls are judged as the converted model makes them, outputs where they are the original's.
         got = {name: unmoved[name] if len(unmoved[name]) == len(got[name]) else got[name] for name in names}
         what, why = f"head='before_pool' ({reason})", "moving the head is another function by itself"
-        differences = [Difference(what, why, _error(twin_logits, kept_logits))]
+        differences.append(Difference(what, why, _error(twin_logits, kept_logits)))
         twin_logits = kept_logits
     tolerance = TOLERANCE[work]
     layers = [_judge_layer(entry, expected, got, tolerance) for entry in converted.conversion if entry["name"] in got]
@@ -389,6 +399,8 @@ def _compare(
             layer.ok, layer.problem = True, "not called: the head, which moved, does without it"
         elif layer.ok and layer.name in moved:
             layer.problem = "compared with the head kept after the pooling"
+    layers += [_judge_added(entry, of_added) for entry in converted.conversion if entry["name"] in of_added
+               and entry["was"] != entry["becomes"]]  # fmt: skip
     layers += _kept_layers(converted, {layer.name for layer in layers})
     error = _error(twin_logits, logits)
     head = exact.head if reason is None else "keep"
@@ -414,6 +426,7 @@ def _check_models(original: nn.Module, converted: BcosifiedModel) -> tuple[nn.Mo
     if not isinstance(converted, BcosifiedModel):
         raise TypeError(f"verify: expected a model made by bcosify second, got {type(converted).__name__}")
     original = bare_model(original)
+    original = family_of(original).tower(original)
     if type_name(type(original)) != converted.config["class"]:
         raise ValueError(
             f"verify: expected a conversion of {type_name(type(original))}, got one of {converted.config['class']}"
@@ -446,7 +459,7 @@ def _compare_parameters(twin: BcosifiedModel, converted: BcosifiedModel) -> list
     """Names of tensors with other values than a fresh conversion gives; ValueError for other shapes or names."""
     fresh, head = twin.state_dict(), f"model.{converted.config['head']}."
     changed = []
-    state = converted.state_dict()
+    state = {name: value for name, value in converted.state_dict().items() if name.startswith("model.")}
     for name, value in fresh.items():  # fresh has the biases, too, which converted may have lost
         if name.startswith("model.") and name not in state and not name.endswith("bias"):
             raise ValueError(
@@ -538,13 +551,20 @@ def _judge_layer(
         )
         report.error, report.largest = (math.nan if any(map(math.isnan, e)) else max(e) for e in (errors, largest))
         if not replaced and math.inf in errors:
-            report.error = report.largest = None
-            report.problem = _NOT_COMPARED
+            report.error, report.largest, report.problem = None, None, _NOT_COMPARED
         elif not report.error <= tolerance:
             report.ok, report.problem = False, f"output differs at B=1 (tolerance {tolerance:.0e})"
         elif "MaxPool" in entry["was"] and replaced:
             report.problem = "compared with max pooling kept"
     return report
+
+
+def _judge_added(entry: dict[str, str], got: dict[str, list[Tensor]]) -> LayerReport:
+    """A layer that the original has no module for (a bare matrix, a function): its calls are all there is to check."""
+    calls = len(got[entry["name"]])
+    ok = calls > 0 or entry["was"] == entry["becomes"]
+    problem = "no layer of the original's" if ok else "a converted layer that is never called"
+    return LayerReport(entry["name"], entry["was"], entry["becomes"], calls, None, ok, problem)
 
 
 def _kept_layers(converted: BcosifiedModel, known: set[str]) -> list[LayerReport]:
@@ -586,6 +606,16 @@ def _differing(converted: BcosifiedModel) -> list[tuple[str, str, dict[str, Any]
     return found
 
 
+def _with_logits(model: BcosifiedModel, x6: Tensor) -> nn.Module:
+    """The model, or of an image tower the cosines with four directions that stand for texts."""
+    if not isinstance(model, BcosifiedCLIP):
+        return model
+    with torch.no_grad():
+        size = model.encode_image(x6).shape[-1]
+    directions = torch.randn(4, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return model.classifier(directions)
+
+
 def _completeness(converted: BcosifiedModel, images: Tensor) -> Completeness:
     parameter = next(converted.parameters())
     model = converted
@@ -595,7 +625,7 @@ def _completeness(converted: BcosifiedModel, images: Tensor) -> Completeness:
     tolerance = TOLERANCE[dtype]
     with evaluation_mode(model):
         x6 = model.encode(images.to(parameter.device, dtype))
-        logits, weights, constant = dynamic_linear_map(model, x6)
+        logits, weights, constant = dynamic_linear_map(_with_logits(model, x6), x6)
     chosen = logits.amax(1)
     parts = (x6 * weights).double()
     total, size = parts.sum((1, 2, 3)), parts.abs().sum((1, 2, 3)) + constant.double().abs()
@@ -607,6 +637,7 @@ def _explanation(converted: BcosifiedModel, images: Tensor) -> Explanation:
     tolerance = 1e-8
     model = copy.deepcopy(converted).double().eval()
     x6 = model.encode(images.to(next(model.parameters()).device, torch.float64))
+    model = _with_logits(model, x6)
     try:
         replay = frozen_replay(model, x6)
         logits, weights, constant = dynamic_linear_map(model, x6)

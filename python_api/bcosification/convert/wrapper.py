@@ -125,6 +125,13 @@ class BcosifiedModel(HubMixin, nn.Module):
         self.config["options"]["bias"] = "remove"
         return [f"model.{name}" for name in removed]
 
+    def saved_state(self) -> dict[str, Tensor]:
+        """The tensors that ``save_pretrained`` writes, by name."""
+        return self.state_dict()
+
+    def prepare_for(self, config: dict[str, Any], state: dict[str, Tensor]) -> None:
+        """Called by ``load`` before ``state`` is loaded: for what a model has beside the converted network."""
+
     def extra_repr(self) -> str:
         c = self.config
         return f"num_classes={c['num_classes']}, b={c['options']['b']}, bias={c['options']['bias']!r}"

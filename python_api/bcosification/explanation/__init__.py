@@ -6,7 +6,7 @@ from bcosification.explanation.attribution import (
     input_x_gradient,
     integrated_gradients,
 )
-from bcosification.explanation.explaining import Explanation, explain
+from bcosification.explanation.explaining import Explanation, TextExplanation, explain
 from bcosification.explanation.pictures import (
     color_picture,
     contribution_picture,
@@ -19,6 +19,7 @@ from bcosification.nn.evaluation_mode import evaluation_mode
 
 __all__ = [
     "Explanation",
+    "TextExplanation",
     "bcos_contributions",
     "color_picture",
     "contribution_picture",

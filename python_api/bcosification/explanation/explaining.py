@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bcosification.convert.clip import BcosifiedCLIP, Templates
 from bcosification.convert.linear_map import dynamic_linear_map
 from bcosification.explanation import pictures
 from bcosification.nn import LogitBias, Normalize, explanation_mode
 from bcosification.nn.evaluation_mode import evaluation_mode
 
-__all__ = ["Explanation", "explain"]
+__all__ = ["Explanation", "TextExplanation", "explain"]
 
 Targets = int | Sequence[int] | Tensor | None
 
@@ -56,7 +57,7 @@ class Explanation:
     constant: Tensor
 
     def __len__(self) -> int:
-        return self.targets.numel()
+        return self.targets.size(0)
 
     def __repr__(self) -> str:
         shape = tuple(self.weights.shape)
@@ -68,14 +69,17 @@ class Explanation:
             if not -len(self) <= index < len(self):
                 raise IndexError(f"Explanation: expected an index below {len(self)}, got {index}")
             index = [index]
-        return Explanation(**{field.name: getattr(self, field.name)[index] for field in dataclasses.fields(self)})
+        return dataclasses.replace(self, **{name: tensor[index] for name, tensor in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def to(self, *args, **kwargs) -> Explanation:
         """All tensors moved as by `Tensor.to` (device, dtype); `targets` keep their integer type."""
-        moved = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved = {name: t.to(*args, **kwargs) for name, t in moved.items()}
+        moved = {name: t.to(*args, **kwargs) for name, t in self._tensors().items()}
         moved["targets"] = self.targets.to(moved["logits"].device)
-        return Explanation(**moved)
+        return dataclasses.replace(self, **moved)
 
     def image(self, i: int, smooth: int | None = 15, percentile: float = 99.5) -> np.ndarray:
         """The colour picture of image i: float32 (H, W, 4) in [0, 1]; see `pictures.color_picture`."""
@@ -122,14 +126,7 @@ class Explanation:
         if any(Path(name).name != name for name in names):
             raise ValueError(f"Explanation.save: expected file names without folders, got {names}")
         pictures.enlargement(1, 1, size)  # refuses what is no size before anything is written
-        pictures_of = [
-            {
-                "image": pictures.image_picture(self.images[i]),
-                "explanation": self.image(i, smooth=smooth, percentile=percentile),
-                "contributions": self.contribution_map(i, percentile=percentile),
-            }
-            for i in range(len(self))
-        ]
+        pictures_of = [self._pictures(i, smooth, percentile) for i in range(len(self))]
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         summary = folder / "explanations.json"
@@ -140,6 +137,14 @@ class Explanation:
             for kind, picture in by_kind.items()
         ]
         return [*files, summary]
+
+    def _pictures(self, i: int, smooth: int | None, percentile: float) -> dict[str, np.ndarray]:
+        """What `save` writes of image i, by the ends of the files' names."""
+        return {
+            "image": pictures.image_picture(self.images[i]),
+            "explanation": self.image(i, smooth=smooth, percentile=percentile),
+            "contributions": self.contribution_map(i, percentile=percentile),
+        }
 
     def _summary(self, names: Sequence[str], class_names: Sequence[str] | None) -> list[dict]:
         summary = []
@@ -159,7 +164,105 @@ class Explanation:
         return summary
 
 
-def explain(model: nn.Module, images: Tensor, targets: Targets = None, *, batch_size: int | None = None) -> Explanation:
+@dataclasses.dataclass(frozen=True, repr=False)
+class TextExplanation(Explanation):
+    """What `explain` returns for texts: N images, each explained for T texts.
+
+    Attributes:
+        images: Encoded images x6 (N, 6, H, W), in [0, 1].
+        logits: (N, T), the cosines of images and texts (with "unpool": the mean over positions of l * |l|^(p - 1)).
+        targets: (N, T), the numbers of the texts.
+        weights: W(x) of every cosine (N, T, 6, H, W).
+        contributions: sum over channels of x6 * W(x), (N, T, H, W).
+        constant: (N, T), everything else that adds to a cosine: contributions.sum + constant = cosine. (With
+            protocol="peer" the two add up to 0.)
+        texts: The T texts; "text 0" … for embeddings.
+    """
+
+    texts: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"TextExplanation({len(self)} images, texts {list(self.texts)}, weights {tuple(self.weights.shape)})"
+
+    def _number(self, text: int | str) -> int:
+        if isinstance(text, str):
+            if text not in self.texts:
+                raise ValueError(f"TextExplanation: expected one of the texts {list(self.texts)}, got {text!r}")
+            return self.texts.index(text)
+        return text
+
+    def image(self, i: int, smooth: int | None = 15, percentile: float = 99.5, *, text: int | str = 0) -> np.ndarray:
+        """The colour picture of image i for one text: float32 (H, W, 4) in [0, 1]; see `pictures.color_picture`."""
+        weights = self.weights[i, self._number(text)]
+        return pictures.color_picture(self.images[i], weights, smooth=smooth, percentile=percentile)
+
+    def contribution_map(self, i: int, percentile: float = 99.5, *, text: int | str = 0) -> np.ndarray:
+        """The contribution map of image i for one text, in blue, white and red: float32 (H, W, 4)."""
+        return pictures.contribution_picture(self.contributions[i, self._number(text)], percentile=percentile)
+
+    def figure(
+        self,
+        *,
+        indices: Sequence[int] | None = None,
+        smooth: int | None = 15,
+        percentile: float = 99.5,
+        title: str | None = None,
+        **_: object,
+    ):
+        """A figure with one row per image: the image, then W(x) and contributions for every text, with the cosine."""
+        indices = range(len(self)) if indices is None else list(indices)
+        rows, labels = [], []
+        for i in indices:
+            row, label = [pictures.image_picture(self.images[i])], [None]
+            for t in range(len(self.texts)):
+                row += [self.image(i, smooth, percentile, text=t), self.contribution_map(i, percentile, text=t)]
+                label += [f"{float(self.logits[i, t]):.3f}", None]
+            rows.append(row)
+            labels.append(label)
+        columns = ["image"]
+        for text in self.texts:
+            columns += [_shortened(text), "contributions"]
+        return pictures.picture_grid(rows, column_labels=columns, cell_labels=labels, title=title)
+
+    def _pictures(self, i: int, smooth: int | None, percentile: float) -> dict[str, np.ndarray]:
+        result = {"image": pictures.image_picture(self.images[i])}
+        for t in range(len(self.texts)):
+            result[f"text{t}_explanation"] = self.image(i, smooth, percentile, text=t)
+            result[f"text{t}_contributions"] = self.contribution_map(i, percentile, text=t)
+        return result
+
+    def _summary(self, names: Sequence[str], class_names: Sequence[str] | None) -> list[dict]:
+        return [
+            {
+                "name": name,
+                "texts": [
+                    {
+                        "text": text,
+                        "cosine": float(self.logits[i, t]),
+                        "contributions": float(self.contributions[i, t].double().sum()),
+                        "constant": float(self.constant[i, t]),
+                    }
+                    for t, text in enumerate(self.texts)
+                ],
+            }
+            for i, name in enumerate(names)
+        ]
+
+
+def _shortened(text: str, most: int = 24) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def explain(
+    model: nn.Module,
+    images: Tensor,
+    targets: Targets = None,
+    *,
+    text: str | Sequence[str] | Tensor | None = None,
+    templates: Templates = None,
+    protocol: str = "paper",
+    batch_size: int | None = None,
+) -> Explanation:
     """Explain logits of a B-cos model by its dynamic linear map W(x).
 
     Equivalent, for one batch of 6-channel images, to:
@@ -175,10 +278,16 @@ def explain(model: nn.Module, images: Tensor, targets: Targets = None, *, batch_
         images: (N, 3, H, W) in [0, 1], or encoded [x, 1 - x] (N, 6, H, W). 3 channels are encoded here (a model of
             `bcosify` built with inverse=False takes them as they are). They may lie on another device than the model.
         targets: Classes to explain: one int for all, N ints (list or tensor), or None for the predicted ones (default).
+        text: Of B-cosified CLIP models: T texts, or their embeddings (T, D), whose cosines with the image are
+            explained, from one forward pass for all of them.
+        templates: With texts: "openai", "simple" or texts with {}, over which a text's embedding is averaged; default
+            None, the texts as they are.
+        protocol: "paper" (default): L2 norms are constants, contributions add up to cosines; "peer": the gradient goes
+            through the norm, as in the reference's code.
         batch_size: Images explained at once; default as many as 16 images of 224 x 224 have pixels.
 
     Returns:
-        An `Explanation`; its tensors lie on the device of `images`.
+        An `Explanation`, with `text` a `TextExplanation`; its tensors lie on the device of `images`.
 
     Warns:
         UserWarning: contributions + constant differs from the logit (by more than rounding): the model has a dynamic
@@ -186,8 +295,8 @@ def explain(model: nn.Module, images: Tensor, targets: Targets = None, *, batch_
 
     Raises:
         TypeError: images or targets of another type than the above.
-        ValueError: wrong shapes, a target that is not a class, or a model in which nothing can be detached: its input
-            gradient would not be a dynamic linear map.
+        ValueError: wrong shapes, a target that is not a class, a model in which nothing can be detached: its input
+            gradient would not be a dynamic linear map; a CLIP model without text=, or texts and no text tower.
 
     Source: B-cos Networks (2022), section 3.2; B-cosification (2024), section 3.
 
@@ -207,30 +316,57 @@ def explain(model: nn.Module, images: Tensor, targets: Targets = None, *, batch_
             "dynamic weights that can be detached (set_explanation_mode); `bcosify(model)` makes a B-cos model of it, "
             "and bcosification.explanation.attribution explains plain models"
         )
+    texts = None
+    if text is not None:
+        if not isinstance(model, BcosifiedCLIP):
+            raise ValueError(f"explain: expected a B-cosified CLIP model with text=, got {type(model).__name__}")
+        if targets is not None:
+            raise ValueError("explain: expected targets= or text=, got both")
+        texts = _texts(text)
+        model = model.classifier(text if texts is None else list(texts), templates, protocol=protocol)
+        targets = torch.arange(model.num_classes).expand(images.size(0), -1)
+        texts = tuple(f"text {t}" for t in range(model.num_classes)) if texts is None else texts
+    elif isinstance(model, BcosifiedCLIP):
+        raise ValueError(
+            "explain: expected text= (texts, or embeddings (T, D)) for a CLIP model, whose outputs are no logits, got "
+            "none"
+        )
     if batch_size is None:
         batch_size = max(1, _PIXELS_AT_ONCE // max(1, images.size(2) * images.size(3)))
     elif batch_size < 1:
         raise ValueError(f"explain: expected batch_size >= 1, got {batch_size}")
     parts = []
     # An inference tensor cannot be part of a graph; outside inference mode inputs are copied into plain ones.
-    with torch.inference_mode(False), evaluation_mode(model), explanation_mode(model):
-        targets = _targets(targets, images.size(0))
+    whole = getattr(model, "explained", model)
+    with torch.inference_mode(False), evaluation_mode(whole), evaluation_mode(model), explanation_mode(model):
+        targets = targets if texts else _targets(targets, images.size(0))
         for start in range(0, images.size(0), batch_size):
             stop = start + batch_size
             parts.append(_explain_batch(model, images[start:stop], None if targets is None else targets[start:stop]))
     *tensors, sizes = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    explanation = Explanation(*tensors)
-    _check_sum(explanation, sizes)
+    explanation = TextExplanation(*tensors, texts) if texts else Explanation(*tensors)
+    if getattr(model, "protocol", "paper") == "paper":
+        _check_sum(explanation, sizes)
     return explanation
+
+
+def _texts(text: str | Sequence[str] | Tensor) -> tuple[str, ...] | None:
+    """The texts, or None for embeddings."""
+    if isinstance(text, Tensor):
+        return None
+    texts = (text,) if isinstance(text, str) else tuple(text)
+    if not texts or not all(isinstance(entry, str) for entry in texts):
+        raise ValueError(f"explain: expected text= as texts or a tensor of embeddings (T, D), got {text!r}")
+    return texts
 
 
 def _explain_batch(model: nn.Module, images: Tensor, targets: Tensor | None) -> tuple[Tensor, ...]:
     x6 = encode(model, images)
     logits, weights, constant = dynamic_linear_map(model, x6, targets)
     targets = logits.argmax(1) if targets is None else targets
-    summands = x6 * weights
-    contributions = summands.sum(1)
-    sizes = summands.abs_().sum((1, 2, 3))
+    summands = (x6 if targets.dim() == 1 else x6[:, None]) * weights  # with texts: (N, T, C, H, W)
+    contributions = summands.sum(-3)
+    sizes = summands.abs_().sum((-3, -2, -1))
     return tuple(t.detach().to(images.device) for t in (x6, logits, targets, weights, contributions, constant, sizes))
 
 
@@ -278,11 +414,12 @@ def _targets(targets: Targets, count: int) -> Tensor | None:
 
 
 def _check_sum(explanation: Explanation, sizes: Tensor) -> None:
-    """Warn where contributions + constant is not the logit: something adds to it that nobody accounts for. sizes (N,):
-    Σ |x6 ⊙ W|, which rounding is measured against."""
-    contributions = explanation.contributions.double().sum((1, 2))
-    logit = explanation.logits.gather(1, explanation.targets[:, None]).squeeze(1).double()
-    constant = explanation.constant.double()
+    """Warn where contributions + constant is not the logit: something adds to it that nobody accounts for. sizes (N,)
+    or (N, T): Σ |x6 ⊙ W|, which rounding is measured against."""
+    contributions = explanation.contributions.double().sum((-2, -1)).flatten()
+    targets = explanation.targets.view(len(explanation), -1)
+    logit = explanation.logits.gather(1, targets).flatten().double()
+    constant, sizes = explanation.constant.double().flatten(), sizes.flatten()
     off = (contributions + constant - logit).abs()
     size = sizes.double() + constant.abs() + logit.abs()
     tolerance = 1e-3 if torch.finfo(explanation.weights.dtype).eps < 1e-4 else 5e-2
@@ -290,8 +427,8 @@ def _check_sum(explanation: Explanation, sizes: Tensor) -> None:
     if not off[worst] <= tolerance * size[worst]:
         warnings.warn(
             f"explain: expected contributions + constant = logit, got {contributions[worst]:.4g} + "
-            f"{constant[worst]:.4g} and {logit[worst]:.4g} for image {worst}; the model has a layer that is not "
-            "linear in explanation mode, or adds a constant outside its layers (parameters can be named in "
+            f"{constant[worst]:.4g} and {logit[worst]:.4g} for image {worst // targets.size(1)}; the model has a layer "
+            "that is not linear in explanation mode, or adds a constant outside its layers (parameters can be named in "
             "model.additive_parameters)",
             stacklevel=3,
         )

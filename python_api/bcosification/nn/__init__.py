@@ -1,7 +1,9 @@
 """Drop-in modules for B-cos networks. Each has an explanation mode in which its dynamic weights are constants."""
 
+from .attention_pool2d import AttentionPool2d
 from .batch_norm_uncentered import BatchNormUncentered2d, SyncBatchNormUncentered2d
 from .conv2d import BcosConv2d
+from .cosine import L2Norm, PositionMean
 from .encoding import AddInverse, Normalize
 from .gates import GatedActivation, Hardswish, Mish, QuickGELU, ReLU6, ScalingGate, SiLU, SqueezeExcitation, Tanh
 from .gelu import GELU
@@ -16,6 +18,7 @@ from .qkv_linear import QKVLinear
 
 __all__ = [
     "AddInverse",
+    "AttentionPool2d",
     "BatchNormUncentered2d",
     "BcosConv2d",
     "BcosLinear",
@@ -24,12 +27,14 @@ __all__ = [
     "GatedActivation",
     "GroupNorm",
     "Hardswish",
+    "L2Norm",
     "LayerNorm",
     "LayerNorm2d",
     "LogitBias",
     "Mish",
     "MultiheadAttention",
     "Normalize",
+    "PositionMean",
     "QKVLinear",
     "QuickGELU",
     "ReLU6",

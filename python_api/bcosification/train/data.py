@@ -24,11 +24,21 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from bcosification.train.image_files import load_image
 
-__all__ = ["EMBEDDED", "FolderImages", "ImageDataModule", "ImageTensors", "build_datamodule", "digits", "scenes"]
+__all__ = [
+    "EMBEDDED",
+    "FolderImages",
+    "ImageDataModule",
+    "ImageFiles",
+    "ImageTensors",
+    "build_datamodule",
+    "digits",
+    "scenes",
+]
 
 EMBEDDED = ("digits", "scenes")
 SPLITS = ("train", "val")
 VALIDATION_SHARE = 0.2
+HELD_OUT_SHARE = 0.05  # of the images of a folder without train/ and val/
 BRIGHTNESS = np.array([0.299, 0.587, 0.114], np.float32)  # weights of red, green and blue (BT.601)
 CONTRAST = 0.35
 DIMMED = 0.5
@@ -257,9 +267,19 @@ class FolderImages(Dataset):
                 f"image folder {root}: expected images ({', '.join(sorted(IMG_EXTENSIONS))}) in its {len(found)} "
                 "class folders, found none"
             )
+        self._take_readable(samples, check)
+        present = {label for _, label in self.samples}
+        self.empty_classes = [name for name, label in self.class_to_idx.items() if label not in present]
+        if class_to_idx is None and self.empty_classes:
+            raise FileNotFoundError(
+                f"image folder {root}: expected readable images in every class, found none in "
+                + _shortened(self.empty_classes)
+            )
+
+    def _take_readable(self, samples: list[tuple[str, int]], check: str) -> None:
         full = check == "full" or (check == "auto" and len(samples) <= FULL_CHECK_LIMIT)
         if not full:
-            print(f"{root}: opening {len(samples):,} image files to leave out what is none …", flush=True)
+            print(f"{self.root}: opening {len(samples):,} image files to leave out what is none …", flush=True)
         with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) * 2)) as pool:
             reasons = list(pool.map(lambda sample: _unreadable(sample[0], full), samples))
         self.unreadable = [
@@ -269,15 +289,8 @@ class FolderImages(Dataset):
         if not self.samples:
             path, reason = self.unreadable[0]
             raise ValueError(
-                f"image folder {root}: expected readable images, but all {len(samples)} are unreadable (first: {path}: "
-                f"{reason})"
-            )
-        present = {label for _, label in self.samples}
-        self.empty_classes = [name for name, label in self.class_to_idx.items() if label not in present]
-        if class_to_idx is None and self.empty_classes:
-            raise FileNotFoundError(
-                f"image folder {root}: expected readable images in every class, found none in "
-                + _shortened(self.empty_classes)
+                f"image folder {self.root}: expected readable images, but all {len(samples)} are unreadable (first: "
+                f"{path}: {reason})"
             )
 
     def __len__(self) -> int:
@@ -291,6 +304,37 @@ class FolderImages(Dataset):
             warnings.warn(f"image {path} cannot be read and is left out: {error}", stacklevel=2)
             return None
         return self.transform(image), label
+
+
+class ImageFiles(FolderImages):
+    """All images below a folder, whatever its sub-folders, without labels (0 everywhere); unreadable files left out.
+
+    Args:
+        root: the folder.
+        transform, check: as FolderImages.
+        part: None (default): all files; "train", "val": one of two disjoint parts, of which "val" holds a twentieth,
+            at least one file, the same for everyone.
+
+    Raises:
+        FileNotFoundError: no folder, or no (two) images in it. ValueError: no readable image.
+    """
+
+    def __init__(self, root, transform: Callable, *, part: str | None = None, check: str = "auto"):
+        from torchvision.datasets.folder import IMG_EXTENSIONS
+
+        root = Path(root)
+        paths = sorted(str(path) for path in root.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        if len(paths) < (1 if part is None else 2):
+            raise FileNotFoundError(
+                f"image folder {root}: expected images ({', '.join(sorted(IMG_EXTENSIONS))}) in it, found {len(paths)}"
+            )
+        if part is not None:
+            order = np.random.default_rng(1797).permutation(len(paths))
+            held_out = set(order[: max(1, round(len(paths) * HELD_OUT_SHARE))].tolist())
+            paths = [path for i, path in enumerate(paths) if (i in held_out) == (part == "val")]
+        self.root, self.transform = root, transform
+        self.classes, self.class_to_idx, self.empty_classes = ["image"], {"image": 0}, []
+        self._take_readable([(path, 0) for path in paths], check)
 
 
 def _unreadable(path: str, full: bool) -> str | None:
@@ -367,6 +411,7 @@ class ImageDataModule(_lightning_datamodule()):
         num_workers: processes that load; default 0 for data in memory, else the number of CPUs, at most 8.
         seed: order and augmentation are functions of (seed, epoch, index).
         pin_memory: None for "if there is a GPU".
+        labelled: False where labels mean nothing, default True.
 
     Attributes:
         num_classes, class_names, unreadable: list of (path, reason) of left-out files of both parts.
@@ -374,12 +419,12 @@ class ImageDataModule(_lightning_datamodule()):
 
     def __init__(
         self, train, val, class_names, *, batch_size: int = 128, num_workers: int | None = None, seed: int = 0,
-        pin_memory: bool | None = None, name: str = "",
+        pin_memory: bool | None = None, name: str = "", labelled: bool = True,
     ):  # fmt: skip
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"data: expected batch_size >= 1, got {batch_size}")
-        self.train, self.val, self.name = train, val, name
+        self.train, self.val, self.name, self.labelled = train, val, name, labelled
         self.class_names = list(class_names)
         self.batch_size, self.seed = batch_size, seed
         if num_workers is None:
@@ -390,6 +435,11 @@ class ImageDataModule(_lightning_datamodule()):
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def what(self) -> str:
+        """The labels, in words."""
+        return f"{self.num_classes} classes" if self.labelled else "labels not used"
 
     @property
     def unreadable(self) -> list[tuple[str, str]]:
@@ -462,14 +512,14 @@ class _Resized:
         return image.clamp(0, 1)
 
 
-def check_source(data, *, evaluation_only: bool = False) -> None:
+def check_source(data, *, evaluation_only: bool = False, labelled: bool = True) -> None:
     """Raises FileNotFoundError unless `data` is a name in EMBEDDED or a folder laid out as `build_datamodule` needs.
 
     Quick: nothing in the folder is looked at.
     """
     root = Path(data)
     if root.is_dir():
-        missing = [] if evaluation_only else [name for name in SPLITS if not (root / name).is_dir()]
+        missing = [] if evaluation_only or not labelled else [name for name in SPLITS if not (root / name).is_dir()]
         if missing:
             raise FileNotFoundError(
                 f"data: expected {root}/train and {root}/val, each with one sub-folder per class; missing: "
@@ -485,7 +535,7 @@ def check_source(data, *, evaluation_only: bool = False) -> None:
 def build_datamodule(
     data, *, image_size: int | None = None, batch_size: int = 128, num_workers: int | None = None, seed: int = 0,
     augment: bool = True, train_transform: Callable | None = None, eval_transform: Callable | None = None,
-    evaluation_only: bool = False, class_names: Sequence[str] | None = None,
+    evaluation_only: bool = False, class_names: Sequence[str] | None = None, labelled: bool = True,
 ) -> ImageDataModule:  # fmt: skip
     """The data module for a name ("digits", "scenes") or for a folder of images.
 
@@ -497,11 +547,13 @@ def build_datamodule(
         train_transform, eval_transform: replace the transforms of folders (PIL image → [0, 1] tensor).
         evaluation_only: no training part.
         class_names: with evaluation_only: the classes in the model's order, when it knows them.
+        labelled: False: all images below the folder, or below its train/ and val/ where both are there, whatever their
+            sub-folders; without the two, a twentieth of the images is held out to validate on. Default True.
 
     Raises:
         FileNotFoundError, ValueError: no such name or folder, no classes, no images; see FolderImages.
     """
-    options = dict(batch_size=batch_size, num_workers=num_workers, seed=seed, name=str(data))
+    options = dict(batch_size=batch_size, num_workers=num_workers, seed=seed, name=str(data), labelled=labelled)
     if str(data) in EMBEDDED and not Path(str(data)).is_dir():
         maker, shift = (digits, 2) if str(data) == "digits" else (scenes, 4)
         parts = []
@@ -518,7 +570,7 @@ def build_datamodule(
         return ImageDataModule(None if evaluation_only else train, val, val.class_names, **options)
 
     root = Path(data)
-    check_source(root, evaluation_only=evaluation_only)
+    check_source(root, evaluation_only=evaluation_only, labelled=labelled)
     size = image_size or 224
     eval_transform = eval_transform or evaluation_transform(size)
     if evaluation_only:
@@ -528,6 +580,13 @@ def build_datamodule(
         return ImageDataModule(None, val, val.classes, **options)
     if train_transform is None:
         train_transform = training_transform(size) if augment else eval_transform
+    if not labelled:
+        split = all((root / name).is_dir() for name in SPLITS)
+        train, val = (
+            ImageFiles(root / name if split else root, transform, part=None if split else name)
+            for name, transform in zip(SPLITS, (train_transform, eval_transform), strict=True)
+        )
+        return ImageDataModule(train, val, val.classes, **options)
     train = FolderImages(root / "train", train_transform)
     val = FolderImages(root / "val", eval_transform, class_to_idx=train.class_to_idx)
     if val.empty_classes:

@@ -91,6 +91,9 @@ class FinetuneConfig:
 
     PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
 
+    COMMAND = "finetune"
+    """Who speaks in errors."""
+
     # A resumed run may differ in these, and in the number of epochs; all others decide what comes out.
     MACHINE = frozenset(
         {"output", "num_workers", "accelerator", "devices", "progress", "compile", "channels_last", "precision"}
@@ -98,11 +101,10 @@ class FinetuneConfig:
 
     def check(self) -> None:
         """Raises ValueError naming the first option whose value makes no sense."""
-        from .losses import LOSSES
 
         def expect(condition: bool, name: str, expected: str) -> None:
             if not condition:
-                raise ValueError(f"finetune: expected {name} {expected}, got {getattr(self, name)!r}")
+                raise ValueError(f"{self.COMMAND}: expected {name} {expected}, got {getattr(self, name)!r}")
 
         for name in ("model", "data", "output"):
             expect(bool(getattr(self, name)), name, "to be given")
@@ -118,12 +120,14 @@ class FinetuneConfig:
         expect(self.bias == "decay" or self.bias_epochs == 0, "bias_epochs", "to be 0 without bias='decay'")
         expect(0 <= self.warmup_epochs < self.epochs, "warmup_epochs", f">= 0 and < {self.epochs} (epochs in all)")
         expect(self.optimizer in ("adam", "adamw"), "optimizer", "in ('adam', 'adamw')")
-        expect(self.loss in LOSSES, "loss", f"in {tuple(LOSSES)}")
+        expect(self.loss in self.losses(), "loss", f"in {tuple(self.losses())}")
         expect(self.weight_decay >= 0, "weight_decay", ">= 0")
         expect(self.agc is None or self.agc > 0, "agc", "> 0")
         expect(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "> 0")
         if self.agc is not None and self.clip_norm is not None:
-            raise ValueError(f"finetune: expected agc= or clip_norm=, got both: {self.agc!r} and {self.clip_norm!r}")
+            raise ValueError(
+                f"{self.COMMAND}: expected agc= or clip_norm=, got both: {self.agc!r} and {self.clip_norm!r}"
+            )
         expect(self.image_size is None or self.image_size >= 8, "image_size", ">= 8")
         expect(self.num_workers is None or self.num_workers >= 0, "num_workers", ">= 0")
         expect(self.limit_batches is None or self.limit_batches >= 1, "limit_batches", ">= 1")
@@ -131,11 +135,23 @@ class FinetuneConfig:
         expect(isinstance(self.conversion, dict), "conversion", "to be a mapping of bcosify's options")
         for name in ("b", "bias"):
             if name in self.conversion:
-                raise ValueError(f"finetune: expected {name} outside of conversion, got {self.conversion!r}")
+                raise ValueError(f"{self.COMMAND}: expected {name} outside of conversion, got {self.conversion!r}")
+
+    def losses(self) -> tuple[str, ...]:
+        """The names that `loss` may have."""
+        from .losses import LOSSES
+
+        return tuple(LOSSES)
+
+    def check_data(self) -> None:
+        """Raises FileNotFoundError unless `data` is there, laid out as it has to be."""
+        from .data import check_source
+
+        check_source(self.data)
 
     @classmethod
     def from_mapping(cls, values: dict, source: str) -> FinetuneConfig:
-        return cls(**_typed(values, source))
+        return cls(**_typed(values, source, cls))
 
     def to_yaml(self) -> str:
         import yaml
@@ -143,11 +159,11 @@ class FinetuneConfig:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
 
-def _typed(values: dict, source: str) -> dict:
+def _typed(values: dict, source: str, config: type[FinetuneConfig] = FinetuneConfig) -> dict:
     """`values` with known keys only and the fields' types (YAML reads 1e-4 as a string)."""
     if not isinstance(values, dict):
         raise ValueError(f"{source}: expected a mapping of options, got {type(values).__name__}")
-    fields = {f.name: f for f in dataclasses.fields(FinetuneConfig)}
+    fields = {f.name: f for f in dataclasses.fields(config)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise ValueError(f"{source}: expected options among {', '.join(fields)}; got {', '.join(map(repr, unknown))}")
@@ -178,8 +194,8 @@ def _typed(values: dict, source: str) -> dict:
 @dataclass
 class FinetuneResult:
     """output: the folder; history: one dict per epoch, as in metrics.csv; model: the trained model, in eval mode;
-    best: highest val_top1 (share of 1); unreadable: list of (path, reason); earlier: how many of the history's epochs
-    are those of the run that was resumed (all of them: it was complete)."""
+    best: highest val_top1 (share of 1), of a distillation val_cosine; unreadable: list of (path, reason); earlier: how
+    many of the history's epochs are those of the run that was resumed (all of them: it was complete)."""
 
     output: Path
     history: list[dict]
@@ -273,11 +289,11 @@ def _write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _save_model(model, folder: Path) -> None:
+def _save_model(module, folder: Path) -> None:
     """What save_pretrained writes, written beside and moved into place."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    module.save(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 
@@ -312,7 +328,7 @@ def _callbacks(output: Path | None, show: bool):
                     row["b"] = callback.value
                 if hasattr(callback, "factor"):
                     row["bias_factor"] = callback.factor
-            for name in ("train_loss", "train_top1", "val_loss", "val_top1", "val_top5"):
+            for name in ("train_loss", "train_top1", "val_loss", "val_cosine", "val_top1", "val_top5"):
                 if name in trainer.callback_metrics:
                     row[name] = float(trainer.callback_metrics[name])
             self.rows.append(row)
@@ -332,10 +348,10 @@ def _callbacks(output: Path | None, show: bool):
         """last.ckpt, last/ and best/ after every epoch; as a Checkpoint it is called after all other callbacks."""
 
         def __init__(self):
-            self.best = -1.0
+            self.best = float("-inf")
 
         def on_train_epoch_end(self, trainer, pl_module):
-            score = float(trainer.callback_metrics.get("val_top1", float("nan")))
+            score = float(trainer.callback_metrics.get(pl_module.score, float("nan")))
             improved = not score <= self.best
             if improved:
                 self.best = score
@@ -343,7 +359,7 @@ def _callbacks(output: Path | None, show: bool):
             trainer.save_checkpoint(temporary)  # on every rank
             if trainer.is_global_zero:
                 if hasattr(pl_module.model, "save_pretrained"):
-                    _save_model(pl_module.model, output / "last")
+                    _save_model(pl_module, output / "last")
                     if improved:
                         shutil.rmtree(output / "best.tmp", ignore_errors=True)
                         shutil.copytree(output / "last", output / "best.tmp")
@@ -370,6 +386,7 @@ def _row_text(row: dict, epochs: int) -> str:
     parts = []
     for part, label in (("train", "training"), ("val", "validation")):
         metrics = [f"loss {row[f'{part}_loss']:.4f}"] if f"{part}_loss" in row else []
+        metrics += [f"cosine {row[f'{part}_cosine']:.4f}"] if f"{part}_cosine" in row else []
         metrics += [f"top-{k} {100 * row[f'{part}_top{k}']:.2f} %" for k in (1, 5) if f"{part}_top{k}" in row]
         if metrics:
             parts.append(f"{label}: {', '.join(metrics)}")
@@ -395,10 +412,12 @@ def _draw_history(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in rows]
-    panels = ((left, "loss", ("train_loss", "val_loss")), (right, "accuracy (%)", ("train_top1", "val_top1")))
-    for axis, unit, names in panels:
+    panels = [(left, "loss", ("train_loss", "val_loss"), 1), (right, "accuracy (%)", ("train_top1", "val_top1"), 100)]
+    if "val_cosine" in rows[0]:
+        panels[1] = (right, "cosine of student and teacher", ("val_cosine",), 1)
+    for axis, unit, names, factor in panels:
         for name in names:
-            values = [row.get(name, float("nan")) * (100 if axis is right else 1) for row in rows]
+            values = [row.get(name, float("nan")) * factor for row in rows]
             axis.plot(epochs, values, marker="." if len(epochs) < 30 else None, label=name.split("_")[0])
         axis.set(xlabel="epoch", ylabel=unit)
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -413,7 +432,7 @@ def train(
     precision: str = "32-true", accelerator: str = "auto", devices="auto", clip_norm: float | None = None,
     limit_batches: int | None = None, progress: bool | None = True, ready=None,
 ) -> list[dict]:  # fmt: skip
-    """Runs Lightning's Trainer on a ClassificationModule; the core of `finetune`, usable with any model.
+    """Runs Lightning's Trainer on a TrainedModule; the core of `finetune` and `distill`, usable with any model.
 
     Args:
         module, datamodule: see lightning_module and data.
@@ -518,6 +537,17 @@ def finetune(config: FinetuneConfig, *, model=None, resume: bool = False) -> Fin
         ValueError, FileNotFoundError, FileExistsError, PermissionError: the configuration, the data, the model or the
             output folder is not usable; nothing has been written then.
     """
+    return run(config, _classification, model=model, resume=resume)
+
+
+def run(config: FinetuneConfig, prepare, *, model=None, resume: bool = False) -> FinetuneResult:
+    """One run from a configuration, whatever is trained.
+
+    Args:
+        config, model, resume: see `finetune`.
+        prepare: (config, own model or None, the run's last/ when it is resumed or None) → a TrainedModule around the
+            model, and the data module.
+    """
     if model is not None and not config.model:
         config = dataclasses.replace(config, model=type(model).__name__)
     config.check()
@@ -528,36 +558,28 @@ def finetune(config: FinetuneConfig, *, model=None, resume: bool = False) -> Fin
     output = Path(config.output)
     check_output(output, resume=resume)
     check_machine(config.accelerator, config.devices)
-    from .data import check_source
-
-    check_source(config.data)
+    config.check_data()
     earlier = _check_same(config, output) if resume else 0
 
     import torch
 
     torch.manual_seed(config.seed)
-    model, datamodule = _prepare(config, model, output / "last" if earlier else None)
-    from .lightning_module import ClassificationModule
+    module, datamodule = prepare(config, model, output / "last" if earlier else None)
     from .schedules import BiasDecay, LinearB
 
-    module = ClassificationModule(
-        model, datamodule.num_classes, loss=config.loss, optimizer=config.optimizer, lr=config.lr,
-        weight_decay=config.weight_decay, warmup_epochs=config.warmup_epochs, agc=config.agc,
-        channels_last=config.channels_last,
-    )  # fmt: skip
     callbacks = []
     if config.b_epochs > 0:
         callbacks.append(LinearB(config.b_epochs, end=config.b))
     if config.bias == "decay":
         callbacks.append(BiasDecay(config.bias_epochs))
     if config.compile:
-        model.compile()
+        module.model.compile()
 
     def ready() -> None:
         output.mkdir(parents=True, exist_ok=True)
         _write(output / "config.yaml", config.to_yaml())
         if config.progress is not None and earlier < config.epochs:
-            print(_summary(config, model, datamodule, earlier), flush=True)
+            print(_summary(config, module.model, datamodule, earlier), flush=True)
         if datamodule.unreadable:
             listed = output / "unreadable_images.txt"
             _write(listed, "".join(f"{path}\t{reason}\n" for path, reason in datamodule.unreadable))
@@ -570,8 +592,21 @@ def finetune(config: FinetuneConfig, *, model=None, resume: bool = False) -> Fin
         precision=config.precision, accelerator=config.accelerator, devices=config.devices,
         clip_norm=config.clip_norm, limit_batches=config.limit_batches, progress=config.progress, ready=ready,
     )  # fmt: skip
-    best = max((row["val_top1"] for row in history if "val_top1" in row), default=float("nan"))
-    return FinetuneResult(output, history, model.eval(), best, datamodule.unreadable, earlier)
+    best = max((row[module.score] for row in history if module.score in row), default=float("nan"))
+    return FinetuneResult(output, history, module.saved.eval(), best, datamodule.unreadable, earlier)
+
+
+def _classification(config: FinetuneConfig, own, saved: Path | None):
+    """What `finetune` trains: a classifier on labelled images."""
+    model, datamodule = _prepare(config, own, saved)
+    from .lightning_module import ClassificationModule
+
+    module = ClassificationModule(
+        model, datamodule.num_classes, loss=config.loss, optimizer=config.optimizer, lr=config.lr,
+        weight_decay=config.weight_decay, warmup_epochs=config.warmup_epochs, agc=config.agc,
+        channels_last=config.channels_last,
+    )  # fmt: skip
+    return module, datamodule
 
 
 def _summary(config: FinetuneConfig, model, datamodule, earlier: int) -> str:
@@ -580,34 +615,34 @@ def _summary(config: FinetuneConfig, model, datamodule, earlier: int) -> str:
     return resumed + (
         f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, B {config.b:g}, biases: "
         f"{config.bias}; {config.data}: {len(datamodule.train):,} images to train on and {len(datamodule.val):,} to "
-        f"validate on, {datamodule.num_classes} classes, {height} x {width} pixels"
+        f"validate on, {datamodule.what}, {height} x {width} pixels"
     )
 
 
-def saved_config(output: Path) -> FinetuneConfig:
+def saved_config(output: Path, kind: type[FinetuneConfig] = FinetuneConfig) -> FinetuneConfig:
     """The configuration of the run in `output`."""
     import yaml
 
     check_output(output, resume=True)
     path = output / "config.yaml"
-    return FinetuneConfig.from_mapping(yaml.safe_load(path.read_text()), str(path))
+    return kind.from_mapping(yaml.safe_load(path.read_text()), str(path))
 
 
 def _check_same(config: FinetuneConfig, output: Path) -> int:
     """The number of complete epochs of the run in `output`; ValueError if `config` asks for another run."""
     path = output / "config.yaml"
-    before, now = (_decisive(c) for c in (saved_config(output), config))
+    before, now = (_decisive(c) for c in (saved_config(output, type(config)), config))
     other = [name for name in before | now if before.get(name) != now.get(name)]
     if other:
         values = [", ".join(f"{name}={options.get(name)!r}" for name in other) for options in (before, now)]
         raise ValueError(
-            f"finetune: expected the options of the run that is resumed ({path}), {values[0]}; got {values[1]}: "
-            "another run needs a folder of its own"
+            f"{config.COMMAND}: expected the options of the run that is resumed ({path}), {values[0]}; got "
+            f"{values[1]}: another run needs a folder of its own"
         )
     done = _complete_epochs(output)
     if config.epochs < done:
         raise ValueError(
-            f"finetune: expected epochs >= {done}, which the run in {output} has done, got {config.epochs}"
+            f"{config.COMMAND}: expected epochs >= {done}, which the run in {output} has done, got {config.epochs}"
         )
     return done
 
@@ -701,7 +736,7 @@ def _image_size(config: FinetuneConfig, model) -> tuple[int, bool]:
         size = config.image_size or (min(expected) if expected is not None else 224)
     if not takes_size(model, size):
         raise ValueError(
-            f"finetune: expected an image_size that {config.model} can take (its own: {expected}), got {size}"
+            f"{config.COMMAND}: expected an image_size that {config.model} can take (its own: {expected}), got {size}"
         )
     return size, not _embedded(config) and config.image_size is None and expected is not None
 
@@ -712,12 +747,12 @@ def _check_converted(config: FinetuneConfig, model) -> None:
     for name in ("b", "bias"):
         if getattr(config, name) != options[name]:
             raise ValueError(
-                f"finetune: expected {name}={options[name]!r}, which {config.model} was B-cosified with, got "
+                f"{config.COMMAND}: expected {name}={options[name]!r}, which {config.model} was B-cosified with, got "
                 f"{name}={getattr(config, name)!r}"
             )
     if config.conversion:
         raise ValueError(
-            f"finetune: expected no options of conversion, as {config.model} is B-cosified already; got "
+            f"{config.COMMAND}: expected no options of conversion, as {config.model} is B-cosified already; got "
             + ", ".join(f"{name}=" for name in config.conversion)
         )
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import bcos_kernels
-from bcosification import bcosify, explain
+from bcosification import BcosifiedCLIP, bcosify, explain
 from bcosification.cli import main
 from bcosification.convert.families import FAMILIES, Family, family_of, register
 from bcosification.convert.family_checks import family_reports, randomized
@@ -48,11 +48,12 @@ def test_training_steps_and_explanations_of_every_family_run_on_kernels(name):
     family = Family() if name == "generic" else next(f for f in FAMILIES.values() if f.name == name)
     torch.manual_seed(0)
     model = bcosify(family.example(), **family.example_options)
-    images = torch.rand(2, 3, *(family.example_size or family.input_size(model.model) or (64, 64)))
+    size = family.example_size or model.config["input_size"] or (64, 64)
+    images = torch.rand(2, 3, *size)
     step = Step(model, images, torch.arange(2))
     with bcos_kernels.timed() as seconds:
         step()
-        explain(model, images)
+        explain(model, images, **({"text": torch.eye(12)[:2]} if isinstance(model, BcosifiedCLIP) else {}))
     assert {backend for _, backend in seconds} == {"cpu"}, seconds
     ops = {op for op, _ in seconds}
     assert ops & {"conv2d", "conv2d_batch_norm", "linear"} and any(op.endswith("_backward") for op in ops), ops

@@ -187,7 +187,7 @@ def test_bad_arguments_are_named():
         dynamic_linear_map(model, torch.zeros(1, 6, 16, 16, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"expected targets in \[0, 4\], got \[0, 5\]"):
         dynamic_linear_map(model, x6, torch.tensor([0, 5]))
-    with pytest.raises(ValueError, match=r"expected targets \(2,\) of integers, got \(3,\)"):
+    with pytest.raises(ValueError, match=r"expected targets \(2,\) or \(2, T\) of integers, got \(3,\)"):
         dynamic_linear_map(model, x6, torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match=r"expected the model to return logits \(2, classes\), got \(2, 6, 16, 16\)"):
         dynamic_linear_map(nn.Identity(), x6)

@@ -34,9 +34,24 @@ class Family:
     example_size: tuple[int, int] | None = None
     """Height and width of images for ``example``; None: ``input_size``, or 32 x 32."""
     preprocessing: str | None = None
-    """"imagenet": the library's weights were trained with ImageNet's mean and std."""
+    """"imagenet", "openai": the library's weights were trained with ImageNet's, with OpenAI's CLIP's mean and std."""
     head_is_linear = False
     """A moved head stays a linear layer, on tokens; else it becomes a 1x1 convolution, on maps."""
+    embeds: bool = False
+    """Whether the model is an image tower of CLIP's kind: it returns embeddings to be compared with those of texts."""
+
+    def tower(self, model: nn.Module) -> nn.Module:
+        """The part of the model that is converted: of an image and text model the image tower, else all of it."""
+        return model
+
+    def output(self, value: Any) -> Any:
+        """The tensor among what the original model's forward returns."""
+        return value
+
+    def comparable(self, model: nn.Module) -> tuple[nn.Module, str | None]:
+        """What a conversion is the same as at B = 1 with all else kept, and, in words, how that differs from the
+        original (None: not at all). A copy where it is another model."""
+        return model, None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
