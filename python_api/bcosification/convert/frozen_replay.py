@@ -8,6 +8,7 @@ kernel of ours: a float64 copy of the model runs once with plain torch operation
     gate        ReLU's mask, GELU's Phi(x), the factors of SiLU and its like and of squeeze-and-excitation
     variance    of LayerNorm, GroupNorm and every other norm that takes it from the sample
     attention   the softmax matrices
+    held        queries and keys, and the gates of gated linear units, whole
     pooling     the winners of max pooling
 
 and every later run takes these from the record. What is left has to be an affine function of the image, whose gradient
@@ -182,6 +183,18 @@ def _peer_exponent(module: nn.Module) -> tuple[Any, bool]:
 def _own_conv2d(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
     weight = _unit_rows(module.weight) if module.normalize_weight else module.weight
     return _conv(module, tape, x, weight, module.bias, *_own_exponent(module), own=True) / getattr(module, "scale", 1)
+
+
+def _own_conv2d_same(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
+    sides = []
+    for size, kernel, stride, dilation in zip(
+        x.shape[-2:], module.kernel_size, module.stride, module.dilation, strict=True
+    ):
+        reach = (math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1
+        missing = max(reach - size, 0)
+        sides.append((missing // 2, missing - missing // 2))
+    (top, bottom), (left, right) = sides
+    return _own_conv2d(module, tape, F.pad(x, (left, right, top, bottom)))
 
 
 def _own_linear(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
@@ -418,6 +431,30 @@ def _own_group_norm(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
     return _group_norm(tape, x, module.num_groups, module.weight, module.bias, module.eps)
 
 
+def _own_norm_act(norm: Callable) -> Callable:
+    """A norm with drop and act behind it; what a fused chain adds comes after both."""
+
+    def handler(
+        module: nn.Module, tape: _Tape, x: Tensor, residual: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
+        y = module.act(module.drop(norm(module, tape, x)))
+        y = y if residual is None else y + residual
+        return _relu(tape, y) if activation == "relu" else y
+
+    return handler
+
+
+def _own_scale_and_shift(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
+    y = _own_scaling_gate(module, tape, x)
+    if module.bias is None:
+        return y
+    return y + (module.bias if module.channel_dim == -1 else _per_channel(module.bias, x))
+
+
+def _own_held_output(module: nn.Module, tape: _Tape, *args: Any, **kwargs: Any) -> Tensor:
+    return tape.constant("held", lambda: type(module).forward(module, *args, **kwargs))
+
+
 def _own_gelu(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
     return _gelu(tape, x, getattr(module, "approximate", "none"))
 
@@ -492,11 +529,17 @@ def _own_handlers() -> dict[type, Callable]:
 
     return {
         layers.BcosConv2d: _own_conv2d,
+        layers.BcosConv2dSame: _own_conv2d_same,
         layers.BcosLinear: _own_linear,
         layers.BatchNormUncentered2d: _own_batch_norm,
         layers.LayerNorm: _own_layer_norm,
         layers.LayerNorm2d: _own_layer_norm2d,
         layers.GroupNorm: _own_group_norm,
+        layers.BatchNormAct2d: _own_norm_act(_own_batch_norm),
+        layers.LayerNormAct: _own_norm_act(_own_layer_norm),
+        layers.LayerNormAct2d: _own_norm_act(_own_layer_norm2d),
+        layers.GroupNormAct: _own_norm_act(_own_group_norm),
+        layers.HeldOutput: _own_held_output,
         layers.GELU: _own_gelu,
         layers.SiLU: _own_gated(_silu),
         layers.Hardswish: _own_gated(_hardswish),
@@ -506,6 +549,7 @@ def _own_handlers() -> dict[type, Callable]:
         layers.Tanh: _own_gated(_tanh),
         layers.GatedActivation: _other_gated,
         layers.ScalingGate: _own_scaling_gate,
+        layers.ScaleAndShift: _own_scale_and_shift,
         layers.MultiheadAttention: _multi_head_attention,
         nn.MultiheadAttention: _multi_head_attention,
     }
@@ -536,7 +580,7 @@ class FrozenReplay:
         model: The float64 copy that is replayed.
         images: The recorded images (N, C, H, W), float64.
         recorded: How many values of each kind were recorded: scale, max_out, relu, gelu, gate, variance, attention,
-            pooling.
+            held, pooling.
     """
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:

@@ -261,7 +261,8 @@ def _check_images(images: Tensor, converted: BcosifiedModel) -> Tensor:
 
 def _compare_parameters(twin: BcosifiedModel, converted: BcosifiedModel) -> list[str]:
     """Names of tensors with other values than a fresh conversion gives; ValueError for other shapes or names."""
-    fresh, head = twin.state_dict(), f"model.{converted.config['head']}."
+    fresh = twin.state_dict()
+    heads = tuple(f"model.{name}." for name in (converted.config["head"], *converted.config.get("other_heads", [])))
     changed = []
     state = converted.state_dict()
     for name, value in fresh.items():  # fresh has the biases, too, which converted may have lost
@@ -273,7 +274,7 @@ def _compare_parameters(twin: BcosifiedModel, converted: BcosifiedModel) -> list
     for name, value in state.items():
         if name.endswith(".b"):
             continue
-        if name not in fresh or (fresh[name].shape != value.shape and not name.startswith(head)):
+        if name not in fresh or (fresh[name].shape != value.shape and not name.startswith(heads)):
             got = "no such tensor" if name not in fresh else str(tuple(fresh[name].shape))
             raise ValueError(
                 f"verify: expected converted to be a conversion of original, but {name} {tuple(value.shape)} "
@@ -311,9 +312,11 @@ def _shapes(outputs: list[Any]) -> list[Any]:
     return [getattr(output, "shape", None) for output in outputs]
 
 
-def _error(got: Tensor, expected: Tensor) -> float:
+def _error(got: Tensor, expected: Tensor, channels_last: bool = False) -> float:
     """Largest relative error of an image; inf for another shape, nan for values that are not numbers."""
-    if got.dim() == expected.dim() + 2:  # a head before the pooling
+    if channels_last and got.dim() > expected.dim() == 2:  # a linear head before the pooling
+        got = got.flatten(1, -2).mean(1)
+    elif not channels_last and got.dim() == expected.dim() + 2:  # a convolution
         got = got.mean((-2, -1))
     if got.shape != expected.shape:
         return math.inf
@@ -337,7 +340,8 @@ def _judge_layer(
     elif calls == 0 and replaced:
         report.ok, report.problem = False, "a converted layer that is never called"
     elif calls:
-        errors = [_error(one, other) for one, other in zip(got[name], expected[name], strict=True)]
+        linear = "Linear" in entry["becomes"]
+        errors = [_error(one, other, linear) for one, other in zip(got[name], expected[name], strict=True)]
         report.error = math.nan if any(map(math.isnan, errors)) else max(errors)
         if not replaced and math.inf in errors:
             report.error, report.problem = None, _NOT_COMPARED
