@@ -368,17 +368,23 @@ def swiglu(layer: nn.Module, options: Options) -> nn.Module:
 
 # --- attention ------------------------------------------------------------------------------------------------------
 
-_QUERY_KEY = ("q_norm", "k_norm", "q_proj", "k_proj", "gate", "rel_pos")
-"""Children of attention layers, where there are such, that make nothing but the attention matrix and its gate."""
+_CONSTANT = ("q_norm", "k_norm", "q_proj", "k_proj", "q", "k", "gate", "rel_pos")
+"""Children of attention layers, where there are such, that make nothing but the attention matrix or a gate."""
 
 
-def _attention(layer: nn.Module, options: Options, linear: tuple[str, ...]) -> nn.Module:
-    """Attention whose forward sends q and k through q_norm and k_norm: what these return is held."""
-    convert_children(layer, options, keep=(*linear, *_QUERY_KEY))
-    held(layer, "q_norm", "k_norm", "gate")
+def _attention(layer: nn.Module, options: Options, *, linear: tuple[str, ...] = ()) -> nn.Module:
+    """Attention of any kind: q and k are held where they are made, the children named in ``linear`` stay linear."""
+    convert_children(layer, options, keep=(*linear, "qkv", "v_proj", "softmax", *_CONSTANT))
+    if layer._modules.get("qkv") is not None:
+        layer.qkv = rules.qkv_linear(layer.qkv, options)
+    elif not linear:
+        held(layer, "q_proj", "k_proj", "q", "k")
+    else:  # q and k come out of a projection with something else, and go through these
+        held(layer, "q_norm", "k_norm")
+    held(layer, "gate")
     if layer._modules.get("rel_pos") is not None:
         layer.rel_pos = converted(layer.rel_pos, options)
-    layer.constant_children = tuple(name for name in _QUERY_KEY if layer._modules.get(name) is not None)
+    layer.constant_children = tuple(name for name in _CONSTANT if layer._modules.get(name) is not None)
     return layer
 
 
@@ -386,11 +392,12 @@ def _attention(layer: nn.Module, options: Options, linear: tuple[str, ...]) -> n
     "timm.layers.attention.Attention",
     "timm.layers.attention.AttentionRope",
     "timm.layers.diff_attention.DiffAttention",
+    "timm.models.swin_transformer.WindowAttention",
     "timm.models.vision_transformer_relpos.RelPosAttention",
 )
 def attention(layer: nn.Module, options: Options) -> nn.Module:
     """Attention: q, k, v projections stay linear, q and k (and an output gate) are held, proj becomes B-cos."""
-    return _attention(layer, options, ("qkv", "v_proj"))
+    return _attention(layer, options)
 
 
 @rule("timm.models.eva.EvaAttention")
@@ -399,7 +406,7 @@ def eva_attention(layer: nn.Module, options: Options) -> nn.Module:
     if layer.q_bias is not None:
         _give_bias(layer.qkv, torch.cat([layer.q_bias, layer.k_bias, layer.v_bias]), layer.q_bias.requires_grad)
         layer.q_bias = layer.k_bias = layer.v_bias = None
-    return _attention(layer, options, ("qkv", "v_proj"))
+    return _attention(layer, options)
 
 
 def _give_bias(linear: nn.Linear, bias: Tensor, trained: bool) -> None:
@@ -420,7 +427,7 @@ def parallel_scaling_block(layer: nn.Module, options: Options) -> nn.Module:
         rest = layer.mlp_bias.new_zeros(linear.out_features - layer.mlp_bias.numel())
         _give_bias(linear, torch.cat([layer.mlp_bias, rest]), layer.mlp_bias.requires_grad)
         layer.mlp_bias = None
-    return _attention(layer, options, ("in_proj",))
+    return _attention(layer, options, linear=("in_proj",))
 
 
 @rule("timm.layers.attention_pool.AttentionPoolLatent")
@@ -428,9 +435,7 @@ def attention_pool_latent(layer: nn.Module, options: Options) -> nn.Module:
     """AttentionPoolLatent: the learned query and the keys are held, kv stays linear, proj and mlp become B-cos."""
     if layer.pos_embed is not None:
         raise NoRule("it adds positions of its own to the tokens")
-    _attention(layer, options, ("q", "kv"))
-    layer.constant_children = ("q", *layer.constant_children)
-    return layer
+    return _attention(layer, options, linear=("kv",))
 
 
 @rule("timm.layers.pos_embed_rel.RelPosMlp", "timm.layers.pos_embed_rel.RelPosBias")
@@ -440,34 +445,8 @@ def relative_position(layer: nn.Module, options: Options) -> nn.Module:
     return layer
 
 
-class HeldWindowAttention(ChangedForward, bnn.DetachableModule):
-    """Swin's WindowAttention with q and k constant in explanation mode."""
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        windows, tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(windows, tokens, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        if self.detach:
-            q, k = q.detach(), k.detach()
-        bias = self._get_rel_pos_bias()
-        if mask is not None:
-            per_image = mask.shape[0]
-            mask = mask.view(1, per_image, 1, tokens, tokens).expand(windows // per_image, -1, self.num_heads, -1, -1)
-            bias = bias + mask.reshape(-1, self.num_heads, tokens, tokens)
-        dropout = self.attn_drop.p if self.training else 0.0
-        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=self.scale)
-        return self.proj_drop(self.proj(heads.transpose(1, 2).reshape(windows, tokens, -1)))
-
-
-@rule("timm.models.swin_transformer.WindowAttention")
-def window_attention(layer: nn.Module, options: Options) -> nn.Module:
-    """WindowAttention: qkv stays linear, q and k are held, proj becomes B-cos."""
-    convert_children(layer, options, keep=("qkv", "softmax"))
-    return change_class(layer, HeldWindowAttention)
-
-
-class HeldAttentionPool2d(ChangedForward, bnn.DetachableModule):
-    """AttentionPool2d with q and k constant in explanation mode, and its positions (and class token) a constant."""
+class GainedAttentionPool2d(ChangedForward, bnn.DetachableModule):
+    """AttentionPool2d whose positions (and class token) count as the constants that they are."""
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         from timm.layers.pos_embed import resample_abs_pos_embed
@@ -484,8 +463,6 @@ class HeldAttentionPool2d(ChangedForward, bnn.DetachableModule):
         parts = (self.q, self.k, self.v)
         qkv = [part(tokens) for part in parts] if self.qkv is None else self.qkv(tokens).chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for part in qkv)
-        if self.detach:
-            q, k = q.detach(), k.detach()
         heads = F.scaled_dot_product_attention(q, k, v)
         tokens = self.drop(heads.transpose(1, 2).flatten(2))
         return self._pool(tokens if pre_logits else self.proj(tokens), height, width)
@@ -500,5 +477,8 @@ class HeldAttentionPool2d(ChangedForward, bnn.DetachableModule):
 def attention_pool2d(layer: nn.Module, options: Options) -> nn.Module:
     """AttentionPool2d: q, k, v projections stay linear, q and k are held, proj (the classifier) becomes B-cos."""
     convert_children(layer, options, keep=("q", "k", "v", "qkv"))
+    if layer.qkv is not None:
+        layer.qkv = rules.qkv_linear(layer.qkv, options)
+    held(layer, "q", "k")
     layer.constant_children = tuple(name for name in ("q", "k") if layer._modules.get(name) is not None)
-    return change_class(layer, HeldAttentionPool2d)
+    return change_class(layer, GainedAttentionPool2d)

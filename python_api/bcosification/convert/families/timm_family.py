@@ -91,7 +91,8 @@ class HeadBeforePoolNormMlpHead(ChangedForward):
         if pre_logits:
             return super().forward(x, pre_logits=True)
         x = self.norm(x).permute(0, 2, 3, 1)  # what follows is linear over the last dimension
-        return self.fc(self.drop(self.pre_logits(x))).mean((1, 2))
+        x = self.fc(self.drop(self.pre_logits(x))).permute(0, 3, 1, 2)
+        return self.flatten(self.global_pool(x))
 
 
 class ClassifierHeadFamily(TimmFamily):
