@@ -74,6 +74,13 @@ rules.FACTORS |= {
     "timm.models.eva.EvaBlock": ("gamma_1", "gamma_2"),
 }
 
+rules.COMPOSITES |= {
+    "timm.models._efficientnet_blocks.CondConvResidual": "a routing network mixes its convolutions' weights anew for "
+    "every image, which no B-cos layer does",
+    "timm.layers.filter_response_norm.FilterResponseNormTlu2d": "it ends in max(y, τ), and where τ is larger its output "
+    "is a constant that no input contributes to",
+}
+
 
 class Held(ChangedForward, bnn.HeldOutput):
     """`HeldOutput` for any module, by ``change_class``."""

@@ -8,7 +8,7 @@ from bcosification.convert.families.timm_family import ClassifierHeadFamily
 
 @register("timm.models.convnext.ConvNeXt")
 class TimmConvNeXt(ClassifierHeadFamily):
-    """stem, stages (downsampling, blocks), norm_pre, head: pooling, norm, (MLP,) classifier, or the norm before pooling.
+    """stem, stages (downsampling, blocks), norm_pre, head: pooling, norm (or norm before it), MLP or none, classifier.
 
     A block's gamma is a linear factor; ConvNeXt V2's global response norm scales by factors that are constants in
     explanation mode. head="keep" is exact at B = 1; head="before_pool" is where no norm follows the pooling.
