@@ -356,23 +356,26 @@ def describe(family: Family, model: nn.Module) -> dict[str, Any] | None:
             rebuilt = family.build(architecture)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, ImportError):
         return None  # a model of this class, changed by hand
-    same = repr(rebuilt) == repr(model) and _numbers(rebuilt) == _numbers(model)
-    return architecture if same else None
+    return architecture if repr(rebuilt) == repr(model) and _same_numbers(rebuilt, model) else None
 
 
 _STATES = ("training", "grad_checkpointing")
 
 
-def _numbers(model: nn.Module) -> list[Any]:
-    """What repr may not show of a model: shapes of parameters and buffers, numbers and words that its modules keep."""
-    shapes = [(name, tuple(t.shape)) for name, t in itertools.chain(model.named_parameters(), model.named_buffers())]
+def _same_numbers(rebuilt: nn.Module, model: nn.Module) -> bool:
+    """Whether two models of the same repr agree in what it may not show: shapes of parameters and buffers, and the
+    numbers and words that their modules keep (not those that only ``model`` has)."""
+    shapes = [
+        [(name, t.shape) for name, t in itertools.chain(m.named_parameters(), m.named_buffers())]
+        for m in (rebuilt, model)
+    ]
     kept = [
-        (name, key, value)
-        for name, module in model.named_modules()
-        for key, value in sorted(vars(module).items())
+        (vars(module).get(key), value)
+        for ours, module in zip(rebuilt.modules(), model.modules(), strict=True)
+        for key, value in vars(ours).items()
         if isinstance(value, (bool, int, float, str)) and key[0] != "_" and key not in _STATES
     ]
-    return [shapes, kept]
+    return shapes[0] == shapes[1] and all(one == other for one, other in kept)
 
 
 def _check_channels(

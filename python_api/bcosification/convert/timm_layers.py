@@ -77,8 +77,8 @@ rules.FACTORS |= {
 rules.COMPOSITES |= {
     "timm.models._efficientnet_blocks.CondConvResidual": "a routing network mixes its convolutions' weights anew for "
     "every image, which no B-cos layer does",
-    "timm.layers.filter_response_norm.FilterResponseNormTlu2d": "it ends in max(y, τ), and where τ is larger its output "
-    "is a constant that no input contributes to",
+    "timm.layers.filter_response_norm.FilterResponseNormTlu2d": "it ends in max(y, τ): where τ is larger the output is "
+    "a constant that no input contributes to",
 }
 
 
@@ -125,6 +125,7 @@ rule(
     "timm.layers.drop.DropPath",
     "timm.layers.drop.DropBlock2d",
     "timm.layers.patch_dropout.PatchDropout",
+    "timm.layers.patch_dropout.PatchDropoutWithIndices",
     "timm.layers.blur_pool.BlurPool2d",
     "timm.layers.pool2d_same.AvgPool2dSame",
     "timm.layers.adaptive_avgmax_pool.FastAdaptiveAvgPool",
