@@ -185,7 +185,8 @@ def _own_conv2d(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
     return _conv(module, tape, x, weight, module.bias, *_own_exponent(module), own=True) / getattr(module, "scale", 1)
 
 
-def _own_conv2d_same(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
+def _same_sides(module: nn.Module, x: Tensor) -> tuple[int, ...]:
+    """TensorFlow's "SAME" padding, as F.pad takes it."""
     sides = []
     for size, kernel, stride, dilation in zip(
         x.shape[-2:], module.kernel_size, module.stride, module.dilation, strict=True
@@ -193,8 +194,31 @@ def _own_conv2d_same(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
         reach = (math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1
         missing = max(reach - size, 0)
         sides.append((missing // 2, missing - missing // 2))
-    (top, bottom), (left, right) = sides
-    return _own_conv2d(module, tape, F.pad(x, (left, right, top, bottom)))
+    return (*sides[1], *sides[0])
+
+
+def _own_conv2d_same(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
+    return _own_conv2d(module, tape, F.pad(x, _same_sides(module, x)))
+
+
+def _own_cond_conv2d(module: nn.Module, tape: _Tape, x: Tensor, routing: Tensor) -> Tensor:
+    """Image by image, each with its own weight."""
+    shape, (rows, columns) = module.weight_shape, (0, 0) if module.padding == "same" else module.padding
+    outputs = []
+    for image, shares in zip(x.split(1), routing, strict=True):
+        weight = sum(share * expert.view(shape) for share, expert in zip(shares, module.weight, strict=True))
+        weight = _unit_rows(weight) if module.normalize_weight else weight
+        sides = _same_sides(module, image) if module.padding == "same" else (columns, columns, rows, rows)
+        padded = F.pad(image, sides)
+        a = F.conv2d(padded, weight, None, module.stride, 0, module.dilation, module.groups)
+
+        def norm(padded: Tensor = padded, a: Tensor = a) -> Tensor:
+            ones = padded.new_ones(module.groups, *shape[1:])
+            squares = F.conv2d(padded**2, ones, None, module.stride, 0, module.dilation, module.groups)
+            return (squares + 1e-6).sqrt().repeat_interleave(a.size(1) // module.groups, dim=1)
+
+        outputs.append(_scaled(tape, a, norm, *_own_exponent(module)))
+    return torch.cat(outputs)
 
 
 def _own_linear(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
@@ -530,6 +554,7 @@ def _own_handlers() -> dict[type, Callable]:
     return {
         layers.BcosConv2d: _own_conv2d,
         layers.BcosConv2dSame: _own_conv2d_same,
+        layers.BcosCondConv2d: _own_cond_conv2d,
         layers.BcosLinear: _own_linear,
         layers.BatchNormUncentered2d: _own_batch_norm,
         layers.LayerNorm: _own_layer_norm,

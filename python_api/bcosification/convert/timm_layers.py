@@ -75,8 +75,6 @@ rules.FACTORS |= {
 }
 
 rules.COMPOSITES |= {
-    "timm.models._efficientnet_blocks.CondConvResidual": "a routing network mixes its convolutions' weights anew for "
-    "every image, which no B-cos layer does",
     "timm.layers.filter_response_norm.FilterResponseNormTlu2d": "it ends in max(y, τ): where τ is larger the output is "
     "a constant that no input contributes to",
 }
@@ -152,6 +150,38 @@ def conv2d_same(layer: nn.Conv2d, options: Options) -> nn.Module:
     new = rules.conv2d(layer, options)
     new.__class__ = bnn.BcosConv2dSame
     return new
+
+
+@rule("timm.layers.cond_conv2d.CondConv2d")
+def cond_conv2d(layer: nn.Module, options: Options) -> nn.Module:
+    """CondConv2d -> BcosCondConv2d of the same experts."""
+    if layer.bias is not None:
+        raise NoRule("its experts have biases")
+    new = bnn.BcosCondConv2d(
+        layer.in_channels,
+        layer.out_channels,
+        tuple(layer.kernel_size),
+        tuple(layer.stride),
+        "same" if layer.dynamic_padding else tuple(layer.padding),
+        tuple(layer.dilation),
+        layer.groups,
+        layer.num_experts,
+        device="meta",
+        dtype=layer.weight.dtype,
+        b=options.b,
+        normalize_weight=options.normalize_weight,
+    )
+    new.register_parameter("weight", layer.weight)
+    return new.train(layer.training)
+
+
+@rule("timm.models._efficientnet_blocks.CondConvResidual")
+def cond_conv_residual(layer: nn.Module, options: Options) -> nn.Module:
+    """CondConvResidual: the routing, made by a layer that stays linear, is held; the rest child by child."""
+    convert_children(layer, options, keep=("routing_fn",))
+    held(layer, "routing_fn")
+    layer.constant_children = ("routing_fn",)
+    return layer
 
 
 def unstandardized(layer: nn.Conv2d) -> nn.Conv2d:

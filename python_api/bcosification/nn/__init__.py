@@ -1,6 +1,7 @@
 """Drop-in modules for B-cos networks. Each has an explanation mode in which its dynamic weights are constants."""
 
 from .batch_norm_uncentered import BatchNormUncentered2d, SyncBatchNormUncentered2d
+from .cond_conv2d import BcosCondConv2d
 from .conv2d import BcosConv2d
 from .conv2d_same import BcosConv2dSame
 from .encoding import AddInverse, Normalize
@@ -23,6 +24,7 @@ __all__ = [
     "AddInverse",
     "BatchNormAct2d",
     "BatchNormUncentered2d",
+    "BcosCondConv2d",
     "BcosConv2d",
     "BcosConv2dSame",
     "BcosLinear",

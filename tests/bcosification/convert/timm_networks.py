@@ -6,6 +6,7 @@ import timm
 import torch
 from timm.models.efficientnet import (
     _gen_efficientnet,
+    _gen_efficientnet_condconv,
     _gen_efficientnet_edge,
     _gen_efficientnet_lite,
     _gen_efficientnetv2_s,
@@ -73,7 +74,7 @@ VARIANTS = {
     "resnet v2, BiT": ("resnetv2_50x1_bit", {"channels": (128, 128, 128, 128), "stem_chs": 32}, 64),
     "resnet v2, EvoNorm": ("resnetv2_50d_evos", {**_RESNET_V2, "channels": (128, 128, 128, 128), "stem_chs": 64}, 64),
     "byobnet, mlp head": ("resnet50_mlp", {**_BYOB, "head_hidden_size": 12}, 64),
-    "byobnet, edge": ("resnet61q", {"width_factor": 1 / 8}, 64),
+    "byobnet, edge": ("resnet61q", {"width_factor": 1 / 4}, 32),
     "vit, mean without fc_norm": ("vit_tiny_patch16_224", {**_VIT, "global_pool": "avg", "fc_norm": False}, 16),
     "vit, norms of q and k": ("vit_base_patch16_224", {**_VIT, "qk_norm": True, "scale_attn_norm": True}, 16),
     "vit, quick gelu": ("vit_base_patch16_clip_quickgelu_224", _VIT, 16),
@@ -107,6 +108,9 @@ VARIANTS = {
     "efficientnet, edge": (_narrow(_gen_efficientnet_edge, "efficientnet_es", depth_multiplier=0.2), {}, 64),
     "efficientnet, same padding": (
         _narrow(_gen_efficientnet, "efficientnet_b0", depth_multiplier=0.2, pad_type="same"), {}, 65,
+    ),
+    "efficientnet, conditional": (
+        _narrow(_gen_efficientnet_condconv, "efficientnet_cc_b0_4e", depth_multiplier=0.2), {}, 64,
     ),
     "efficientnet, blur": (
         _narrow(_gen_efficientnet, "efficientnet_b0", depth_multiplier=0.2, aa_layer="blurpc"), {}, 64,

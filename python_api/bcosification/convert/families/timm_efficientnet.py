@@ -11,7 +11,7 @@ from bcosification.convert.families.timm_family import TimmFamily, averages
 from bcosification.convert.rules import Options
 
 _CONVERTS = "convolutions, BatchNorms, SiLUs and Hardswishes; the classifier before the pooling"
-_KEEPS = "squeeze-and-excitation, whose scales are constants"
+_KEEPS = "squeeze-and-excitation and the routing of conditional convolutions, whose outputs are constants"
 
 
 class HeadBeforePoolEfficientNet(HeadBeforePool):
@@ -30,7 +30,6 @@ class TimmEfficientNet(TimmFamily):
     name = "timm_efficientnet"
     title = "timm EfficientNet (also V2, Lite, EdgeTPU, pruned)"
     converts, keeps = _CONVERTS, _KEEPS
-    cannot = "convert conditional convolutions (efficientnet_cc_*)"
     head_name = "classifier"
     mixin: type[HeadBeforePool] = HeadBeforePoolEfficientNet
 

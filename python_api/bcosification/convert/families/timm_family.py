@@ -37,10 +37,8 @@ class TimmFamily(Family):
         return None
 
     def head(self, model: nn.Module) -> str | None:
-        try:
-            return self.head_name if isinstance(model.get_submodule(self.head_name), nn.Linear) else None
-        except AttributeError:
-            return None
+        found = dict(model.named_modules()).get(self.head_name)
+        return self.head_name if isinstance(found, (nn.Linear, nn.Conv2d)) else None
 
     def prepare(self, model: nn.Module, options: Options, head_moves: bool) -> nn.Module:
         # Its channels are doubled before it is converted, and [W, -W] / 2 standardised is not W's.

@@ -40,7 +40,7 @@ def test_exact_at_b_1(label, monkeypatch):
             expected = network(normalized(converted, images))
             error = relative_error(converted(images), expected)
         if converted.config["head_before_pool"] and family_of(network).head_move_changes(network) is not None:
-            assert error > 1e-4  # or the family says so without need
+            assert error > 1e-8  # else the family says so without need
         else:
             assert error < 1e-10
     assert len(expected) == 2 and float(expected.std()) > 0
@@ -53,7 +53,7 @@ def test_explanations_are_those_of_the_frozen_network(label):
     converted = bcosify(network, bias="keep" if label in NETWORKS else "remove", logit_bias=-1.5)
     explanation = explain(converted, images)
     replay = frozen_replay(converted, converted.encode(images))
-    assert replay.is_affine(1e-8) and replay.recorded["scale"] > 4
+    assert replay.is_affine(1e-8) and replay.recorded["scale"] > 3
     expected = replay.gradient(explanation.targets)
     assert float(expected.abs().min(1).values.max()) > 0
     torch.testing.assert_close(explanation.weights, expected, rtol=1e-7, atol=1e-9 * float(expected.abs().max()))
@@ -80,7 +80,8 @@ def test_the_comparison_with_the_frozen_network_would_find_a_gate_that_is_not_he
     right = forgotten.set_explanation_mode
     monkeypatch.setattr(forgotten, "set_explanation_mode", lambda self, activate=True: right(self, False))
     explanation = explain(converted, images)
-    assert relative_error(explanation.weights, replay.gradient(explanation.targets)) > 1e-3
+    # A gate's own slope may be small, but not as small as what explanations may differ by.
+    assert relative_error(explanation.weights, replay.gradient(explanation.targets)) > 1e-8
 
 
 @pytest.mark.parametrize("label", ["resnet", "byobnet, mlp head", "vit, mean", "deit, distilled", "convnext", "mixer"])
@@ -134,25 +135,29 @@ def test_a_vit_told_to_pool_otherwise_is_described_as_it_is():
 @pytest.mark.parametrize("label", NETWORKS)
 def test_a_fused_training_step(label):
     network, images = make(label)
-    plain = bcosify(network.float())
-    targets = torch.tensor([[0.0, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
+    plain = bcosify(network)
+    targets = torch.tensor([[0.0, 1, 0, 0, 0], [1, 0, 0, 0, 0]]).double()
     gradients = []
     for fused in (False, True):
         model = copy.deepcopy(plain)
         model = fuse(model) if fused else unfuse(model)
         model.train()
         torch.manual_seed(0)
-        logits = model(images.float())
-        nn.functional.binary_cross_entropy_with_logits(logits, targets).backward()
-        assert torch.isfinite(logits).all()
+        nn.functional.binary_cross_entropy_with_logits(model(images), targets).backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     assert gradients[0].keys() == gradients[1].keys()
+    largest = max(float(gradient.norm()) for gradient in gradients[0].values())
     for name, gradient in gradients[0].items():
-        assert gradient is not None and torch.isfinite(gradient).all(), name
-        error = (gradients[1][name] - gradient).norm() / gradient.norm().clamp_min(1e-12)
-        assert error < 1e-3, name
+        assert torch.isfinite(gradient).all(), name
+        error = float((gradients[1][name] - gradient).norm())
+        assert error < 1e-6 * float(gradient.norm()) + 1e-12 * largest, name
+    model = fuse(plain.float()).train()
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    nn.functional.binary_cross_entropy_with_logits(model(images.float()), targets.float()).backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
     optimizer.step()
+    assert any(not torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("label", ["resnet", "efficientnet", "byobnet"])
@@ -255,8 +260,10 @@ def test_activations_can_go_but_gates_stay():
 
 
 def test_unknown_forwards_and_layers_are_refused():
-    with pytest.raises(ValueError, match="(?s)CondConvResidual: a routing network mixes.*blocks.4.0"):
-        bcosify(timm.create_model("efficientnet_cc_b0_4e"))
+    with torch.device("meta"):
+        network = timm.create_model("resnetv2_50d_frn")
+    with pytest.raises(ValueError, match="(?s)FilterResponseNormTlu2d: it ends in max.*: stem.norm1, "):
+        bcosify(network)
     with torch.device("meta"):
         network = timm.create_model("regnetx_002")
     with pytest.raises(ValueError, match="(?s)RegNet: what its forward does .* is not known.*regnet.Bottleneck"):
