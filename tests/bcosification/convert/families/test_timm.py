@@ -84,7 +84,7 @@ def test_the_comparison_with_the_frozen_network_would_find_a_gate_that_is_not_he
     assert relative_error(explanation.weights, replay.gradient(explanation.targets)) > 1e-8
 
 
-@pytest.mark.parametrize("label", ["resnet", "byobnet, mlp head", "vit, mean", "deit, distilled", "convnext", "mixer"])
+@pytest.mark.parametrize("label", ["resnet", "resnet v2", "byobnet, mlp head", "vit, mean", "convnext", "mixer"])
 def test_verify_says_ok(label):
     network, images = make(label)
     report = verify(network, bcosify(network), images)
