@@ -64,8 +64,8 @@ class TimmByobNet(ClassifierHeadFamily):
 
     name = "timm_byobnet"
     title = "timm ByobNet (ResNet-TS, ResNets of CLIP)"
-    converts = f"{_CONVERTS}; attention pooling's projection"
-    keeps = f"{_KEEPS}; q, k, v projections of attention pooling, q and k constant"
+    converts = "convolutions, norms, SiLUs; the classifier before the pooling, or attention pooling's projection"
+    keeps = "ReLUs, average pooling, squeeze-and-excitation; q, k, v projections of attention pooling, q and k constant"
     cannot = "convert blocks with self-attention or re-parametrised branches"
 
     def head(self, model: nn.Module) -> str | None:
