@@ -112,7 +112,7 @@ def chosen(has: Sequence[str], default: Sequence[str] | None = None) -> list[str
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of the sources, with a plus where they differ from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -151,7 +151,7 @@ class Results:
     def __init__(self, suite: str, folder: Path | None = None):
         self.path = (folder or results_folder()) / f"{suite}.json"
         self.started = datetime.datetime.now().isoformat(timespec="seconds")
-        self.machine = {**machine(), "commit": _commit()}
+        self.machine = {**machine(), "commit": commit()}
 
     def add(self, case: str, contender: str, **values: object) -> None:
         """One row; values are numbers and strings, floats are kept to five digits."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,14 +17,17 @@ from torch import nn
 
 from bcosification.convert.blocks import fuse_blocks
 from bcosification.convert.clip import BcosifiedCLIP
-from bcosification.convert.families import Family, family_of, original_class
+from bcosification.convert.families import FAMILIES, Family, family_of, original_class
 from bcosification.convert.preprocessing import Preprocessing, detect, with_statistics
 from bcosification.convert.rules import (
     COMPOSITES,
     FACTORS,
+    LINEAR,
+    UNREAD,
     NoRule,
     Options,
     as_convolution,
+    check_hooks,
     double_input_channels,
     find_rule,
     remove_biases,
@@ -231,15 +235,17 @@ class _Walk:
         rule = find_rule(module, place)
         if rule is not None:
             try:
-                hooks = [*module._forward_hooks, *module._forward_pre_hooks, *module._backward_hooks]
-                if hooks:
-                    raise NoRule("it has hooks (weight_norm and spectral_norm are such), which a new layer would lose")
+                check_hooks(module)
                 new = rule(module, self.options)
             except NoRule as reason:
                 self.unknown.append((name, kind, str(reason)))
                 return module
             self.applied.append({"name": name, "was": kind, "becomes": type_name(type(new))})
             return new
+        read = next((known for prefix, known in UNREAD.items() if kind.startswith(prefix)), None)
+        if read is not None and kind not in read and kind not in FAMILIES and module._modules:
+            reason = "what its forward does besides calling its layers is not known, so they may not be all of it"
+            self.unknown.append((name, kind, reason))
         known = self.additive.union(_join(name, factor) for factor in FACTORS.get(kind, ()))
         own = [
             parameter
@@ -329,7 +335,7 @@ def convert(
                 double_input_channels(network.get_submodule(input_name), innermost=innermost)
             except NoRule as reason:
                 problems.append(f"layer {input_name!r}: {reason}")
-        if moves and not family.head_is_linear:
+        if moves and family.moved_head_is_convolution(model) and isinstance(model.get_submodule(head_name), nn.Linear):
             network.set_submodule(head_name, as_convolution(network.get_submodule(head_name)))
     network = walk.replace(network, "")  # with problems, only to find the layers without a rule
     originals = dict(model.named_modules())
@@ -348,6 +354,7 @@ def convert(
         "num_classes": classes,
         "head": head_name,
         "head_before_pool": moves,
+        "other_heads": family.other_heads(model),
         "logit_bias": auto_logit_bias(options.bias, classes) if logit_bias == "auto" else logit_bias,
         "kept": [{"name": name, "type": kind, "reason": reason} for name, kind, reason in walk.unknown],
     }
@@ -365,8 +372,26 @@ def describe(family: Family, model: nn.Module) -> dict[str, Any] | None:
             rebuilt = family.build(architecture)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, ImportError):
         return None  # a model of this class, changed by hand
-    same = repr(rebuilt) == repr(model)
-    return architecture if same else None
+    return architecture if repr(rebuilt) == repr(model) and _same_numbers(rebuilt, model) else None
+
+
+_STATES = ("training", "grad_checkpointing")
+
+
+def _same_numbers(rebuilt: nn.Module, model: nn.Module) -> bool:
+    """Whether two models of the same repr agree in what it may not show: shapes of parameters and buffers, and the
+    numbers and words that their modules keep (not those that only ``model`` has)."""
+    shapes = [
+        [(name, t.shape) for name, t in itertools.chain(m.named_parameters(), m.named_buffers())]
+        for m in (rebuilt, model)
+    ]
+    kept = [
+        (vars(module).get(key), value)
+        for ours, module in zip(rebuilt.modules(), model.modules(), strict=True)
+        for key, value in vars(ours).items()
+        if isinstance(value, (bool, int, float, str)) and key[0] != "_" and key not in _STATES
+    ]
+    return shapes[0] == shapes[1] and all(one == other for one, other in kept)
 
 
 def _check_channels(
@@ -427,9 +452,9 @@ def _check_single(model: nn.Module, name: str | None, what: str) -> None:
 
 def _check_head(network: nn.Module, name: str, moves: bool) -> int | None:
     head = network.get_submodule(name)
-    if type(head) is nn.Linear:
+    if type_name(type(head)) in LINEAR:
         return head.out_features
-    if type(head) is nn.Conv2d and not moves:  # at every position already
+    if type(head) is nn.Conv2d and (not moves or head.kernel_size == (1, 1)):  # at every position already, or can be
         return head.out_channels
     if moves:
         raise ValueError(

@@ -8,6 +8,7 @@ kernel of ours: a float64 copy of the model runs once with plain torch operation
     gate        ReLU's mask, GELU's Phi(x), the factors of SiLU and its like and of squeeze-and-excitation
     variance    of LayerNorm, GroupNorm and every other norm that takes it from the sample
     attention   the softmax matrices
+    held        queries and keys, and the gates of gated linear units, whole
     pooling     the winners of max pooling
     norm        the lengths of embeddings
 
@@ -183,6 +184,42 @@ def _peer_exponent(module: nn.Module) -> tuple[Any, bool]:
 def _own_conv2d(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
     weight = _unit_rows(module.weight) if module.normalize_weight else module.weight
     return _conv(module, tape, x, weight, module.bias, *_own_exponent(module), own=True) / getattr(module, "scale", 1)
+
+
+def _same_sides(module: nn.Module, x: Tensor) -> tuple[int, ...]:
+    """TensorFlow's "SAME" padding, as F.pad takes it."""
+    sides = []
+    for size, kernel, stride, dilation in zip(
+        x.shape[-2:], module.kernel_size, module.stride, module.dilation, strict=True
+    ):
+        reach = (math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1
+        missing = max(reach - size, 0)
+        sides.append((missing // 2, missing - missing // 2))
+    return (*sides[1], *sides[0])
+
+
+def _own_conv2d_same(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
+    return _own_conv2d(module, tape, F.pad(x, _same_sides(module, x)))
+
+
+def _own_cond_conv2d(module: nn.Module, tape: _Tape, x: Tensor, routing: Tensor) -> Tensor:
+    """Image by image, each with its own weight."""
+    shape, (rows, columns) = module.weight_shape, (0, 0) if module.padding == "same" else module.padding
+    outputs = []
+    for image, shares in zip(x.split(1), routing, strict=True):
+        weight = sum(share * expert.view(shape) for share, expert in zip(shares, module.weight, strict=True))
+        weight = _unit_rows(weight) if module.normalize_weight else weight
+        sides = _same_sides(module, image) if module.padding == "same" else (columns, columns, rows, rows)
+        padded = F.pad(image, sides)
+        a = F.conv2d(padded, weight, None, module.stride, 0, module.dilation, module.groups)
+
+        def norm(padded: Tensor = padded, a: Tensor = a) -> Tensor:
+            ones = padded.new_ones(module.groups, *shape[1:])
+            squares = F.conv2d(padded**2, ones, None, module.stride, 0, module.dilation, module.groups)
+            return (squares + 1e-6).sqrt().repeat_interleave(a.size(1) // module.groups, dim=1)
+
+        outputs.append(_scaled(tape, a, norm, *_own_exponent(module)))
+    return torch.cat(outputs)
 
 
 def _own_linear(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
@@ -446,6 +483,30 @@ def _own_group_norm(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
     return _group_norm(tape, x, module.num_groups, module.weight, module.bias, module.eps)
 
 
+def _own_norm_act(norm: Callable) -> Callable:
+    """A norm with drop and act behind it; what a fused chain adds comes after both."""
+
+    def handler(
+        module: nn.Module, tape: _Tape, x: Tensor, residual: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
+        y = module.act(module.drop(norm(module, tape, x)))
+        y = y if residual is None else y + residual
+        return _relu(tape, y) if activation == "relu" else y
+
+    return handler
+
+
+def _own_scale_and_shift(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
+    y = _own_scaling_gate(module, tape, x)
+    if module.bias is None:
+        return y
+    return y + (module.bias if module.channel_dim == -1 else _per_channel(module.bias, x))
+
+
+def _own_held_output(module: nn.Module, tape: _Tape, *args: Any, **kwargs: Any) -> Tensor:
+    return tape.constant("held", lambda: type(module).forward(module, *args, **kwargs))
+
+
 def _own_gelu(module: nn.Module, tape: _Tape, x: Tensor) -> Tensor:
     return _gelu(tape, x, getattr(module, "approximate", "none"))
 
@@ -520,11 +581,18 @@ def _own_handlers() -> dict[type, Callable]:
 
     return {
         layers.BcosConv2d: _own_conv2d,
+        layers.BcosConv2dSame: _own_conv2d_same,
+        layers.BcosCondConv2d: _own_cond_conv2d,
         layers.BcosLinear: _own_linear,
         layers.BatchNormUncentered2d: _own_batch_norm,
         layers.LayerNorm: _own_layer_norm,
         layers.LayerNorm2d: _own_layer_norm2d,
         layers.GroupNorm: _own_group_norm,
+        layers.BatchNormAct2d: _own_norm_act(_own_batch_norm),
+        layers.LayerNormAct: _own_norm_act(_own_layer_norm),
+        layers.LayerNormAct2d: _own_norm_act(_own_layer_norm2d),
+        layers.GroupNormAct: _own_norm_act(_own_group_norm),
+        layers.HeldOutput: _own_held_output,
         layers.GELU: _own_gelu,
         layers.SiLU: _own_gated(_silu),
         layers.Hardswish: _own_gated(_hardswish),
@@ -534,6 +602,7 @@ def _own_handlers() -> dict[type, Callable]:
         layers.Tanh: _own_gated(_tanh),
         layers.GatedActivation: _other_gated,
         layers.ScalingGate: _own_scaling_gate,
+        layers.ScaleAndShift: _own_scale_and_shift,
         layers.MultiheadAttention: _multi_head_attention,
         layers.AttentionPool2d: _own_attention_pool2d,
         layers.L2Norm: _own_l2_norm,
@@ -567,7 +636,7 @@ class FrozenReplay:
         model: The float64 copy that is replayed.
         images: The recorded images (N, C, H, W), float64.
         recorded: How many values of each kind were recorded: scale, max_out, relu, gelu, gate, variance, attention,
-            pooling, norm.
+            held, pooling, norm.
     """
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:

@@ -72,10 +72,10 @@ def _interpolation(name: Any) -> str:
     return name if name in INTERPOLATIONS else "bicubic"
 
 
-def from_timm(config: Any) -> Preprocessing:
-    """From timm's ``pretrained_cfg`` (a dict or an object with ``to_dict``)."""
+def from_timm(config: Any, size: tuple[int, int] | None = None) -> Preprocessing:
+    """From timm's ``pretrained_cfg`` (a dict or an object with ``to_dict``); ``size``: of a model made for another."""
     values = config if isinstance(config, dict) else config.to_dict()
-    height, width = values["input_size"][-2:]
+    height, width = values["input_size"][-2:] if size is None else size
     crop_mode = values.get("crop_mode") or "center"
     crop = values.get("crop_pct") or 0.875
     squash = crop_mode == "squash"
@@ -139,7 +139,7 @@ def detect(model: nn.Module, known: str | None, size: tuple[int, int] | None) ->
     or that it is one of torchvision's classifiers."""
     config = getattr(model, "pretrained_cfg", None)
     if config and (config if isinstance(config, dict) else config.to_dict()).get("mean"):
-        return from_timm(config)
+        return from_timm(config, size)
     for tower in (model, getattr(model, "visual", None)):
         config = getattr(tower, "preprocess_cfg", None)
         if isinstance(config, dict) and "mean" in config:

@@ -120,7 +120,7 @@ def _described(
     info = {
         "spec": spec,
         **info,
-        "num_classes": None if head is None else head.out_features,
+        "num_classes": None if head is None else _outputs(head),
         "converted": False,
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
     }
@@ -134,10 +134,14 @@ def _described(
     return network.eval(), info
 
 
-def _head(network: nn.Module) -> nn.Linear | None:
+def _head(network: nn.Module) -> nn.Linear | nn.Conv2d | None:
     name = family_of(network).head(network)
     head = None if name is None else network.get_submodule(name)
-    return head if isinstance(head, nn.Linear) else None
+    return head if isinstance(head, (nn.Linear, nn.Conv2d)) else None
+
+
+def _outputs(head: nn.Linear | nn.Conv2d) -> int:
+    return head.out_features if isinstance(head, nn.Linear) else head.out_channels
 
 
 def _new_head(network: nn.Module, num_classes: int, what: str) -> None:
@@ -145,9 +149,15 @@ def _new_head(network: nn.Module, num_classes: int, what: str) -> None:
     head = _head(network)
     if head is None:
         raise ValueError(f"resolve: {what}: expected a linear classifier to give num_classes={num_classes}, found none")
-    if head.out_features != num_classes:
-        fresh = nn.Linear(head.in_features, num_classes, bias=head.bias is not None)
-        network.set_submodule(name, fresh.to(head.weight))
+    if _outputs(head) == num_classes:
+        return
+    for place in (name, *family_of(network).other_heads(network)):
+        old = network.get_submodule(place)
+        if isinstance(old, nn.Linear):
+            fresh: nn.Module = nn.Linear(old.in_features, num_classes, bias=old.bias is not None)
+        else:
+            fresh = nn.Conv2d(old.in_channels, num_classes, old.kernel_size, bias=old.bias is not None)
+        network.set_submodule(place, fresh.to(old.weight))
 
 
 def _near(name: str, known: Iterable[str]) -> str:
@@ -348,7 +358,7 @@ def _from_file(
         spec = info["spec"]
         name = family_of(network).head(network)
         rows = state.get(f"{name}.weight")
-        if _head(network) is not None and rows is not None and rows.shape[0] != _head(network).out_features:
+        if _head(network) is not None and rows is not None and rows.shape[0] != _outputs(_head(network)):
             _new_head(network, rows.shape[0], str(path))
         info = {"library": info["library"], "name": info["name"]}
     load_state(network, state, str(path), None if model is not None else spec)

@@ -68,6 +68,15 @@ FACTORS: dict[str, tuple[str, ...]] = {
 matrix: they add no constant, so they stay."""
 
 
+UNREAD: dict[str, set[str]] = {}
+"""Beginning of dotted type names (a library's) -> its classes with children whose forwards are known. Replacing layers
+cannot see what a forward computes by itself, so other classes of these libraries are not converted unasked."""
+
+
+LINEAR: set[str] = {"torch.nn.modules.linear.Linear", "timm.layers.linear.Linear"}
+"""Types that are a plain linear layer, which a classifier has to be."""
+
+
 def type_name(kind: type) -> str:
     """The dotted name of a class, as the tables of rules and families write it."""
     return f"{kind.__module__}.{kind.__qualname__}"
@@ -87,6 +96,12 @@ def rule(*kinds: type | str) -> Callable[[Rule], Rule]:
 def find_rule(layer: nn.Module, place: str | None = None) -> Rule | None:
     """The rule for this layer's place ("class of its parent.name in it") or else for its exact type, or None."""
     return RULES.get(place) or RULES.get(type_name(type(layer)))
+
+
+def check_hooks(layer: nn.Module, name: str = "it ") -> None:
+    """NoRule for a layer with hooks, which the one that replaces it would not have."""
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        raise NoRule(f"{name}has hooks (weight_norm and spectral_norm are such), which a new layer would lose")
 
 
 def _moved(old: nn.Module, new: nn.Module) -> nn.Module:

@@ -457,7 +457,8 @@ def _check_images(images: Tensor, converted: BcosifiedModel) -> Tensor:
 
 def _compare_parameters(twin: BcosifiedModel, converted: BcosifiedModel) -> list[str]:
     """Names of tensors with other values than a fresh conversion gives; ValueError for other shapes or names."""
-    fresh, head = twin.state_dict(), f"model.{converted.config['head']}."
+    fresh = twin.state_dict()
+    heads = tuple(f"model.{name}." for name in (converted.config["head"], *converted.config.get("other_heads", [])))
     changed = []
     state = {name: value for name, value in converted.state_dict().items() if name.startswith("model.")}
     for name, value in fresh.items():  # fresh has the biases, too, which converted may have lost
@@ -469,7 +470,7 @@ def _compare_parameters(twin: BcosifiedModel, converted: BcosifiedModel) -> list
     for name, value in state.items():
         if name.endswith(".b"):
             continue
-        if name not in fresh or (fresh[name].shape != value.shape and not name.startswith(head)):
+        if name not in fresh or (fresh[name].shape != value.shape and not name.startswith(heads)):
             got = "no such tensor" if name not in fresh else str(tuple(fresh[name].shape))
             raise ValueError(
                 f"verify: expected converted to be a conversion of original, but {name} {tuple(value.shape)} "
@@ -507,10 +508,19 @@ def _shapes(outputs: list[Any]) -> list[Any]:
     return [getattr(output, "shape", None) for output in outputs]
 
 
+def _behind_pooling(got: Tensor, expected: Tensor, channels_last: bool) -> Tensor:
+    """The mean over positions of what a layer gave that the original runs behind the pooling, else ``got``."""
+    if channels_last and got.dim() > expected.dim() == 2:  # a linear head before the pooling
+        return got.flatten(1, -2).mean(1)
+    if not channels_last and got.dim() == expected.dim() + 2:  # a convolution
+        return got.mean((-2, -1))
+    if got.dim() == 4 and expected.shape[2:] == (1, 1) != got.shape[2:]:  # which it was behind the pooling, too
+        return got.mean((-2, -1), keepdim=True)
+    return got
+
+
 def _error(got: Tensor, expected: Tensor) -> float:
     """Largest relative error of an image; inf for another shape, nan for values that are not numbers."""
-    if got.dim() == expected.dim() + 2:  # a head before the pooling
-        got = got.mean((-2, -1))
     if got.shape != expected.shape:
         return math.inf
     if expected.numel() == 0:
@@ -522,8 +532,6 @@ def _error(got: Tensor, expected: Tensor) -> float:
 
 def _largest(got: Tensor, expected: Tensor) -> float:
     """Largest difference of one element, relative to the largest element of an image; inf for another shape."""
-    if got.dim() == expected.dim() + 2:
-        got = got.mean((-2, -1))
     if got.shape != expected.shape:
         return math.inf
     if expected.numel() == 0:
@@ -545,10 +553,10 @@ def _judge_layer(
     elif calls == 0 and replaced:
         report.ok, report.problem = False, "a converted layer that is never called"
     elif calls:
-        errors, largest = (
-            [measure(one, other) for one, other in zip(got[name], expected[name], strict=True)]
-            for measure in (_error, _largest)
-        )
+        linear = "Linear" in entry["becomes"]
+        pairs = zip(got[name], expected[name], strict=True)
+        pairs = [(_behind_pooling(one, other, linear), other) for one, other in pairs]
+        errors, largest = ([measure(*pair) for pair in pairs] for measure in (_error, _largest))
         report.error, report.largest = (math.nan if any(map(math.isnan, e)) else max(e) for e in (errors, largest))
         if not replaced and math.inf in errors:
             report.error, report.largest, report.problem = None, None, _NOT_COMPARED

@@ -165,6 +165,18 @@ def auto_logit_bias(bias: str, num_classes: int | None) -> float | None:
     return -math.log(num_classes - 1)
 
 
+def _new_head(old: nn.Module, num_classes: int) -> nn.Module:
+    """A copy of a B-cos layer with another number of outputs and random weights."""
+    weight = old.weight.new_empty(num_classes * old.max_out, *old.weight.shape[1:])
+    new = copy.deepcopy(old)
+    new.weight = nn.Parameter(weight, requires_grad=old.weight.requires_grad)
+    if old.bias is not None:
+        new.bias = nn.Parameter(weight.new_empty(weight.shape[0]), requires_grad=old.bias.requires_grad)
+    setattr(new, "out_channels" if isinstance(new, bnn.BcosConv2d) else "out_features", num_classes)
+    new.reset_parameters()
+    return new
+
+
 def reset_head(model: BcosifiedModel, num_classes: int) -> BcosifiedModel:
     """Give a B-cosified model a new B-cos head with random weights, in place.
 
@@ -188,15 +200,8 @@ def reset_head(model: BcosifiedModel, num_classes: int) -> BcosifiedModel:
     name = model.config["head"]
     if name is None:
         raise ValueError("reset_head: expected a model with a classification head, got one without")
-    old = model.model.get_submodule(name)
-    weight = old.weight.new_empty(num_classes * old.max_out, *old.weight.shape[1:])
-    new = copy.deepcopy(old)
-    new.weight = nn.Parameter(weight, requires_grad=old.weight.requires_grad)
-    if old.bias is not None:
-        new.bias = nn.Parameter(weight.new_empty(weight.shape[0]), requires_grad=old.bias.requires_grad)
-    setattr(new, "out_channels" if isinstance(new, bnn.BcosConv2d) else "out_features", num_classes)
-    new.reset_parameters()
-    model.model.set_submodule(name, new)
+    for place in (name, *model.config.get("other_heads", [])):
+        model.model.set_submodule(place, _new_head(model.model.get_submodule(place), num_classes))
     model.config["num_classes"] = num_classes
     model.config.pop("class_names", None)  # those of the old head
     if model.config["options"]["logit_bias"] == "auto":

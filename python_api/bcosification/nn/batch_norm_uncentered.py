@@ -27,6 +27,9 @@ class BatchNormUncentered2d(DetachableModule):
     It is no ``_BatchNorm`` of torch, so that ``nn.SyncBatchNorm.convert_sync_batchnorm`` cannot turn it into a centred
     norm: use ``SyncBatchNormUncentered2d.convert_sync_batchnorm``.
 
+    Attributes:
+        synchronised: the class of the synchronised form of modules of exactly this class.
+
     Args:
         num_features: channels C.
         eps: added to var, default 1e-5.
@@ -48,6 +51,8 @@ class BatchNormUncentered2d(DetachableModule):
         >>> norm(torch.rand(4, 8, 5, 5), activation="relu").shape
         torch.Size([4, 8, 5, 5])
     """
+
+    synchronised: type[BatchNormUncentered2d]
 
     def __init__(
         self,
@@ -154,7 +159,8 @@ class BatchNormUncentered2d(DetachableModule):
         constant = self.constant_gain is not None and self.bias is not None
         constant = constant or (conv.constant_gain is not None and conv.bias is not None)
         if constant or not self._recomputes() or conv.detach != self.detach:
-            return self.forward(conv.forward(x), residual, activation)
+            # Not self.forward: a subclass's does more than this.
+            return BatchNormUncentered2d.forward(self, conv.forward(x), residual, activation)
         running_var, use_batch, momentum = self._statistics()
         return bcos_kernels.conv2d_batch_norm(
             x,
@@ -275,8 +281,9 @@ class SyncBatchNormUncentered2d(BatchNormUncentered2d):
             process_group: processes that share statistics, default all.
         """
         for child in module.modules():
-            if type(child) is BatchNormUncentered2d:
-                child.__class__ = cls
+            synchronised = cls if type(child) is BatchNormUncentered2d else vars(type(child)).get("synchronised")
+            if synchronised is not None and isinstance(child, BatchNormUncentered2d):
+                child.__class__ = synchronised
                 if process_group is not None:
                     child.process_group = process_group
         return module
@@ -310,6 +317,9 @@ class SyncBatchNormUncentered2d(BatchNormUncentered2d):
         if residual is not None:
             y = y + residual
         return (y if activation is None else torch.relu(y)).to(x.dtype)
+
+
+BatchNormUncentered2d.synchronised = SyncBatchNormUncentered2d
 
 
 class SyncedVariance(torch.autograd.Function):

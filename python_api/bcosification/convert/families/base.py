@@ -85,6 +85,14 @@ class Family:
             "global pooling: expected head='keep', or a family registered for this class, got head='before_pool'"
         )
 
+    def moved_head_is_convolution(self, model: nn.Module) -> bool:
+        """Whether a moved head reads (N, C, H, W), as a 1x1 convolution; by default where not ``head_is_linear``."""
+        return not self.head_is_linear
+
+    def other_heads(self, model: nn.Module) -> list[str]:
+        """Further classifiers, with as many outputs as the head; a new head replaces them, too."""
+        return []
+
     def head_move_changes(self, model: nn.Module) -> str | None:
         """Why a moved head gives other logits even at B = 1 with all else kept, in words; None: it gives the same."""
         return None

@@ -1,0 +1,73 @@
+"""timm's ResNets: ResNet (with ResNeXt, ResNet-D, -T, -S, -RS, ECA, blur pooling), pre-activation ones, BYOB ones."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bcosification.convert.blocks import convolution_norm_activation, recomputes
+from bcosification.convert.class_change import change_class
+from bcosification.convert.families.base import HeadBeforePool, register
+from bcosification.convert.families.timm_family import ClassifierHeadFamily, TimmFamily, averages
+from bcosification.convert.rules import Options
+
+_CONVERTS = "convolutions (also standardised ones), norms, SiLUs, max pooling; the classifier before the pooling"
+_KEEPS = "ReLUs, blur and average pooling, squeeze-and-excitation, whose scales are constants"
+
+
+class HeadBeforePoolTimmResNet(HeadBeforePool):
+    """The classifier, a 1x1 convolution, before the global pooling; the stem's norm and activation in one pass."""
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        if isinstance(self.conv1, nn.Sequential) or self.grad_checkpointing:
+            return super().forward_features(x)
+        x = convolution_norm_activation(self.conv1, self.bn1, self.act1, x, recompute=recomputes(self))
+        return self.layer4(self.layer3(self.layer2(self.layer1(self.maxpool(x)))))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if pre_logits:
+            return super().forward_head(x, pre_logits=True)
+        x = F.dropout(x, float(self.drop_rate), self.training) if self.drop_rate else x
+        return self.global_pool(self.fc(x))
+
+
+@register("timm.models.resnet.ResNet")
+class TimmResNet(TimmFamily):
+    """conv1 (one or three convolutions), bn1, act1, maxpool, layer1 to layer4, global_pool, fc."""
+
+    name = "timm_resnet"
+    title = "timm ResNet, ResNeXt, ResNet-D/-T/-RS"
+    converts, keeps = _CONVERTS, _KEEPS
+    head_name = "fc"
+
+    def moves_head(self, model: nn.Module) -> bool:
+        return averages(model.global_pool)
+
+    def prepare(self, model: nn.Module, options: Options, head_moves: bool) -> nn.Module:
+        model = super().prepare(model, options, head_moves)
+        return change_class(model, HeadBeforePoolTimmResNet) if head_moves else model
+
+
+@register("timm.models.resnetv2.ResNetV2")
+class TimmResNetV2(ClassifierHeadFamily):
+    """stem, stages of blocks with the norms before the convolutions (or not), norm, head (ClassifierHead)."""
+
+    name = "timm_resnetv2"
+    title = "timm ResNet V2 (pre-activation, BiT)"
+    converts, keeps = _CONVERTS, _KEEPS
+    cannot = "convert FilterResponseNorm; keep standardising weights (they are standardised once)"
+
+
+@register("timm.models.byobnet.ByobNet")
+class TimmByobNet(ClassifierHeadFamily):
+    """stem, stages, final_conv, head: a ClassifierHead, a NormMlpClassifierHead, or CLIP's attention pooling."""
+
+    name = "timm_byobnet"
+    title = "timm ByobNet (ResNet-TS, ResNets of CLIP)"
+    converts = "convolutions, norms, SiLUs; the classifier before the pooling, or attention pooling's projection"
+    keeps = "ReLUs, average pooling, squeeze-and-excitation; q, k, v projections of attention pooling, q and k constant"
+    cannot = "convert blocks with self-attention or re-parametrised branches"
+
+    def head(self, model: nn.Module) -> str | None:
+        self_attention = isinstance(getattr(model.head, "proj", None), nn.Linear)
+        return "head.proj" if self_attention else super().head(model)

@@ -1,0 +1,128 @@
+"""Which of a library's models convert: every name is built without memory for its weights, and converted."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from bcosification.convert.conversion import bcosify
+from bcosification.convert.families import family_of
+from bcosification.convert.resolver import resolve
+
+TIMM_GLOBS = (
+    "resnet*", "resnext*", "vit_*", "deit*", "convnext*", "swin_*", "efficientnet*", "mobilenetv3*", "mixer*",
+)  # fmt: skip
+"""timm's names that this package has families for."""
+
+
+@dataclass
+class SurveyRow:
+    """One model: its name, class and family, whether it converts, why not, and what is to be known of it if it does.
+
+    bcos_layers: how many layers became B-cos. head: "before the pooling", "where it is" or "none". head_move_changes:
+    why the moved head is not exact at B = 1, "" if it is. rebuilt_from: "description" where config.json tells how to
+    build the network, else "name".
+    """
+
+    name: str
+    pattern: str
+    type: str = ""
+    family: str = ""
+    converts: bool = False
+    reason: str = ""
+    bcos_layers: int = 0
+    head: str = ""
+    head_move_changes: str = ""
+    rebuilt_from: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as JSON types."""
+        return asdict(self)
+
+
+def survey(patterns: Sequence[str] = TIMM_GLOBS, *, progress: bool = True, **options: Any) -> list[SurveyRow]:
+    """Convert every timm model whose name fits one of the patterns, on torch's meta device: no weights, no forward.
+
+    Args:
+        patterns: as timm.list_models takes them; a name that fits several counts for the first.
+        progress: show a progress bar (tqdm) on stderr, default True.
+        options: of ``bcosify``, default its own.
+
+    Returns:
+        One row per model, in the order of the patterns and of timm's list. Nothing is raised for a model that does not
+        convert; its row says why.
+
+    Raises:
+        RuntimeError: timm is not installed. ValueError: a pattern that no name fits.
+
+    Example:
+        >>> rows = survey(["resnet1*"], progress=False)
+        >>> all(row.converts for row in rows)
+        True
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise RuntimeError(f"survey: needs timm ({error}): pip install 'bcos-kernels[train]'") from None
+    names: dict[str, str] = {}
+    for pattern in patterns:
+        found = timm.list_models(pattern)
+        if not found:
+            raise ValueError(f"survey: expected a pattern of timm's model names, got {pattern!r}, which none fits")
+        for name in found:
+            names.setdefault(name, pattern)
+    iterator: Iterable[str] = names
+    if progress:
+        from tqdm import tqdm
+
+        iterator = tqdm(names, unit="model", desc="survey")
+    return [_row(name, names[name], options) for name in iterator]
+
+
+def _row(name: str, pattern: str, options: dict[str, Any]) -> SurveyRow:
+    row = SurveyRow(name, pattern)
+    level = logging.getLogger("timm").level
+    logging.getLogger("timm").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with torch.device("meta"):
+                network, _ = resolve(f"timm:{name}", pretrained=False)
+            family = family_of(network)
+            row.type, row.family = type(network).__qualname__, family.name
+            converted = bcosify(network, **options)
+    except Exception as error:  # whatever a library raises is a model that does not convert
+        row.reason = _short(f"{type(error).__name__}: {error}")
+        return row
+    finally:
+        logging.getLogger("timm").setLevel(level)
+    config = converted.config
+    row.converts = True
+    row.bcos_layers = sum(hasattr(module, "set_b") for module in converted.modules())
+    row.head = "before the pooling" if config["head_before_pool"] else "where it is" if config["head"] else "none"
+    row.head_move_changes = (family.head_move_changes(network) or "") if config["head_before_pool"] else ""
+    row.rebuilt_from = "description" if config["architecture"] else "name"
+    return row
+
+
+def _short(message: str) -> str:
+    """An error's first line, or, of one that lists layers, their types and what is wrong with them, each once."""
+    listed = [line.strip().rpartition(": ")[0] for line in message.splitlines() if line.startswith("  ")]
+    return "; ".join(listed) or message.partition("\n")[0]
+
+
+def summary(rows: Iterable[SurveyRow]) -> str:
+    """Rows as text: how many convert per pattern and in all, and every failure with its reason."""
+    rows = list(rows)
+    lines = []
+    for pattern in [*dict.fromkeys(row.pattern for row in rows), "all"]:
+        group = [row for row in rows if pattern in (row.pattern, "all")]
+        good = sum(row.converts for row in group)
+        lines.append(f"{pattern:<15} {good:>4} of {len(group):>4}  {100 * good / max(len(group), 1):5.1f} %")
+    lines += [f"{row.name}: {row.reason}" for row in rows if not row.converts]
+    return "\n".join(lines)

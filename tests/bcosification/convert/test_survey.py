@@ -1,0 +1,44 @@
+"""The survey of timm's models: rows, reasons, percentages."""
+
+import json
+
+import pytest
+import timm
+
+from bcosification.convert.survey import TIMM_GLOBS, summary, survey
+from benchmarks.protocol import RESULTS
+
+
+def test_rows_say_what_converts_and_why_not():
+    names = ["resnetv2_50d_frn", "resnet10t", "resnet50_clip_gap", "convnext_atto", "vit_tiny_r_s16_p8_224"]
+    rows = survey([names[0], "resnet10*t", *names[1:]], progress=False)
+    found = {row.name: row for row in rows}
+    assert list(found) == names and found["resnet10t"].pattern == "resnet10*t"
+    failed = found["resnetv2_50d_frn"]
+    assert not failed.converts and failed.pattern == failed.name and failed.family == "timm_resnetv2"
+    assert "FilterResponseNormTlu2d: it ends in max" in failed.reason and "stem" not in failed.reason
+    good = found["resnet10t"]
+    assert good.converts and good.bcos_layers == 15 and good.type == "ResNet"
+    assert (good.head, good.head_move_changes, good.rebuilt_from) == ("before the pooling", "", "description")
+    assert found["resnet50_clip_gap"].head == "none" and found["vit_tiny_r_s16_p8_224"].head == "where it is"
+    assert "after the head's norm" in found["convnext_atto"].head_move_changes
+    lines = summary(rows).splitlines()
+    assert lines[0].split() == ["resnetv2_50d_frn", "0", "of", "1", "0.0", "%"]
+    assert lines[5].split() == ["all", "4", "of", "5", "80.0", "%"] and lines[6].startswith("resnetv2_50d_frn: ")
+
+
+def test_a_pattern_that_fits_nothing():
+    with pytest.raises(ValueError, match="expected a pattern of timm's model names, got 'resnot\\*'"):
+        survey(["resnot*"], progress=False)
+
+
+def test_the_kept_rows_are_of_all_models_and_most_convert():
+    content = json.loads((RESULTS / "timm_models.json").read_text())
+    rows = content["rows"]
+    for pattern in TIMM_GLOBS:
+        group = [row for row in rows if row["pattern"] == pattern]
+        assert sum(row["converts"] for row in group) >= 0.95 * len(group) > 0
+        if content["run"]["timm"] == timm.__version__:
+            assert {row["name"] for row in rows} >= set(timm.list_models(pattern))
+    assert all(row["reason"] for row in rows if not row["converts"])
+    assert all(row["ok"] and row["explanation_error"] < 1e-8 for row in content["verified"])
