@@ -16,6 +16,9 @@ class TimmConvNeXt(ClassifierHeadFamily):
 
     name = "timm_convnext"
     title = "timm ConvNeXt and ConvNeXt V2"
+    example_name = "convnextv2_atto"
+    example_arguments = {"depths": (1, 1, 1, 1), "dims": (8, 8, 12, 12)}
+    example_size = (64, 64)
     converts = "convolutions, linear layers, LayerNorms, RmsNorms, GELUs; the head's norm and classifier per position"
     keeps = "layer scales; the factors of global response norms, which are constants"
     cannot = "be exact at B = 1 with the head before the pooling, whose norm then comes first (head='keep' is)"

@@ -29,6 +29,8 @@ class TimmEfficientNet(TimmFamily):
 
     name = "timm_efficientnet"
     title = "timm EfficientNet (also V2, Lite, EdgeTPU, pruned)"
+    example_name = "test_efficientnet"
+    example_size = (64, 64)
     converts, keeps = _CONVERTS, _KEEPS
     head_name = "classifier"
     mixin: type[HeadBeforePool] = HeadBeforePoolEfficientNet
@@ -58,6 +60,7 @@ class TimmMobileNetV3(TimmEfficientNet):
 
     name = "timm_mobilenetv3"
     title = "timm MobileNetV3"
+    example_name = "mobilenetv3_small_050"
     converts, keeps = _CONVERTS, _KEEPS
     cannot = "be exact at B = 1 with the head before the pooling: an activation comes first (head='keep' is)"
     mixin = HeadBeforePoolMobileNetV3

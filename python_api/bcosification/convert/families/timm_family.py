@@ -23,9 +23,15 @@ def configuration(model: nn.Module) -> dict[str, Any]:
 
 
 class TimmFamily(Family):
-    """Base of the families of timm's classes. ``head_name`` is where the classifier is."""
+    """Base of the families of timm's classes. ``head_name`` is where the classifier is; ``example_name`` and
+    ``example_arguments``: create_model's for a small network."""
 
     head_name = "head"
+    example_name = ""
+    example_arguments: dict[str, Any] = {}
+
+    def example(self) -> nn.Module:
+        return self.build({"name": self.example_name, "arguments": {"num_classes": 5, **self.example_arguments}})
 
     def input_layer(self, model: nn.Module) -> str | None:
         first = configuration(model).get("first_conv")

@@ -13,5 +13,7 @@ class TimmMixer(TokenFamily):
 
     name = "timm_mixer"
     title = "timm MLP-Mixer"
+    example_name = "mixer_s32_224"
+    example_arguments = {"img_size": 32}
     converts = "patch embedding, both kinds of MLPs, LayerNorms, GELUs; the head on every token, before their mean"
     keeps = "nothing but reshapes"

@@ -37,6 +37,12 @@ class TimmResNet(TimmFamily):
 
     name = "timm_resnet"
     title = "timm ResNet, ResNeXt, ResNet-D/-T/-RS"
+    example_name = "resnext50d_32x4d"
+    example_arguments = {
+        "layers": (1, 1, 1, 1), "channels": (4, 8, 8, 8), "stem_width": 8, "cardinality": 2, "base_width": 32,
+        "block_args": {"attn_layer": "se"},
+    }  # fmt: skip
+    example_size = (64, 64)
     converts, keeps = _CONVERTS, _KEEPS
     head_name = "fc"
 
@@ -54,6 +60,9 @@ class TimmResNetV2(ClassifierHeadFamily):
 
     name = "timm_resnetv2"
     title = "timm ResNet V2 (pre-activation, BiT)"
+    example_name = "resnetv2_50"
+    example_arguments = {"layers": (1, 1, 1, 1), "channels": (32, 64, 64, 64), "stem_chs": 32}
+    example_size = (64, 64)
     converts, keeps = _CONVERTS, _KEEPS
     cannot = "convert FilterResponseNorm; keep standardising weights (they are standardised once)"
 
@@ -64,6 +73,9 @@ class TimmByobNet(ClassifierHeadFamily):
 
     name = "timm_byobnet"
     title = "timm ByobNet (ResNet-TS, ResNets of CLIP)"
+    example_name = "resnet33ts"
+    example_arguments = {"width_factor": 1 / 16, "num_features": 640}
+    example_size = (64, 64)
     converts = "convolutions, norms, SiLUs; the classifier before the pooling, or attention pooling's projection"
     keeps = "ReLUs, average pooling, squeeze-and-excitation; q, k, v projections of attention pooling, q and k constant"
     cannot = "convert blocks with self-attention or re-parametrised branches"

@@ -10,6 +10,7 @@ from bcosification.convert.families.timm_family import TokenFamily
 _CONVERTS = "patch embedding, MLPs, output projections, LayerNorms, GELUs; the head on the class token or every token"
 _KEEPS = "q, k, v projections, gates of SwiGLU, layer scales; q, k and gates constant"
 _CANNOT = "be exact at B = 1 with the head before a pooling that fc_norm follows (head='keep' is)"
+_SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 
 @register("timm.models.vision_transformer.VisionTransformer")
@@ -18,6 +19,8 @@ class TimmViT(TokenFamily):
 
     name = "timm_vit"
     title = "timm Vision Transformer (ViT, DeiT, SigLIP, DINOv2, hybrids)"
+    example_name = "vit_tiny_patch16_224"
+    example_arguments = _SMALL
     converts, keeps, cannot = _CONVERTS, _KEEPS, _CANNOT
 
 
@@ -27,6 +30,8 @@ class TimmDistilledViT(TokenFamily):
 
     name = "timm_deit_distilled"
     title = "timm DeiT with distillation token"
+    example_name = "deit_tiny_distilled_patch16_224"
+    example_arguments = _SMALL
     converts, keeps = "as Vision Transformers; both heads, on their tokens", _KEEPS
     cannot = "train both heads apart (distilled_training)"
 
@@ -43,6 +48,8 @@ class TimmEva(TokenFamily):
 
     name = "timm_eva"
     title = "timm EVA (ViTs with rotary positions, DINOv3)"
+    example_name = "vit_small_patch16_dinov3_qkvb"
+    example_arguments = {**_SMALL, "num_heads": 1}
     converts, keeps, cannot = _CONVERTS, _KEEPS, _CANNOT
 
 
@@ -52,4 +59,6 @@ class TimmRelativeViT(TokenFamily):
 
     name = "timm_vit_relpos"
     title = "timm Vision Transformer with relative positions"
+    example_name = "vit_relpos_small_patch16_224"
+    example_arguments = {**_SMALL, "rel_pos_dim": 8}
     converts, keeps, cannot = _CONVERTS, f"{_KEEPS}; the networks of the position bias", _CANNOT
