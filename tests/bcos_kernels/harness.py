@@ -151,7 +151,7 @@ def linear_gelu(module):
     if module is not reference:
         return module.linear_gelu
 
-    def definition(x, weight, bias=None, *, detach=False, **options):
+    def definition(x, weight, bias=None, *, detach=False, recompute=None, **options):
         return reference.gelu(reference.linear(x, weight, bias, detach=detach, **options), detach=detach)
 
     return definition

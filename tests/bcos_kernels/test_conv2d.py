@@ -306,7 +306,7 @@ def test_in_place_addition_to_outputs_of_size_one(shape, outputs, kernel, backen
     leaves = [t.requires_grad_() for t in (x, weight)]
     with harness.only(backend, "conv2d", "conv2d_backward"):
         y = bcos_kernels.conv2d(*leaves)
-        identity = torch.randn_like(y, requires_grad=True)
+        identity = harness.randn(tuple(y.shape), 3, torch.float32).requires_grad_()
         assert not y._is_view()
         y += identity
         y = torch.relu_(y)

@@ -20,7 +20,7 @@ WITH_EXAMPLES = ["linear", "conv2d", "batch_norm_uncentered", "conv2d_batch_norm
 
 def test_the_public_names():
     ops = {"linear", "conv2d", "batch_norm_uncentered", "conv2d_batch_norm", "linear_gelu", "layer_norm"}
-    assert set(PUBLIC) == {*ops, "backend", "backends", "dispatched", "recomputed"}
+    assert set(PUBLIC) == {*ops, "backend", "backends", "dispatched", "recomputed", "timed"}
 
 
 @pytest.mark.parametrize("name", PUBLIC)

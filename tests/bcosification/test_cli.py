@@ -27,7 +27,7 @@ from bcosification.train import finetuning
 from bcosification.train.data import build_datamodule, digits
 from bcosification.train.finetuning import FinetuneConfig, load_recipe, recipes
 
-COMMANDS = ["finetune", "explain", "evaluate", "convert", "verify", "families", "sweep", "benchmark"]
+COMMANDS = ["finetune", "distill", "explain", "evaluate", "convert", "verify", "families", "sweep", "benchmark"]
 # A folder and a file that are there, whatever they hold: what is checked next is the options.
 HERE = [str(Path(__file__).parent), __file__, "--out", "x"]
 TINY = "--model resnet18 --no-pretrained --data digits --out x".split()
@@ -427,7 +427,7 @@ def test_every_missing_package_is_told_before_anything_is_done(command, package,
         (["finetune", "--model", "resnet18", "--data", "digits", "--out", "x", "--b", "0.5"], "expected --b >= 1"),
         (
             ["explain", "--model", "nowhere/", "i.png", "--out", "x"],
-            "MODEL: expected a folder that finetune or convert",
+            "MODEL: expected a folder that finetune, distill or convert",
         ),
         (
             ["explain", "resnet18", "image.png", "--out", "x"],

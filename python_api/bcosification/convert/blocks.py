@@ -118,6 +118,7 @@ def convolution_norm_activation(
     residual: Tensor | None = None,
     *,
     recompute: bool = False,
+    between: tuple[nn.Module, ...] = (),
 ) -> Tensor:
     """activation(norm(conv(x)) + residual), as one op where conv is a B-cos convolution and ``norm`` uncentered.
 
@@ -128,7 +129,14 @@ def convolution_norm_activation(
         x: (N, C, H, W), input of ``conv``. residual: added before the activation; None (default) for none.
         recompute: what is between this and the next layer is computed again in the backward instead of being kept: the
             result (not with a residual), and conv's output where that is cheap.
+        between: modules called between norm and activation, which do nothing as long as they are nn.Identity (timm's
+            drop_block). Not with a residual.
     """
+    if any(type(part) is not nn.Identity or _has_hooks(part) for part in between):
+        out = convolution_norm_activation(conv, norm, None, x, recompute=recompute)
+        for part in between:
+            out = part(out)
+        return out if activation is None else activation(out)
     activation = _acting(activation)
     rectifies = activation is None or (type(activation) is nn.ReLU and not _has_hooks(activation))
     if not (rectifies and _fusible_convolution(conv) and _fusible_norm(norm)):

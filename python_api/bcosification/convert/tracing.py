@@ -1,6 +1,6 @@
 """Blocks of unknown classes, fused by what their forward does: it is traced, and its chains run as one op.
 
-    conv -> uncentered BatchNorm (-> + residual) (-> ReLU)
+    conv -> uncentered BatchNorm (-> + residual | -> nn.Identity) (-> ReLU)
 
 are found in the graph of a forward, whatever the class and its parts are called. The block then runs the traced graph
 with each chain as one call of `convolution_norm_activation`, which looks at the modules themselves when it runs (hooks,
@@ -124,6 +124,19 @@ def _is_changed_in_place(module: nn.Module, node: Any) -> bool:
     return False
 
 
+def _is_identity(module: nn.Module, node: fx.Node) -> bool:
+    """Whether a node calls an nn.Identity, which stands where another network of the library drops or blurs."""
+    part = _part(module, node, nn.Identity)
+    return part is not None and type(part) is nn.Identity
+
+
+def _is_relu(module: nn.Module, node: fx.Node | None) -> bool:
+    part = _part(module, node, nn.ReLU)
+    if part is not None:
+        return type(part) is nn.ReLU
+    return _is_call_of(node, _RELUS) and len(node.args) == 1 and not node.kwargs.keys() - {"inplace"}
+
+
 def _fuse_chain(module: nn.Module, graph: fx.Graph, norm: fx.Node, call: Callable) -> bool:
     """Replace the chain that a norm's node stands in by one call; False where it stands behind no convolution."""
     conv = norm.args[0]
@@ -131,25 +144,34 @@ def _fuse_chain(module: nn.Module, graph: fx.Graph, norm: fx.Node, call: Callabl
         return False
     if _only_user(conv) is not norm or _is_changed_in_place(module, conv.args[0]):
         return False
-    chain, residual, relu = [conv, norm], None, None
+    chain, residual, relu, between = [conv, norm], None, None, []
     after = _only_user(norm)
+    skipped = after
+    while skipped is not None and _is_identity(module, skipped):
+        between.append(skipped)
+        skipped = _only_user(skipped)
+    if between and _is_relu(module, skipped):
+        chain += between
+        after = skipped
+    else:
+        between = []
     if _is_call_of(after, _ADDITIONS) and len(after.args) == 2 and not after.kwargs:
         other = [operand for operand in after.args if operand is not norm]
         if len(other) == 1 and isinstance(other[0], fx.Node):
             residual = other[0]
             chain.append(after)
             after = _only_user(after)
-    if _part(module, after, nn.ReLU) is not None and type(module.get_submodule(after.target)) is nn.ReLU:
-        relu = after.target
-    elif _is_call_of(after, _RELUS) and len(after.args) == 1 and not after.kwargs.keys() - {"inplace"}:
-        relu = ""
-    if relu is not None:
+    if _is_relu(module, after):
+        relu = after.target if after.op == "call_module" else ""
         chain.append(after)
     last = chain[-1]
     with graph.inserting_before(last):
         parts = [graph.get_attr(conv.target), graph.get_attr(norm.target)]
         parts.append(None if relu is None else graph.get_attr(relu or "_traced_relu"))
-        fused = graph.call_function(call, (*parts, conv.args[0], residual), {"recompute": graph.get_attr(_RECOMPUTE)})
+        options = {"recompute": graph.get_attr(_RECOMPUTE)}
+        if between:
+            options["between"] = tuple(graph.get_attr(node.target) for node in between)
+        fused = graph.call_function(call, (*parts, conv.args[0], residual), options)
     last.replace_all_uses_with(fused)
     for node in reversed(chain):
         graph.erase_node(node)
@@ -165,7 +187,7 @@ def traced_class(module: nn.Module, call: Callable) -> type | None:
 
     Args:
         module: the block; its forward must be its class's.
-        call: (conv, norm, relu or None, x, residual or None, recompute=) → tensor.
+        call: (conv, norm, relu or None, x, residual or None, recompute=, between=modules) → tensor.
 
     Raises:
         NotTraceable: the forward is no fixed sequence of calls.

@@ -150,6 +150,8 @@ class EagerLayerNorm(DetachableModule, nn.LayerNorm):
 class EagerLayerNorm2d(EagerLayerNorm):
     """The same over the channels of x (N, C, H, W)."""
 
+    channels_first = True
+
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 

@@ -41,6 +41,18 @@ class Modules(Parts):
         return self.relu(out)
 
 
+class Dropping(Parts):
+    """timm's way: something that drops, or nothing, between norm and activation."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.drop = nn.Identity()
+
+    def forward(self, x):
+        out = self.relu(self.drop(self.first_norm(self.first(x))))
+        return self.drop(self.second_norm(self.second(out))) + (x if self.shortcut is None else self.shortcut(x))
+
+
 class ReadTwice(Parts):
     """The convolution's output is used elsewhere too: no chain there."""
 
@@ -68,8 +80,8 @@ class Scaled(Parts):
         return torch.add(self.first_norm(self.first(x)), x, alpha=3) + self.second_norm(self.second(x))
 
 
-CHAINS = {"functional": (Functional, 2), "modules": (Modules, 2), "read twice": (ReadTwice, 1),
-          "number added": (NumberAdded, 2), "scaled": (Scaled, 2)}  # fmt: skip
+CHAINS = {"functional": (Functional, 2), "modules": (Modules, 2), "dropping": (Dropping, 2),
+          "read twice": (ReadTwice, 1), "number added": (NumberAdded, 2), "scaled": (Scaled, 2)}  # fmt: skip
 
 
 def build(kind, **options):
@@ -149,6 +161,25 @@ def test_hooks_and_replaced_parts():
     before, after = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     assert len(before) == 3
     assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(before, after, strict=True))
+
+
+def test_nothing_between_norm_and_activation_is_passed_over_until_there_is_something(monkeypatch):
+    plain = build(Dropping)
+    fused = copy.deepcopy(plain)
+    fuse_blocks(fused)
+    with monkeypatch.context() as patched:
+        patched.setattr(nn.ReLU, "forward", lambda *_: pytest.fail("the ReLU ran on its own"))
+        results(fused)
+    results(plain)  # running statistics
+    for block in (plain, fused):
+        block.drop = nn.Softplus()
+    assert_same(fused, plain)
+    seen = []
+    fused.drop = nn.Identity()
+    fused.drop.register_forward_hook(lambda module, args, output: seen.append(output))
+    plain.drop = nn.Identity()
+    assert_same(fused, plain)
+    assert len(seen) == 2
 
 
 def test_copies_pickles_compiled_code_and_the_way_back():

@@ -149,3 +149,12 @@ def test_whole_networks_keep_their_function_and_run_no_kernel_of_ours(name, monk
     same(gradients(eager, images), expected)
     assert eager.state_dict().keys() == before.keys()
     same(model.state_dict().values(), before.values())
+
+
+def test_a_head_that_normalises_every_position():
+    from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+
+    torch.manual_seed(0)
+    model = bcosification.bcosify(ConvNeXt([CNBlockConfig(8, 12, 1), CNBlockConfig(12, None, 1)], num_classes=5).eval())
+    model, images = model.double(), torch.rand(2, 3, 40, 32, dtype=torch.float64)
+    same(gradients(peer_style(model), images), gradients(model, images))

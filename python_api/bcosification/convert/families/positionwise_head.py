@@ -113,7 +113,8 @@ def _keeps_positions(layer: nn.Module) -> bool:
 
 
 def _channels_first(layer: nn.Module) -> bool:
-    return type(layer).__name__ == "LayerNorm2d"
+    """Whether a LayerNorm takes (N, C, H, W): torchvision's and ours, and what is swapped in for ours."""
+    return getattr(layer, "channels_first", type(layer).__name__ == "LayerNorm2d")
 
 
 def largest_probability(probabilities: list[float], steps: int) -> float:
