@@ -144,7 +144,9 @@ def _explain(arguments: argparse.Namespace) -> int:
         target, predicted = int(explanation.targets[i]), int(explanation.logits[i].argmax())
         label = names[target] if names else target
         note = "" if target == predicted else f" (predicted: {names[predicted] if names else predicted})"
-        print(f"{path}: class {label}{note}, logit {float(explanation.logits[i, target]):.2f}")
+        logit, added = float(explanation.logits[i, target]), float(explanation.contributions[i].sum())
+        faint = f" (of which the image adds {added:.1e}: an untrained network passes little of it on)"
+        print(f"{path}: class {label}{note}, logit {logit:.2f}{faint if abs(added) < 1e-4 * abs(logit) else ''}")
     each = "" if texts is None else "textNUMBER_"
     factor = enlargement(height, width, arguments.size)
     pixels = f"{height * factor} x {width * factor} pixels"
@@ -229,8 +231,11 @@ def _convert(arguments: argparse.Namespace) -> int:
         converted.save_pretrained(out, with_text=True)
     else:
         converted.save_pretrained(out)
-    changed = sum(entry["was"] != entry["becomes"] for entry in converted.conversion)
-    print(f"{type(original).__name__}: {changed} of {len(converted.conversion)} layers became B-cos layers")
+    changed = [entry for entry in converted.conversion if entry["was"] != entry["becomes"]]
+    print(
+        f"{type(original).__name__}: {len(changed)} of {len(converted.conversion)} layers converted, "
+        f"{sum('Bcos' in entry['becomes'] for entry in changed)} of them to B-cos layers"
+    )
     train = "finetune" if converted.config["family"] not in CLIP_FAMILIES else "distill"
     print(f"written to {out}; it wants fine-tuning: bcosify {train} --model {out} --data DIR --out RUN")
     return 0

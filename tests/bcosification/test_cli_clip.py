@@ -68,7 +68,8 @@ def test_distill_resumes(run_folder, tmp_path, capsys):
     assert main(["distill", *out]) == 2
     assert "expected --model" in capsys.readouterr().err
     assert main(["distill", "--model", "resnet18", "--no-pretrained", *out]) == 2
-    assert "expected a CLIP model or an image tower of one, got resnet18" in capsys.readouterr().err
+    message = "expected a CLIP model (open_clip:NAME/TAG) or the folder of a converted one, got resnet18"
+    assert message in capsys.readouterr().err
 
 
 def test_explain_with_texts(run_folder, scene_files, tmp_path, capsys):

@@ -113,6 +113,13 @@ class Completeness:
     contributions: list[float] = field(default_factory=list)
     constants: list[float] = field(default_factory=list)
 
+    @property
+    def share(self) -> float:
+        """The largest |contributions| of an image relative to |contributions| + |constant|. Where it is as small as the
+        tolerance, the check holds whatever the contributions are: the constant is the logit (untrained networks)."""
+        parts = [(abs(c), abs(rest)) for c, rest in zip(self.contributions, self.constants, strict=True)]
+        return max((c / (c + rest) if c + rest else 0.0 for c, rest in parts), default=0.0)
+
 
 @dataclass
 class Explanation:
@@ -120,7 +127,7 @@ class Explanation:
 
     error: largest relative difference of an image's weights or constant; largest: the largest difference of one element
     of W(x), relative to the image's largest. ``problem`` says why there is none. held: how many values of each kind
-    (scale, relu, gelu, variance, attention, …) the replay holds constant.
+    (scale, relu, gelu, variance, attention, …) the replay holds constant. zero: W(x) is 0 everywhere, in both.
     """
 
     error: float
@@ -129,6 +136,7 @@ class Explanation:
     problem: str = ""
     largest: float = math.inf
     held: dict[str, int] = field(default_factory=dict)
+    zero: bool = False
 
 
 @dataclass
@@ -211,8 +219,13 @@ class Report:
         if self.preprocessing is not None:
             p = self.preprocessing
             found.append(("preprocessing", f"error {p.error:.1e}, tolerance {p.tolerance:.0e}", p.ok))
-        found.append(("completeness", f"error {c.error:.1e}, tolerance {c.tolerance:.0e}", c.ok))
+        told = f"error {c.error:.1e}, tolerance {c.tolerance:.0e}"
+        if c.share <= c.tolerance:
+            told += f", which says little: contributions are {c.share:.1e} of the logits (untrained weights?)"
+        found.append(("completeness", told, c.ok))
         told = f"error {x.error:.1e}, of one element {x.largest:.1e}, tolerance {x.tolerance:.0e}"
+        if x.zero:
+            told += "; W(x) is 0 everywhere, there is nothing to compare (untrained weights?)"
         return [*found, ("explanations", told, x.ok)]
 
     def listed(self) -> list[tuple[str, list[str]]]:
@@ -659,4 +672,5 @@ def _explanation(converted: BcosifiedModel, images: Tensor) -> Explanation:
     largest = _largest(*pairs[0]) if expected.any() else float(weights.abs().max())
     problem = "" if affine else "the network is not affine with its scales, gates and attention held"
     ok = affine and error <= tolerance and largest <= tolerance
-    return Explanation(error, tolerance, ok, problem, largest, dict(sorted(replay.recorded.items())))
+    zero = not (expected.any() or weights.any())
+    return Explanation(error, tolerance, ok, problem, largest, dict(sorted(replay.recorded.items())), zero)

@@ -92,6 +92,11 @@ def _distillation(config: DistillConfig, own, saved: Path | None):
     def resolved(spec: str):
         return resolve(spec, arch=config.arch, pretrained=config.pretrained, weights=config.weights)[0]
 
+    library, named, _ = config.model.partition(":")
+    if own is None and not Path(config.model).exists() and (not named or library in ("torchvision", "timm")):
+        raise ValueError(
+            f"distill: expected a CLIP model (open_clip:NAME/TAG) or the folder of a converted one, got {config.model}"
+        )
     found = own if own is not None else resolved(config.model)
     if isinstance(found, BcosifiedCLIP):
         student = found
@@ -121,9 +126,11 @@ def _distillation(config: DistillConfig, own, saved: Path | None):
 
     expected = student.config["input_size"]
     size = config.image_size or (min(expected) if expected is not None else 224)
-    if not takes_size(student, size):
+    # The converted ResNets take any size, their teachers' positional embedding only one.
+    if not (takes_size(student, size) and takes_size(teacher, size)):
         raise ValueError(
-            f"distill: expected an image_size that {config.model} can take (its own: {expected}), got {size}"
+            f"distill: expected an image_size that {config.model} and its teacher can take (their own: {expected}), "
+            f"got {size}"
         )
     embedded = config.data in EMBEDDED and not Path(config.data).is_dir()
     as_expected = not embedded and config.image_size is None and expected is not None

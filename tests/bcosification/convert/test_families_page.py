@@ -2,6 +2,7 @@
 
 import doctest
 import re
+import tempfile
 from pathlib import Path
 
 from bcosification.convert import rules
@@ -14,7 +15,8 @@ def test_the_example_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(rules, "RULES", dict(rules.RULES))
     own = f"{doctest.__name__}_page"
     monkeypatch.setitem(FAMILIES, f"{own}.Net", None)  # taken out again afterwards
-    found = doctest.testfile(str(PAGE), module_relative=False, globs={"folder": tmp_path, "__name__": own})
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    found = doctest.testfile(str(PAGE), module_relative=False, globs={"__name__": own})
     assert found.attempted > 15 and found.failed == 0
 
 

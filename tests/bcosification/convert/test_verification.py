@@ -42,6 +42,19 @@ def test_exact_conversions_pass(name):
         assert total == pytest.approx(report.completeness.logits[i], rel=1e-9)
 
 
+@pytest.mark.parametrize("factor", [1e-9, 0, 1])
+def test_checks_that_say_little_say_so(factor):
+    """Where next to nothing of the image reaches the logits, contributions + constant is the constant."""
+    name = "resnet, basic blocks"
+    network, images = make(name)
+    with torch.no_grad():
+        network.fc.weight.mul_(factor)
+    report = verify(network, bcosify(network, **statistics_of(name)), images)
+    faint = report.completeness.share <= report.completeness.tolerance
+    assert faint == ("which says little: contributions are" in str(report)) == (factor < 1)
+    assert report.explanation.zero == ("W(x) is 0 everywhere" in str(report)) == (factor == 0)
+
+
 @pytest.mark.parametrize(
     "options",
     [

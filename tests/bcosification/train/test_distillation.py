@@ -130,12 +130,13 @@ def test_what_is_refused(tmp_path):
         (dict(loss="bce"), r"distill: expected loss in \('siglip',\), got 'bce'"),
         (dict(logit_scale=0.0), "distill: expected logit_scale > 0, got 0.0"),
         (dict(clip_norm=1.0), "distill: expected agc= or clip_norm=, got both"),
-        (dict(image_size=48), r"distill: expected an image_size that CLIP can take \(its own: \[32, 32\]\), got 48"),
+        (dict(image_size=48),
+         r"distill: expected an image_size that CLIP and its teacher can take \(their own: \[32, 32\]\), got 48"),
         (dict(data="nowhere"), "data: expected one of digits, scenes, or a folder of images"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             distill(config(tmp_path / "run", **changes), model=small("vit"))
-    with pytest.raises(ValueError, match="expected a CLIP model or an image tower of one, got resnet18"):
+    with pytest.raises(ValueError, match=r"expected a CLIP model \(open_clip:NAME/TAG\) .*, got resnet18"):
         distill(config(tmp_path / "run", model="resnet18", pretrained=False))
     assert not (tmp_path / "run").exists()
 
@@ -191,3 +192,17 @@ def test_a_folder_is_distilled_from(tmp_path):
     result = distill(config(tmp_path / "run", data=str(tmp_path / "images"), epochs=1, num_workers=0), model=small())
     assert result.history[0]["step"] == 1 and math.isfinite(result.best)
     assert result.model.config["input_size"] == [64, 64] and result.model.config["interpolation"] == "bicubic"
+
+
+def test_a_size_that_only_the_student_takes_is_refused(tmp_path):
+    """A converted ResNet has no positional embedding, its teacher has one for 64 pixels."""
+    with pytest.raises(ValueError, match="distill: expected an image_size that CLIP and its teacher can take"):
+        distill(config(tmp_path / "run", image_size=96), model=small())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("model", ["resnet18", "timm:resnet18", "torchvision:resnet18"])
+def test_what_is_no_clip_model_is_refused_before_anything_is_loaded(model, tmp_path):
+    with pytest.raises(ValueError, match=rf"distill: expected a CLIP model \(open_clip:NAME/TAG\) .* got {model}"):
+        distill(config(tmp_path / "run", model=model))
+    assert not (tmp_path / "run").exists()
