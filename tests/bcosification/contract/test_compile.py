@@ -41,6 +41,11 @@ def test_at_most_two_compilations_serve_five_batch_sizes(name, mode):
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(
+    torch.__version__ < "2.14",
+    strict=False,
+    reason="torch 2.11 compiles its own attention in float64 so that its backward raises: expected Double, found Float",
+)
 def test_inductor():
     model, x = networks.set_mode(networks.converted("vit"), "training"), networks.images("vit")
     expected = networks.results_of_copy(model, x)
