@@ -35,8 +35,6 @@ class Family:
     """Height and width of images for ``example``; None: ``input_size``, or 32 x 32."""
     preprocessing: str | None = None
     """"imagenet", "openai": the library's weights were trained with ImageNet's, with OpenAI's CLIP's mean and std."""
-    head_is_linear = False
-    """A moved head stays a linear layer, on tokens; else it becomes a 1x1 convolution, on maps."""
     embeds: bool = False
     """Whether the model is an image tower of CLIP's kind: it returns embeddings to be compared with those of texts."""
 
@@ -86,8 +84,8 @@ class Family:
         )
 
     def moved_head_is_convolution(self, model: nn.Module) -> bool:
-        """Whether a moved head reads (N, C, H, W), as a 1x1 convolution; by default where not ``head_is_linear``."""
-        return not self.head_is_linear
+        """Whether a moved head becomes a 1x1 convolution, on maps (N, C, H, W); else it stays linear, on tokens."""
+        return True
 
     def other_heads(self, model: nn.Module) -> list[str]:
         """Further classifiers, with as many outputs as the head; a new head replaces them, too."""

@@ -58,7 +58,6 @@ class SimpleViTFamily(Family):
     keeps = "q, k, v projections; q and k constant"
     cannot = "be exact at B = 1 with the head before the mean: its LayerNorm comes first (head='keep' is)"
     preprocessing = "imagenet"
-    head_is_linear = True
 
     def input_layer(self, model: nn.Module) -> str:
         has_stem = "conv_stem" in model.to_patch_embedding._modules
@@ -69,6 +68,9 @@ class SimpleViTFamily(Family):
 
     def head(self, model: nn.Module) -> str:
         return "linear_head.linear"
+
+    def moved_head_is_convolution(self, model: nn.Module) -> bool:
+        return False  # it reads tokens
 
     def moves_head(self, model: nn.Module) -> bool:
         return True
