@@ -10,7 +10,8 @@ a box filter over that map.
     y   = a (B = 1),  a·|a|/n (B = 2),  a·(|a|/n + 1e-6)^(B−1) (else)
 
 A normalisation of known variance may follow in the same kernel (epilogue.py). Windows of one pixel over channels_last
-run as a linear layer (linear.py): their rows lie in memory one behind the other. The gradient is in conv2d_gradient.py.
+run as a linear layer (linear.py): their rows lie in memory one behind the other. Groups of few channels run without
+matrix products (conv2d_small_groups.py). The gradient is in conv2d_gradient.py.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import linear
+from . import conv2d_small_groups, linear
 from .bcos_math import (
     ONE,
     accumulate,
@@ -40,19 +41,13 @@ from .bcos_math import (
     tile_of,
     units_of_tile,
     widen,
+    window_of_row,
 )
 from .configs import config_for, fitted, flattened, reduced, shortened
 from .epilogue import NOTHING, finish_tile
 from .weights import reciprocal_norms
 
 GROUP_M = 8
-
-
-@triton.jit
-def window_of_row(rows, P, Q):
-    """(image, p, q) of a row of the product."""
-    pixel = rows % (P * Q)
-    return rows // (P * Q), pixel // Q, pixel % Q
 
 
 @triton.jit
@@ -155,7 +150,7 @@ def conv2d_forward_kernel(
     finish_tile(
         y_ptr, a_ptr, index_ptr, kept_ptr, emitted_ptr,
         bias_ptr, rnorm_ptr, b_ptr, residual_ptr, var_ptr, norm_w_ptr, norm_b_ptr,
-        total, n, units, unit_mask, rows, row_mask, image * stride_yn + p * stride_yh + q * stride_yw,
+        total, n[:, None], units, unit_mask, rows, row_mask, image * stride_yn + p * stride_yh + q * stride_yw,
         group * outputs + columns, columns < outputs, group * tl.cdiv(outputs, wide_outputs) + pid_n,
         M, stride_yc,
         b, eps,
@@ -189,11 +184,24 @@ def reciprocal_weight_norms(weight: Tensor) -> Tensor:
         return reciprocal_norms(weight)
 
 
+def empty_norms(x: Tensor, weight: Tensor, groups: int, shape: tuple[int, ...]) -> Tensor:
+    """n (N, G, P, Q) of an output of ``shape``, float32: contiguous, but as the output where groups are small."""
+    layout = memory_format(x, weight) if conv2d_small_groups.takes(weight, groups) else torch.contiguous_format
+    n_shape = (shape[0], groups, *shape[2:])
+    return torch.empty(n_shape, dtype=torch.float32, device=x.device, memory_format=layout)
+
+
 def launch_forward(
     x, weight, bias, rnorm, stride, padding, dilation, groups, b, b_tensor, max_out, shape, squares, y, n, a, index,
     epilogue=NOTHING,
 ) -> None:  # fmt: skip
     """Launch the forward kernel for the outputs that are not None; those of shape ``shape`` share their strides."""
+    if conv2d_small_groups.takes(weight, groups):
+        conv2d_small_groups.launch_forward(
+            x, weight, bias, rnorm, stride, padding, dilation, groups, b, b_tensor, max_out, shape, y, n, a, index,
+            epilogue,
+        )  # fmt: skip
+        return
     squares = None if groups > 1 or b_mode(b, b_tensor) == ONE else contiguous(squares)
     layout = next(t for t in (y, a, index, x) if t is not None)
     if runs_as_linear(weight, stride, padding, groups, x, layout):
@@ -239,9 +247,10 @@ def conv2d_forward(
     empty.
 
     stride, padding and dilation are pairs; padding is with zeros. y (N, O, P, Q) of x's dtype, channels_last if x or
-    weight is; n (N, G, P, Q) float32, the norms (empty for B = 1); a as y, the pre-scale output, if keep and the
-    backward needs it; index as y, uint8, the winning unit, if keep and max_out > 1. squares (N, H, W) float32: Σ_c x²
-    where known, from which the norms are then taken (for one group).
+    weight is; n (N, G, P, Q) float32, the norms (empty for B = 1), laid out as y where groups are small, else
+    contiguous; a as y, the pre-scale output, if keep and the backward needs it; index as y, uint8, the winning unit, if
+    keep and max_out > 1. squares (N, H, W) float32: Σ_c x² where known, from which the norms are then taken (for one
+    group).
     Raises NotImplementedError for a dtype other than float32, bfloat16, float16.
     """
     check_dtype("conv2d", x)
@@ -249,7 +258,7 @@ def conv2d_forward(
     shape = output_shape(x, weight, stride, padding, dilation, max_out)
     layout = memory_format(x, weight)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    n = x.new_empty((0,) if mode == ONE else (shape[0], groups, *shape[2:]), dtype=torch.float32)
+    n = x.new_empty((0,), dtype=torch.float32) if mode == ONE else empty_norms(x, weight, groups, shape)
     a = torch.empty_like(y) if keep and keeps_pre_scale(x, mode) else x.new_empty((0,))
     index = torch.empty_like(y, dtype=torch.uint8) if keep and max_out > 1 else x.new_empty((0,), dtype=torch.uint8)
     if y.numel():

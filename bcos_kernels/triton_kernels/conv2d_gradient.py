@@ -8,7 +8,7 @@ float16):
 
 ∂L/∂a lies per output; with max_out the loads of 2 and 3 spread it to the winning units. Windows of one pixel over
 channels_last run 2 and 3 as a linear layer, groups of few channels all three without matrix products
-(conv2d_small_groups.py).
+(conv2d_small_groups_gradient.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import conv2d_small_groups, linear
+from . import conv2d_small_groups_gradient as small_groups
+from . import linear
 from .bcos_math import (
     ONE,
     TWO,
@@ -34,21 +35,24 @@ from .bcos_math import (
     memory_format,
     on_device,
     present,
+    strides_of,
     sum_of,
     tile_of,
     widen,
+    window_of_row,
 )
 from .configs import config_for, fitted, flattened, shortened
 from .conv2d import (
     GROUP_M,
+    empty_norms,
     first_tap,
     launch_forward,
     output_shape,
     reciprocal_weight_norms,
     rows_of,
     runs_as_linear,
-    window_of_row,
 )
+from .conv2d_small_groups import takes
 from .weights import finish_weight_gradient, split_rows
 
 
@@ -300,12 +304,12 @@ def launch_products(
             dbias = linear.launch_backward_dw(
                 dw[:, :, 0, 0], da, index, x, matrix, bias, rnorm, max_out, need_dbias, precision
             )
-    elif conv2d_small_groups.takes(weight, groups):
+    elif takes(weight, groups):
         window = (stride, padding, dilation, groups, max_out)
         if dx is not None and dx.numel():
-            conv2d_small_groups.launch_dx(dx, da, q, index, x, weight, rnorm, *window)
+            small_groups.launch_dx(dx, da, q, index, x, weight, rnorm, *window)
         if dw is not None:
-            dbias = conv2d_small_groups.launch_dw(dw, da, index, x, weight, bias, rnorm, *window, need_dbias)
+            dbias = small_groups.launch_dw(dw, da, index, x, weight, bias, rnorm, *window, need_dbias)
     else:
         if dx is not None and dx.numel():
             _launch_dx(dx, da, q, index, x, weight, rnorm, stride, padding, dilation, groups, max_out, precision)
@@ -329,7 +333,7 @@ def _launch_dx(dx, da, q, index, x, weight, rnorm, stride, padding, dilation, gr
         dx,
         da, index, x, weight, rnorm, q,
         images, outputs, channels, height, width, out_h, out_w, tiles_m,
-        *dx.stride(), *da.stride(), *_strides(index), *x.stride(), *weight.stride(),
+        *dx.stride(), *da.stride(), *strides_of(index), *x.stride(), *weight.stride(),
         *stride, *padding, *dilation, *(stride[i] // math.gcd(stride[i], dilation[i]) for i in (0, 1)),
         R=r, S=s, UNIT_STEP=stride[0] == stride[1] == 1, MAX_OUT=max_out, PRECISION=precision,
         INDEX64=int64,
@@ -356,7 +360,7 @@ def _launch_dw(
         partial, dbias_partial,
         da, index, x,
         rows, outputs, channels, *x.shape[2:], out_h, out_w, chunk,
-        *da.stride(), *_strides(index), *x.stride(),
+        *da.stride(), *strides_of(index), *x.stride(),
         *stride, *padding, *dilation,
         R=r, S=s, FLAT=flat, MAX_OUT=max_out, PRECISION=precision,
         INDEX64=index64(da, index, x, partial),
@@ -364,10 +368,6 @@ def _launch_dw(
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return finish_weight_gradient(partial, dbias_partial, weight, bias, rnorm, dw)
-
-
-def _strides(index: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0, 0) if index is None else index.stride()
 
 
 def conv2d_backward(
@@ -401,7 +401,7 @@ def conv2d_backward(
     if (mode != ONE and (v is None or n is None)) or (max_out > 1 and index is None):
         empty = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
         v = a = empty if mode != ONE else None
-        n = x.new_empty((images, groups, out_h, out_w), dtype=torch.float32) if mode != ONE else None
+        n = empty_norms(x, weight, groups, shape) if mode != ONE else None
         found = torch.empty_like(empty, dtype=torch.uint8) if max_out > 1 else None
         launch_forward(
             x, weight, bias, rnorm, stride, padding, dilation, groups, b, b_tensor, max_out, shape, None,
@@ -411,9 +411,9 @@ def conv2d_backward(
 
     da, q, db = dy, None, None
     with on_device(x):
-        if mode != ONE and conv2d_small_groups.takes(weight, groups):
+        if mode != ONE and takes(weight, groups):
             da = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-            q, db = conv2d_small_groups.launch_da(
+            q, db = small_groups.launch_da(
                 da, dy, v, n, b, b_tensor, mode, from_output, detach, need_dx and not detach, need_db and not detach
             )
         elif mode != ONE:
