@@ -137,6 +137,10 @@ def _tell_run(result, reached: str) -> int:
         f"{counted(done, 'epoch')}; {reached}\n"
         f"model: {result.output / 'last'} (best: {result.output / 'best'}); curves and metrics in {result.output}"
     )
+    if result.backends is not None:
+        from bcosification.train.backend_times import told
+
+        print(told(result.backends))
     return 0
 
 

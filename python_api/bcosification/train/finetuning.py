@@ -5,6 +5,7 @@ What a run leaves in its output folder:
     config.yaml          the configuration, complete; --resume reads it
     metrics.csv          one row per epoch (units: seconds, shares of 1)
     training_curves.png  loss and accuracy (when matplotlib is installed)
+    backends.json        which backends ran the B-cos layers, and the share of their time without a kernel
     last.ckpt            everything needed to go on: weights, optimiser, schedule, counters
     last/, best/         model.safetensors + config.json (and a model card), for bcosification.load and every command
     unreadable_images.txt  files that were left out, if any
@@ -29,7 +30,8 @@ __all__ = ["FinetuneConfig", "FinetuneResult", "check_output", "finetune", "load
 class FinetuneResult:
     """output: the folder; history: one dict per epoch, as in metrics.csv; model: the trained model, in eval mode;
     best: highest val_top1 (share of 1), of a distillation val_cosine; unreadable: list of (path, reason); earlier: how
-    many of the history's epochs are those of the run that was resumed (all of them: it was complete)."""
+    many of the history's epochs are those of the run that was resumed (all of them: it was complete); backends: what
+    backends.json holds (see backend_times.BackendTimes), None if no step was measured."""
 
     output: Path
     history: list[dict]
@@ -37,6 +39,7 @@ class FinetuneResult:
     best: float
     unreadable: list
     earlier: int = 0
+    backends: dict | None = None
 
 
 def finetune(config: FinetuneConfig, *, model=None, resume: bool = False) -> FinetuneResult:
@@ -83,9 +86,11 @@ def run(config: FinetuneConfig, prepare, *, model=None, resume: bool = False) ->
 
     torch.manual_seed(config.seed)
     module, datamodule = prepare(config, model, output / "last" if earlier else None)
+    from .backend_times import BackendTimes, saved
     from .schedules import BiasDecay, LinearB
 
-    callbacks = []
+    times = BackendTimes(output)
+    callbacks = [times]
     if config.b_epochs > 0:
         callbacks.append(LinearB(config.b_epochs, end=config.b))
     if config.bias == "decay":
@@ -111,7 +116,8 @@ def run(config: FinetuneConfig, prepare, *, model=None, resume: bool = False) ->
         clip_norm=config.clip_norm, limit_batches=config.limit_batches, progress=config.progress, ready=ready,
     )  # fmt: skip
     best = max((row[module.score] for row in history if module.score in row), default=float("nan"))
-    return FinetuneResult(output, history, module.saved.eval(), best, datamodule.unreadable, earlier)
+    backends = times.found or saved(output)
+    return FinetuneResult(output, history, module.saved.eval(), best, datamodule.unreadable, earlier, backends)
 
 
 def _require(extra: str, *modules: str) -> None:

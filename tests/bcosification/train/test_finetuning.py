@@ -50,7 +50,7 @@ def test_a_run_leaves_what_it_says(tmp_path):
     assert _equal(before, network.state_dict())
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "metrics.csv", "training_curves.png", "last.ckpt", "last", "best",
+        "config.yaml", "metrics.csv", "training_curves.png", "backends.json", "last.ckpt", "last", "best",
     }  # fmt: skip
     with open(folder / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
