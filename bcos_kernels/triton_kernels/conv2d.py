@@ -43,7 +43,7 @@ from .bcos_math import (
     widen,
     window_of_row,
 )
-from .configs import config_for, fitted, flattened, reduced, shortened
+from .configs import aligned, config_for, fitted, flattened, reduced, shortened
 from .epilogue import NOTHING, finish_tile
 from .weights import reciprocal_norms
 
@@ -65,13 +65,13 @@ def first_tap(residue, pad, dil, step, TAPS: tl.constexpr, UNIT_STEP: tl.constex
 def conv2d_forward_kernel(
     y_ptr, n_ptr, a_ptr, index_ptr, kept_ptr, emitted_ptr,
     x_ptr, w_ptr, bias_ptr, rnorm_ptr, b_ptr, squares_ptr, residual_ptr, var_ptr, norm_w_ptr, norm_b_ptr,
-    M, outputs, channels, H, W, P, Q,
+    M, outputs, channels, groups, H, W, P, Q,
     stride_xn, stride_xc, stride_xh, stride_xw,
     stride_wu, stride_wc, stride_wr, stride_ws,
     stride_yn, stride_yc, stride_yh, stride_yw,
     step_h, step_w, pad_h, pad_w, dil_h, dil_w,
     b, eps,
-    R: tl.constexpr, S: tl.constexpr, FLAT: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr,
     B_MODE: tl.constexpr, MAX_OUT: tl.constexpr, MEMBERS: tl.constexpr,
     RELU: tl.constexpr, GELU: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr,
     INDEX64: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -81,7 +81,8 @@ def conv2d_forward_kernel(
     Shapes: x (·, G·channels, H, W), w (G·outputs·MAX_OUT, channels, R, S) any strides; y, a, index, kept, residual (·,
     G·outputs, P, Q) of one stride; n (·, G, P, Q) and squares = Σ_c x² (·, H, W; one group) float32 contiguous; emitted
     (G · tiles of outputs, M) float32; bias and rnorm = 1/‖w‖ (G·outputs·MAX_OUT,); M = windows. All but x and w may be
-    None. Grid: (tiles of BLOCK_M windows × BLOCK_N units, G).
+    None. ALIGNED: channels and outputs are multiples of 8. Grid: tiles of BLOCK_M windows × BLOCK_N units, those of the
+    groups one after the other, as the channels of several may lie in one sector.
     Reduction: a tap at a time, BLOCK_K channels of it; if FLAT, BLOCK_K of all (r, s, c), for channels that fill no
     block. The norm comes from the same tiles, or from squares: R·S loads a window.
     Numerics: products, norm and scale in float32; what is stored is rounded once. Padding adds zeros to product and
@@ -89,10 +90,13 @@ def conv2d_forward_kernel(
     Traffic: reads x (each tap, from L1/L2) and w, writes y and n; 2·M·units·channels·R·S FLOPs, and without squares
     2·BLOCK_M·channels·R·S a program for the norm.
     """
+    if ALIGNED:  # told to the compiler, which reads and writes 16 bytes at once then
+        channels = channels // 8 * 8
+        outputs = outputs // 8 * 8
     wide_outputs: tl.constexpr = BLOCK_N // MEMBERS
-    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(outputs, wide_outputs), GROUP_M)
-    group = tl.program_id(1)
-    groups = tl.num_programs(1)
+    group = tl.program_id(0) % groups
+    tile = tl.program_id(0) // groups
+    pid_m, pid_n = tile_of(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(outputs, wide_outputs), GROUP_M)
     rows = widen(pid_m, INDEX64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < M
     image, p, q = window_of_row(rows, P, Q)
@@ -217,20 +221,20 @@ def launch_forward(
     int64 = index64(x, weight, y, a, n)
     config = config_for(rows, outputs * members, channels * r * s, x.dtype)
     config = shortened(config, int64 or epilogue.slope)
-    flat = not fitted(config.block_k, channels)
-    config = flattened(config) if flat else config._replace(block_k=fitted(config.block_k, channels))
+    block_k = fitted(config.block_k, channels)
+    config = config._replace(block_k=block_k) if block_k else flattened(config)
     config = reduced(config, members)
     tiles_n = triton.cdiv(outputs, config.block_n // members)
     emitted = shares_of(epilogue.squares, tiles_n * groups)
     with on_device(x):
-        conv2d_forward_kernel[(triton.cdiv(rows, config.block_m) * tiles_n, groups)](
+        conv2d_forward_kernel[(triton.cdiv(rows, config.block_m) * tiles_n * groups,)](
             y, n, a, index, epilogue.kept, emitted,
             x, weight, contiguous(bias), rnorm, b_tensor, squares, *epilogue.inputs,
-            rows, outputs, channels, height, width, out_h, out_w,
+            rows, outputs, channels, groups, height, width, out_h, out_w,
             *x.stride(), *weight.stride(), *layout.stride(),
             *stride, *padding, *dilation,
             float(b), epilogue.eps,
-            R=r, S=s, FLAT=flat,
+            R=r, S=s, FLAT=not block_k, ALIGNED=aligned(channels, outputs),
             B_MODE=b_mode(b, b_tensor), MAX_OUT=max_out, MEMBERS=members, **epilogue.flags,
             PRECISION=convolution_precision(),
             INDEX64=int64,

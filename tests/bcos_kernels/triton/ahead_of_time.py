@@ -270,6 +270,7 @@ def launch_everything(thorough: bool) -> None:
             conv2d((4, 64, 8, 8), 64, 3, torch.float32, groups=32, max_out=2, normalize=True, pixels_innermost=True)
             conv2d_batch_norm((4, 64, 8, 8), 64, 3, torch.bfloat16, groups=64)
             conv2d_batch_norm((4, 64, 8, 8), 64, 3, torch.bfloat16, groups=16, detach=True)
+            conv2d((8, 96, 8, 8), 96, 3, torch.bfloat16, groups=4)
             linear_gelu(256, 128, 128, torch.bfloat16)
             layer_norm((64, 384), torch.bfloat16)
             layer_norm((3, 20000), torch.bfloat16)
@@ -298,6 +299,9 @@ def launch_everything(thorough: bool) -> None:
         conv2d_batch_norm((4, 64, 8, 8), 64, 3, dtype, groups=64)
         if thorough or dtype == torch.bfloat16:
             conv2d((4, 64, 8, 8), 64, 3, dtype, groups=8)
+            conv2d((8, 96, 8, 8), 96, 3, dtype, groups=4)
+            conv2d((8, 40, 8, 8), 40, 3, dtype, b=1.5, normalize=True, bias=True)
+            conv2d_batch_norm((8, 64, 8, 8), 64, 3, dtype, groups=8, detach=True)
             conv2d((4, 64, 8, 8), 64, 3, dtype, groups=64, stride=2, b=1.5, normalize=True, bias=True)
             conv2d((4, 64, 8, 8), 64, 3, dtype, groups=16, pixels_innermost=True)
             conv2d_batch_norm((4, 64, 8, 8), 64, 3, dtype, groups=64, detach=True)

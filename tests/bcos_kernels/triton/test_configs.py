@@ -8,6 +8,7 @@ import torch
 from bcos_kernels.triton_kernels.configs import (
     CONFIGS,
     DESCRIPTOR_CONFIGS,
+    aligned,
     config_for,
     descriptor_config_for,
     doubled,
@@ -91,6 +92,10 @@ def test_every_size_has_a_tile_and_every_tile_a_size():
 )
 def test_blocks_of_channels(block, channels, expected):
     assert fitted(block, channels) == expected
+
+
+def test_what_the_compiler_is_told():
+    assert aligned(8, 8) and aligned(16, 24) and not aligned(16, 32) and not aligned(8, 12)
 
 
 @pytest.mark.parametrize("taps", [1, 3, 9, 25, 49, 121])
