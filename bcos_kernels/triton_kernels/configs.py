@@ -80,9 +80,9 @@ def aligned(*sizes: int) -> bool:
 
 
 def flattened(config: Config) -> Config:
-    """The tile for a convolution over flattened taps and channels, where each element of x has an address of its own:
-    at most 64 wide and in 8 warps, since with 16 addresses a thread and more the kernels spill (128 × 64 × 32 in 4
-    warps: 296 bytes a thread)."""
+    """The tile for a convolution where each element of an operand has an address of its own, as over flattened taps and
+    channels: at most 64 wide and in 8 warps, since with 16 addresses a thread and more the kernels spill (128 × 64 × 32
+    in 4 warps: 296 bytes a thread)."""
     return config._replace(block_n=min(config.block_n, 64), num_warps=8)
 
 

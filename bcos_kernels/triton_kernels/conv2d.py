@@ -222,7 +222,9 @@ def launch_forward(
     config = config_for(rows, outputs * members, channels * r * s, x.dtype)
     config = shortened(config, int64 or epilogue.slope)
     block_k = fitted(config.block_k, channels)
-    config = config._replace(block_k=block_k) if block_k else flattened(config)
+    if not block_k or x.stride(1) != 1:  # an address for each element of x
+        config = flattened(config)
+    config = config._replace(block_k=block_k or config.block_k)
     config = reduced(config, members)
     tiles_n = triton.cdiv(outputs, config.block_n // members)
     emitted = shares_of(epilogue.squares, tiles_n * groups)

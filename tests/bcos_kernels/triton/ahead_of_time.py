@@ -301,6 +301,7 @@ def launch_everything(thorough: bool) -> None:
             conv2d((4, 64, 8, 8), 64, 3, dtype, groups=8)
             conv2d((8, 96, 8, 8), 96, 3, dtype, groups=4)
             conv2d((8, 40, 8, 8), 40, 3, dtype, b=1.5, normalize=True, bias=True)
+            conv2d((16, 128, 4, 4), 128, 3, dtype, normalize=True, dw=False, pixels_innermost=True)
             conv2d_batch_norm((8, 64, 8, 8), 64, 3, dtype, groups=8, detach=True)
             conv2d((4, 64, 8, 8), 64, 3, dtype, groups=64, stride=2, b=1.5, normalize=True, bias=True)
             conv2d((4, 64, 8, 8), 64, 3, dtype, groups=16, pixels_innermost=True)
