@@ -2,11 +2,14 @@
 it, for the calls that they take. cutlass_build.py builds them, on request only.
 
     linear forward       x and w → y with 1/n given; where nothing keeps n, with the norms summed beside the products
+    linear gradient      ∂L/∂a, w, x and q → dx with the norm's term; alone and with a GELU behind it
     conv2d forward       x and w → y with 1/n given
     conv2d gradient      ∂L/∂a, w, x and q → dx with the norm's term, stride 1; alone and with a BatchNorm behind it
 
-Every other call is cuda.py's own, so that the variant takes whatever the backend takes. cuda.py asks here inside
-`running` alone, which also tells whether a kernel of these ran.
+A 1×1 convolution without stride and padding is a product over pixels and takes the kernels of linear layers: those are
+persistent and load the next tile while one is written, whereas CUTLASS's convolution takes one tile a program, and only
+one such program fits a multiprocessor. Every other call is cuda.py's own, so that the variant takes whatever the
+backend takes. cuda.py asks here inside `running` alone, which also tells whether a kernel of these ran.
 """
 
 from __future__ import annotations
@@ -145,6 +148,21 @@ def _reciprocal_weight_norm(layer: _Layer) -> Tensor | None:
     return torch.where(norm == 0, 0.0, norm.reciprocal())
 
 
+def _as_matrix(t: Tensor) -> Tensor:
+    """(N, C, H, W) with channels innermost as (N·H·W, C): a view."""
+    if t.dim() == 2:
+        return t
+    images, channels, height, width = t.shape
+    return t.permute(0, 2, 3, 1).reshape(images * height * width, channels)
+
+
+def _like(rows: Tensor, t: Tensor) -> Tensor:
+    """(N·H·W, C) as images of the sizes of t, its channels innermost; a matrix stays one."""
+    if t.dim() == 2:
+        return rows
+    return rows.view(t.shape[0], *t.shape[2:], rows.shape[1]).permute(0, 3, 1, 2)
+
+
 def forward(layer: _Layer, mode: int, max_out: int, keep: bool, squares: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """(y, n) of a layer, or None for a call that is cuda.py's own: any but B = 2 without bias and max_out, and where a
     has to be kept. Where the squares are summed beside the products, n is left unwritten: nothing is kept then, so that
@@ -154,17 +172,19 @@ def forward(layer: _Layer, mode: int, max_out: int, keep: bool, squares: Tensor 
         return None
     if keep and x.dtype == torch.float16:
         return None
-    if layer.is_linear:
+    if layer.is_linear and not keep and squares is None and _has("linear_norm_forward", x.dtype):
         if not takes_linear(x, weight):
             return None
-        if not keep and squares is None and _has("linear_norm_forward", x.dtype):
-            n = torch.empty((x.shape[0],), dtype=torch.float32, device=x.device)
-            return _launch("linear_norm_forward", x, weight, _reciprocal_weight_norm(layer)), n
-        if not _has("linear_forward", x.dtype):
+        n = torch.empty((x.shape[0],), dtype=torch.float32, device=x.device)
+        return _launch("linear_norm_forward", x, weight, _reciprocal_weight_norm(layer)), n
+    if _is_product(layer) and _has("linear_forward", x.dtype):
+        rows, units = _as_matrix(x), _as_matrix(weight)
+        if not takes_linear(rows, units):
             return None
         n = layer.norms(squares)
-        return _launch("linear_forward", x, weight, n.reciprocal(), _reciprocal_weight_norm(layer)), n
-    if not _has("conv2d_forward", x.dtype):
+        y = _launch("linear_forward", rows, units, n.reciprocal().view(-1), _reciprocal_weight_norm(layer))
+        return _like(y, x), n
+    if layer.is_linear or not _has("conv2d_forward", x.dtype):
         return None
     if not takes_conv2d(x, weight, layer.windows()[2:], layer.stride, layer.groups):
         return None
@@ -174,14 +194,24 @@ def forward(layer: _Layer, mode: int, max_out: int, keep: bool, squares: Tensor 
 
 
 def backward_dx(layer: _Layer, da: Tensor, q: Tensor | None) -> Tensor | None:
-    """dx = transposed convolution of da + x ⊙ (transposed box filter of q), q (N, 1, P, Q); None for a call that is
-    cuda.py's own: of a linear layer, with a stride (which CUTLASS's kernel takes and computes wrongly), without q."""
-    if _use.get() is None or layer.is_linear or q is None or layer.stride != (1, 1):
+    """dx = ∂L/∂a · w (of a convolution: transposed) + x ⊙ (transposed box filter of q), q (M,) or (N, 1, P, Q). None
+    for a call that is cuda.py's own: without q, where the library's product is all there is to do, and of a convolution
+    with a stride, which CUTLASS's kernel takes and computes wrongly."""
+    if _use.get() is None or q is None or layer.stride != (1, 1):
         return None
-    x = layer.x
-    if not _has("conv2d_backward_dx", x.dtype):
+    x, w = layer.x, layer.w
+    if _is_product(layer) and _has("linear_backward_dx", x.dtype):
+        rows, units, gradient = _as_matrix(x), _as_matrix(w), _as_matrix(da)
+        if not takes_linear(rows, units) or not _are_operands(rows, gradient):
+            return None
+        return _like(_launch("linear_backward_dx", gradient, units, rows, q.reshape(-1)), x)
+    if layer.is_linear or not _has("conv2d_backward_dx", x.dtype):
         return None
-    if not takes_conv2d(x, layer.w, da.shape[2:], layer.stride, layer.groups) or not _are_operands(x, da):
+    if not takes_conv2d(x, w, da.shape[2:], layer.stride, layer.groups) or not _are_operands(x, da):
         return None
     window = (*layer.stride, *layer.padding, *layer.dilation)
-    return _launch("conv2d_backward_dx", da, layer.w, x, layer.spread(q), *window)
+    return _launch("conv2d_backward_dx", da, w, x, layer.spread(q), *window)
+
+
+def _is_product(layer: _Layer) -> bool:
+    return layer.is_pointwise and layer.groups == 1

@@ -30,7 +30,7 @@ SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "cutlass"
 LIBRARY = "libbcos_kernels_cutlass.so"
 
 _ELEMENTS = {"bfloat16": [], "float16": ["-DBCOS_FLOAT16"]}
-_STEMS = ("linear_forward", "linear_norm_forward", "conv2d_forward", "conv2d_backward_dx")
+_STEMS = ("linear_forward", "linear_norm_forward", "linear_backward_dx", "conv2d_forward", "conv2d_backward_dx")
 KINDS = {f"{stem}_{element}": (stem, flags) for element, flags in _ELEMENTS.items() for stem in _STEMS}
 DEFAULT_KINDS = tuple(f"{stem}_bfloat16" for stem in _STEMS)
 

@@ -285,6 +285,8 @@ def test_ops_tell_shapes_and_kernels(ops):
     assert y.shape == (6, 24) and y.dtype == torch.bfloat16
     y = ops.linear_norm_forward(matrix(6, 64, torch.float16), matrix(24, 64, torch.float16), None)
     assert y.shape == (6, 24) and y.dtype == torch.float16
+    dx = ops.linear_backward_dx(matrix(6, 24), matrix(24, 64), matrix(6, 64), values(6))
+    assert dx.shape == (6, 64) and dx.dtype == torch.bfloat16
     y = ops.conv2d_forward(images(2, 8, 9, 7), images(16, 8, 3, 3), values(2, 5, 4), None, 2, 2, 1, 1, 1, 1)
     assert y.shape == (2, 16, 5, 4) and y.is_contiguous(memory_format=torch.channels_last)
     x, da = images(2, 8, 9, 7), images(2, 16, 9, 7)
@@ -339,6 +341,21 @@ def test_conv2d_refuses(ops, x, weight, window, message):
 
 
 @buildable
+def test_linear_backward_dx_refuses(ops):
+    x, weight, da = matrix(6, 64), matrix(24, 64), matrix(6, 24)
+    with pytest.raises(RuntimeError, match=r"linear_backward_dx: expected da \(6, 24\), got \(6, 32\)"):
+        ops.linear_backward_dx(matrix(6, 32), weight, x, values(6))
+    with pytest.raises(RuntimeError, match="linear_backward_dx: expected all operands of one type.*da in Half"):
+        ops.linear_backward_dx(matrix(6, 24, torch.float16), weight, x, values(6))
+    with pytest.raises(RuntimeError, match="linear_backward_dx: expected da contiguous"):
+        ops.linear_backward_dx(matrix(24, 6).t(), weight, x, values(6))
+    with pytest.raises(RuntimeError, match=r"linear_backward_dx: expected 6 elements of q, got \(24\)"):
+        ops.linear_backward_dx(da, weight, x, values(24))
+    with pytest.raises(RuntimeError, match=r"linear_backward_dx: .*out_features\) to be .* multiple of 8, got 20"):
+        ops.linear_backward_dx(matrix(6, 20), matrix(20, 64), x, values(6))
+
+
+@buildable
 def test_conv2d_backward_dx_refuses(ops):
     x, weight = images(2, 8, 9, 7), images(16, 8, 3, 3)
     # accepted by CUTLASS, and computed wrongly
@@ -380,6 +397,10 @@ def test_linear_on_gpu(ops, m, n, k, normalize, dtype):
     assert m == 0 or error(y, a * a.abs() * reciprocal_n[:, None]) < TYPES[dtype]
     y = ops.linear_norm_forward(x, weight, reciprocal_weight_norm.float() if normalize else None)
     assert m == 0 or error(y, a * a.abs() * reciprocal_n[:, None]) < TYPES[dtype]
+    da, q = torch.randn_like(y), torch.randn(m, device="cuda")
+    dx = ops.linear_backward_dx(da, weight, x, q)
+    assert dx.shape == (m, k)
+    assert m == 0 or error(dx, da.double() @ weight.double() + x.double() * q.double()[:, None]) < TYPES[dtype]
 
 
 WINDOWS = [  # images, channels, outputs, height, width, window, stride, padding, dilation

@@ -58,4 +58,15 @@ typename ScaledByNorms<Tile>::Arguments scaled_by_norms(const float* reciprocal_
   return {{}, {reciprocal_n}, {reciprocal_weight_norm, 1.f}, {}};
 }
 
+// accumulator + x q with q per row, x fetched as the source.
+template <class Tile>
+using PlusScaledSource = fusion::Sm90EVT<
+    fusion::Sm90Compute<cutlass::homogeneous_multiply_add, Element, float, cutlass::FloatRoundStyle::round_to_nearest>,
+    PerRow<Tile>, fusion::Sm90SrcFetch<Element>, fusion::Sm90AccFetch>;
+
+template <class Tile>
+typename PlusScaledSource<Tile>::Arguments plus_scaled_source(const float* q) {
+  return {{q}, {}, {}, {}};
+}
+
 }  // namespace bcos::hopper

@@ -26,6 +26,13 @@ struct LinearForward {
   int64_t m, n, k;
 };
 
+struct LinearBackwardDx {
+  void* dx;                     // (M, K)
+  const void *da, *weight, *x;  // (M, N), (N, K), (M, K)
+  const float* q;               // (M,)
+  int64_t m, n, k;
+};
+
 // x (N, H, W, C), weight (O, R, S, C), y (N, P, Q, O); stride, padding and dilation along height and width.
 struct Window {
   int64_t n, h, w, c, o, r, s, p, q;
@@ -59,6 +66,7 @@ struct Kernel {
   extern const Kernel<Problem> stem##_float16 __attribute__((weak));
 BCOS_DECLARE_KERNEL(linear_forward, LinearForward)
 BCOS_DECLARE_KERNEL(linear_norm_forward, LinearForward)
+BCOS_DECLARE_KERNEL(linear_backward_dx, LinearBackwardDx)
 BCOS_DECLARE_KERNEL(conv2d_forward, Conv2dForward)
 BCOS_DECLARE_KERNEL(conv2d_backward_dx, Conv2dBackwardDx)
 #undef BCOS_DECLARE_KERNEL

@@ -14,13 +14,13 @@
 namespace bcos::hopper {
 namespace {
 
-using Epilogue = LinearEpilogue<ScaledByNorms<LinearTile>>;
-using LinearForwardKernel =
-    cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, LinearMainLoop<Epilogue>, Epilogue>;
+using Epilogue = LinearEpilogue<void, ScaledByNorms<LinearTile>>;
+using MainLoop = LinearMainLoop<cutlass::layout::ColumnMajor, Epilogue>;
+using LinearForwardKernel = LinearKernel<MainLoop, Epilogue>;
 using Operator = cutlass::gemm::device::GemmUniversalAdapter<LinearForwardKernel>;
 
 std::string linear_forward(const LinearForward& p, const Place& place) {
-  auto arguments = linear_arguments<Operator>(p);
+  auto arguments = linear_arguments<Operator>(p.y, p.x, p.weight, p.m, p.n, p.k);
   arguments.epilogue.thread = scaled_by_norms<LinearTile>(p.reciprocal_n, p.reciprocal_weight_norm);
   return launch<Operator>(arguments, place);
 }

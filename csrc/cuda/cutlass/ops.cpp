@@ -171,6 +171,22 @@ Tensor linear_norm_forward(const Tensor& x, const Tensor& weight, const Optional
   return y;
 }
 
+Tensor linear_backward_dx(const Tensor& da, const Tensor& weight, const Tensor& x, const Tensor& q) {
+  constexpr const char* op = "linear_backward_dx";
+  check_linear(op, x, weight, std::nullopt);
+  check_operand(op, "da", da, x, 2);
+  STD_TORCH_CHECK(
+      da.size(0) == x.size(0) && da.size(1) == weight.size(0), op, ": expected da (", x.size(0), ", ", weight.size(0),
+      "), got ", shape(da));
+  check_vector(op, "q", q, x, x.size(0));
+  const Tensor dx = new_tensor(x, {x.size(0), x.size(1)});
+  if (!x.is_cuda() || x.size(0) == 0) return dx;
+  const LinearBackwardDx problem{
+      dx.data_ptr(), data(da), data(weight), data(x), vector(q), x.size(0), weight.size(0), x.size(1)};
+  enqueue(op, &linear_backward_dx_bfloat16, &linear_backward_dx_float16, x, weight, problem);
+  return dx;
+}
+
 // Of images x and a weight, both checked here.
 Window window_of(
     const char* op, const Tensor& x, const Tensor& weight, int64_t s0, int64_t s1, int64_t p0, int64_t p1, int64_t d0,
@@ -253,6 +269,8 @@ std::string kernels() {
   describe(text, "linear_forward_float16", &linear_forward_float16);
   describe(text, "linear_norm_forward_bfloat16", &linear_norm_forward_bfloat16);
   describe(text, "linear_norm_forward_float16", &linear_norm_forward_float16);
+  describe(text, "linear_backward_dx_bfloat16", &linear_backward_dx_bfloat16);
+  describe(text, "linear_backward_dx_float16", &linear_backward_dx_float16);
   describe(text, "conv2d_forward_bfloat16", &conv2d_forward_bfloat16);
   describe(text, "conv2d_forward_float16", &conv2d_forward_float16);
   describe(text, "conv2d_backward_dx_bfloat16", &conv2d_backward_dx_bfloat16);
@@ -267,6 +285,7 @@ std::string kernels() {
 STABLE_TORCH_LIBRARY(bcos_kernels_cutlass, m) {
   m.def("linear_forward(Tensor x, Tensor weight, Tensor reciprocal_n, Tensor? reciprocal_weight_norm) -> Tensor");
   m.def("linear_norm_forward(Tensor x, Tensor weight, Tensor? reciprocal_weight_norm) -> Tensor");
+  m.def("linear_backward_dx(Tensor da, Tensor weight, Tensor x, Tensor q) -> Tensor");
   m.def("conv2d_forward(Tensor x, Tensor weight, Tensor reciprocal_n, Tensor? reciprocal_weight_norm, " BCOS_WINDOW
         ") -> Tensor");
   m.def("conv2d_backward_dx(Tensor da, Tensor weight, Tensor x, Tensor q, " BCOS_WINDOW ") -> Tensor");
@@ -276,6 +295,7 @@ STABLE_TORCH_LIBRARY(bcos_kernels_cutlass, m) {
 STABLE_TORCH_LIBRARY_IMPL(bcos_kernels_cutlass, CUDA, m) {
   m.impl("linear_forward", TORCH_BOX(&linear_forward));
   m.impl("linear_norm_forward", TORCH_BOX(&linear_norm_forward));
+  m.impl("linear_backward_dx", TORCH_BOX(&linear_backward_dx));
   m.impl("conv2d_forward", TORCH_BOX(&conv2d_forward));
   m.impl("conv2d_backward_dx", TORCH_BOX(&conv2d_backward_dx));
 }
@@ -283,6 +303,7 @@ STABLE_TORCH_LIBRARY_IMPL(bcos_kernels_cutlass, CUDA, m) {
 STABLE_TORCH_LIBRARY_IMPL(bcos_kernels_cutlass, Meta, m) {
   m.impl("linear_forward", TORCH_BOX(&linear_forward));
   m.impl("linear_norm_forward", TORCH_BOX(&linear_norm_forward));
+  m.impl("linear_backward_dx", TORCH_BOX(&linear_backward_dx));
   m.impl("conv2d_forward", TORCH_BOX(&conv2d_forward));
   m.impl("conv2d_backward_dx", TORCH_BOX(&conv2d_backward_dx));
 }

@@ -45,6 +45,11 @@ def linear_norm_forward(x, weight, reciprocal_weight_norm):
     return _scaled(a, 1 / (x.float().norm(dim=1, keepdim=True) + 1e-12), x.dtype)
 
 
+def linear_backward_dx(da, weight, x, q):
+    assert q.shape == x.shape[:1] and q.dtype == torch.float32 and da.is_contiguous() and x.is_contiguous()
+    return (da.float() @ weight.float() + x.float() * q[:, None]).to(x.dtype)
+
+
 def conv2d_forward(x, weight, reciprocal_n, reciprocal_weight_norm, *window):
     stride, padding, dilation = window[:2], window[2:4], window[4:]
     a = F.conv2d(x.float(), weight.float(), None, stride, padding, dilation)
@@ -60,7 +65,10 @@ def conv2d_backward_dx(da, weight, x, q, *window):
     return (dx + x.float() * q).to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
-KERNELS = {f.__name__: f for f in (linear_forward, linear_norm_forward, conv2d_forward, conv2d_backward_dx)}
+KERNELS = {
+    f.__name__: f
+    for f in (linear_forward, linear_norm_forward, linear_backward_dx, conv2d_forward, conv2d_backward_dx)
+}
 
 
 @contextlib.contextmanager
@@ -96,19 +104,20 @@ def images(*shape, seed=1, dtype=BF16):
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
+LINEAR, CONV2D = ["linear_forward", "linear_backward_dx"], ["conv2d_forward", "conv2d_backward_dx"]
 CALLS = {  # op, shapes of x and weight, options, kernels of a training step in bfloat16
-    "linear": ("linear", (24, 40), (32, 40), {}, ["linear_forward"]),
-    "linear, unit weights": ("linear", (24, 40), (32, 40), {"normalize_weight": True}, ["linear_forward"]),
+    "linear": ("linear", (24, 40), (32, 40), {}, LINEAR),
+    "linear, unit weights": ("linear", (24, 40), (32, 40), {"normalize_weight": True}, LINEAR),
     "linear, explanation": ("linear", (24, 40), (32, 40), {"detach": True}, ["linear_forward"]),
-    "3x3": ("conv2d", (2, 16, 7, 6), (24, 16, 3, 3), {"padding": 1}, ["conv2d_forward", "conv2d_backward_dx"]),
-    "1x1": ("conv2d", (2, 16, 7, 6), (24, 16, 1, 1), {}, ["conv2d_forward", "conv2d_backward_dx"]),
-    "3x3, unit weights": (
-        "conv2d", (2, 16, 7, 6), (24, 16, 3, 3), {"normalize_weight": True}, ["conv2d_forward", "conv2d_backward_dx"],
-    ),
-    "dilated": (
-        "conv2d", (1, 8, 11, 12), (16, 8, 3, 3), {"padding": 2, "dilation": (2, 3)},
-        ["conv2d_forward", "conv2d_backward_dx"],
-    ),
+    "3x3": ("conv2d", (2, 16, 7, 6), (24, 16, 3, 3), {"padding": 1}, CONV2D),
+    "1x1": ("conv2d", (2, 16, 7, 6), (24, 16, 1, 1), {}, LINEAR),
+    "1x1, unit weights": ("conv2d", (2, 16, 7, 6), (24, 16, 1, 1), {"normalize_weight": True}, LINEAR),
+    "1x1, padded": ("conv2d", (2, 16, 7, 6), (24, 16, 1, 1), {"padding": 1}, CONV2D),
+    "1x1, explanation": ("conv2d", (2, 16, 7, 6), (24, 16, 1, 1), {"detach": True}, ["linear_forward"]),
+    "1x1, strided": ("conv2d", (2, 16, 7, 6), (24, 16, 1, 1), {"stride": 2}, ["conv2d_forward"]),
+    "one pixel": ("conv2d", (3, 16, 1, 1), (24, 16, 1, 1), {}, LINEAR),
+    "3x3, unit weights": ("conv2d", (2, 16, 7, 6), (24, 16, 3, 3), {"normalize_weight": True}, CONV2D),
+    "dilated": ("conv2d", (1, 8, 11, 12), (16, 8, 3, 3), {"padding": 2, "dilation": (2, 3)}, CONV2D),
     "strided": ("conv2d", (2, 16, 7, 6), (24, 16, 3, 3), {"padding": 1, "stride": 2}, ["conv2d_forward"]),
     "3x3, explanation": ("conv2d", (2, 16, 7, 6), (24, 16, 3, 3), {"detach": True}, ["conv2d_forward"]),
 }  # fmt: skip
@@ -144,7 +153,7 @@ def test_numbers(name, dtype):
     if dtype == FP16:  # a is kept there, which the kernels do not give
         expected = [kernel for kernel in expected if "forward" not in kernel]
     assert in_training == expected
-    assert inferred == (["linear_norm_forward"] if op == "linear" else ["conv2d_forward"])
+    assert inferred == ["linear_norm_forward" if op == "linear" else CALLS[name][4][0]]
     directions = {op: "forward", f"{op}_backward": "backward"}
     for key, direction in directions.items():
         assert told[key] == ("cuda:cutlass" if any(direction in kernel for kernel in expected) else "cuda")
@@ -178,6 +187,39 @@ def test_the_gradient_of_a_block_goes_through_the_kernel(training):
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_the_gradient_of_a_layer_with_gelu_goes_through_the_kernel(dtype):
+    """In bfloat16 the forward keeps a, which the library computes; float16 is composed of the ops apart."""
+    inputs = dict(x=harness.randn((24, 40), 1, dtype), weight=harness.randn((32, 40), 2, dtype, 0.3))
+
+    def run(module, wide=False):
+        leaves = harness.leaves_of(inputs, torch.float64 if wide else None)
+        h = harness.linear_gelu(module)(**leaves)
+        return {"h": h.detach(), **harness.gradients(h, leaves, harness.randn(tuple(h.shape), 9, dtype))}
+
+    with variant() as ran:
+        got = run(bcos_kernels)
+        assert ran == ["linear_backward_dx"]
+        assert bcos_kernels.dispatched() == {"linear_gelu": "cuda", "linear_gelu_backward": "cuda:cutlass"}
+    eager, exact = run(reference), run(reference, wide=True)
+    for key, value in got.items():
+        assert_close_to_reference(f"{key}, {dtype}", value, eager[key], exact[key], dtype)
+
+
+@needs_compiler
+def test_a_pointwise_convolution_takes_the_convolutions_kernels_where_the_products_are_not_built():
+    kinds = frozenset(f"{stem}_bfloat16" for stem in CONV2D)
+    leaves = harness.leaves_of(dict(x=images(2, 16, 7, 6), weight=harness.randn((24, 16, 1, 1), 2, BF16, 0.3)))
+    with variant(kinds=kinds) as ran:
+        y = bcos_kernels.conv2d(**leaves)
+        got = harness.gradients(y, leaves, harness.randn(tuple(y.shape), 9, BF16))
+    assert ran == CONV2D
+    wide = harness.leaves_of(leaves, torch.float64)
+    exact = harness.gradients(reference.conv2d(**wide), wide, harness.randn(tuple(y.shape), 9, BF16))
+    assert_close_to_reference("dx", got["dx"], None, exact["dx"], BF16)
+
+
+@needs_compiler
 def test_a_unit_without_weights_gives_zeros():
     x, weight = harness.randn((16, 8), 1, BF16), harness.randn((8, 8), 2, BF16)
     weight[3] = 0
@@ -185,7 +227,7 @@ def test_a_unit_without_weights_gives_zeros():
     with variant() as ran:
         y = bcos_kernels.linear(**leaves, normalize_weight=True)
         dx, dw = torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))
-    assert ran == ["linear_forward"] and not y[:, 3].any() and not dw[3].any()
+    assert ran == LINEAR and not y[:, 3].any() and not dw[3].any()
     assert torch.isfinite(y).all() and torch.isfinite(dx).all() and torch.isfinite(dw).all()
 
 
