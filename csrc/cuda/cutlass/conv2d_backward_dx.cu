@@ -13,7 +13,7 @@
 
 #include "conv2d.h"
 
-namespace bcos::hopper {
+namespace bcos::fused {
 namespace {
 
 constexpr auto kKind = cutlass::conv::Operator::kDgrad;
@@ -40,4 +40,4 @@ std::string conv2d_backward_dx(const Conv2dBackwardDx& p, const Place& place) {
 const Kernel<Conv2dBackwardDx> BCOS_KERNEL_NAME(conv2d_backward_dx) =
     kernel_of<Conv2dBackwardDx, Conv2dBackwardDxKernel>(conv2d_backward_dx);
 
-}  // namespace bcos::hopper
+}  // namespace bcos::fused

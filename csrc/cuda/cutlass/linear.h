@@ -11,7 +11,7 @@
 #include "epilogue.h"
 #include "kernels.h"
 
-namespace bcos::hopper {
+namespace bcos::fused {
 
 using LinearTile = cute::Shape<cute::_128, cute::_128, cute::_64>;
 using LinearCluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
@@ -54,4 +54,4 @@ typename Operator::Arguments linear_arguments(
   return arguments;
 }
 
-}  // namespace bcos::hopper
+}  // namespace bcos::fused

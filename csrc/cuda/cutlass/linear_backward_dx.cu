@@ -13,7 +13,7 @@
 
 #include "linear.h"
 
-namespace bcos::hopper {
+namespace bcos::fused {
 namespace {
 
 using Epilogue = LinearEpilogue<Element, PlusScaledSource<LinearTile>>;
@@ -34,4 +34,4 @@ std::string linear_backward_dx(const LinearBackwardDx& p, const Place& place) {
 const Kernel<LinearBackwardDx> BCOS_KERNEL_NAME(linear_backward_dx) =
     kernel_of<LinearBackwardDx, LinearBackwardDxKernel>(linear_backward_dx);
 
-}  // namespace bcos::hopper
+}  // namespace bcos::fused

@@ -11,7 +11,7 @@
 
 #include "linear.h"
 
-namespace bcos::hopper {
+namespace bcos::fused {
 namespace {
 
 using Epilogue = LinearEpilogue<void, ScaledByNorms<LinearTile>>;
@@ -29,4 +29,4 @@ std::string linear_forward(const LinearForward& p, const Place& place) {
 
 const Kernel<LinearForward> BCOS_KERNEL_NAME(linear_forward) = kernel_of<LinearForward, LinearForwardKernel>(linear_forward);
 
-}  // namespace bcos::hopper
+}  // namespace bcos::fused

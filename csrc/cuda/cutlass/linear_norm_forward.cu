@@ -12,7 +12,7 @@
 #include "linear.h"
 #include "norm_main_loop.h"
 
-namespace bcos::hopper {
+namespace bcos::fused {
 namespace {
 
 // t |t|, t = accumulator / |w|.
@@ -27,7 +27,7 @@ struct SignedSquare {
 };
 
 using Squared = fusion::Sm90EVT<
-    fusion::Sm90Compute<SignedSquare, Element, float, cutlass::FloatRoundStyle::round_to_nearest>,
+    fusion::Sm90Compute<SignedSquare, Element, float, kRounding>,
     fusion::Sm90AccFetch, PerColumn<LinearTile>>;
 
 using Epilogue = LinearEpilogue<void, Squared>;
@@ -46,4 +46,4 @@ std::string linear_norm_forward(const LinearForward& p, const Place& place) {
 const Kernel<LinearForward> BCOS_KERNEL_NAME(linear_norm_forward) =
     kernel_of<LinearForward, LinearNormForwardKernel>(linear_norm_forward);
 
-}  // namespace bcos::hopper
+}  // namespace bcos::fused
