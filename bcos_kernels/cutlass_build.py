@@ -333,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             reason = unbuildable_reason()
             folder = None if reason else _cache_folder(_find_tools())
             for kind in KINDS:
-                print(f"{kind:<30}{'built' if folder and (folder / f'{kind}.o').exists() else 'not built'}")
+                print(f"{kind:<36}{'built' if folder and (folder / f'{kind}.o').exists() else 'not built'}")
             print(f"cannot be built here: {reason}" if reason else folder)
             return 0
         build(kinds, options.jobs, verbose=True)

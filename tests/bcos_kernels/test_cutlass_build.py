@@ -146,9 +146,23 @@ def test_command_line(tools, capsys):
     assert cutlass_build.main(["--list"]) == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert ["linear_forward_float16", "built"] in lines and ["conv2d_forward_bfloat16", "not built"] in lines
+    assert ["conv2d_backward_dx_sm80_bfloat16", "not built"] in lines
     (tools / "broken").touch()
     assert cutlass_build.main(["--kinds", "conv2d_forward_bfloat16"]) == 1
     assert "error: a reason" in capsys.readouterr().err
+
+
+def test_what_is_compiled_unless_kernels_are_named(monkeypatch):
+    """bfloat16 for the GPU that is here, or for every one."""
+    found = {}
+    for capability in (None, (7, 5), (8, 6), (9, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda here=capability: here is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda here=capability: here)
+        found[capability] = set(cutlass_build.default_kinds())
+    assert all(kind.endswith("_bfloat16") for kinds in found.values() for kind in kinds)
+    assert all("_sm80_" not in kind for kind in found[(9, 0)]) and all("_sm80_" in kind for kind in found[(8, 6)])
+    assert found[(8, 6)] == found[(12, 0)] and found[None] == found[(8, 6)] | found[(9, 0)] and not found[(7, 5)]
+    assert (len(found[(8, 6)]), len(found[(9, 0)])) == (4, 5)
 
 
 def test_nothing_runs_at_import():

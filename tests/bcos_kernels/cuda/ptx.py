@@ -15,8 +15,9 @@ import numpy as np
 _WARP = 32
 _LANES = np.arange(_WARP)
 _TYPES = {
-    "pred": np.bool_, "b8": np.uint8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16, "b32": np.uint32,
-    "u32": np.uint32, "s32": np.int32, "f32": np.float32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
+    "pred": np.bool_, "b8": np.uint8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16, "f16": np.float16,
+    "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "f32": np.float32, "b64": np.uint64, "u64": np.uint64,
+    "s64": np.int64,
 }  # fmt: skip
 _WIDER = {"u16": np.uint32, "s16": np.int32, "u32": np.uint64, "s32": np.int64}
 _COMPARISONS = {
@@ -53,7 +54,7 @@ def parse(text: str) -> Program:
     program.parameter_bytes = int(size)
     for line in body[body.index("\n{") :].splitlines():
         line = re.sub(r";\s*\}$", ";", re.sub(r"^\{\s*", "", line.strip()))
-        if line in ("", "}") or line.startswith((".reg", "//")):
+        if line in ("", "}") or line.startswith((".reg", ".pragma", "//")):
             continue
         if label := re.fullmatch(r"(\$\w+):", line):
             program.labels[label[1]] = len(program.instructions)
