@@ -167,7 +167,8 @@ class BcosifiedCLIP(_WithTexts, BcosifiedModel):
             p: power of the mean over positions with "unpool", >= 1; None: as it is.
 
         Raises:
-            ValueError: a tower without attention pooling, another mode, p < 1.
+            ValueError: a tower without attention pooling, another mode, p < 1; "pool" of a tower that was trained
+                with "unpool" alone, and so has no q and k.
         """
         pools = self._attention_pools()
         if not pools:
@@ -175,11 +176,17 @@ class BcosifiedCLIP(_WithTexts, BcosifiedModel):
                 f"set_attention_pool: expected a tower with attention pooling (CLIP's ResNets), got "
                 f"{self.config['class']}, whose embedding is its class token's"
             )
+        kept = self.config["attention_pool"] or {}
+        if mode == "pool" and kept.get("only") == "unpool":
+            raise ValueError(
+                "set_attention_pool: expected 'unpool', as this tower was trained without the pooling's q and k "
+                "projections, got 'pool'"
+            )
         if p is not None:
             self.position_mean.p = checked_power(p)
         for pool in pools:
             pool.mode = pool.mode if mode is None else mode
-        self.config["attention_pool"] = {"mode": pools[0].mode, "p": self.position_mean.p}
+        self.config["attention_pool"] = {**kept, "mode": pools[0].mode, "p": self.position_mean.p}
         return self
 
     # --- the text tower ---
@@ -285,6 +292,7 @@ class BcosifiedCLIP(_WithTexts, BcosifiedModel):
             self.text = text.to(next(iter(self.model.parameters())).dtype)
         kept = config.get("attention_pool")
         if kept is not None:
+            self.config["attention_pool"] = dict(kept)
             self.set_attention_pool(kept["mode"], p=kept["p"])
 
     def extra_repr(self) -> str:
