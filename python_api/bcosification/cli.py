@@ -33,7 +33,7 @@ EXTRAS = {
 EXTRAS |= {"yaml": "train", "safetensors": "train", "matplotlib": "explain", "captum": "explain", "PIL": "explain"}
 
 # Families of image towers, whose models have no classes.
-CLIP_FAMILIES = ("open_clip_resnet", "open_clip_vit", "huggingface_clip")
+CLIP_FAMILIES = ("open_clip_resnet", "open_clip_vit", "open_clip_timm", "huggingface_clip")
 
 # --- the commands -----------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -81,11 +82,32 @@ class _WithTexts:
         text: str | Sequence[str] | Tensor,
         templates: Templates = None,
         *,
-        scale: float = 1.0,
+        scale: float | str = 1.0,
         protocol: str = "paper",
     ) -> ZeroShotClassifier:
-        """A classifier of images whose classes are texts: images (N, C, H, W) -> cosines (N, T); see its class."""
-        return ZeroShotClassifier(self, self.embeddings_of(text, templates), scale=scale, protocol=protocol)
+        """A classifier of images whose classes are texts: images (N, C, H, W) -> cosines (N, T); see its class.
+
+        With ``scale="own"`` it gives the model's own logits, exp(logit_scale) * cosine + logit_bias (SigLIP has one).
+        """
+        bias = 0.0
+        if scale == "own":
+            scale, bias = self._own_scale()
+        elif isinstance(scale, str):
+            raise ValueError(f"scale: expected a number or 'own', got {scale!r}")
+        embeddings = self.embeddings_of(text, templates)
+        return ZeroShotClassifier(self, embeddings, scale=scale, bias=bias, protocol=protocol)
+
+    def _scales_of(self) -> nn.Module:
+        """What has logit_scale and logit_bias."""
+        return self
+
+    def _own_scale(self) -> tuple[float, float]:
+        """exp(logit_scale) and logit_bias of the model as numbers (0 without a bias)."""
+        holder = self._scales_of()
+        scale, bias = getattr(holder, "logit_scale", None), getattr(holder, "logit_bias", None)
+        if scale is None:
+            raise ValueError("scale: expected a model with logit_scale for 'own', got a bare image tower")
+        return float(scale.detach().double().exp()), 0.0 if bias is None else float(bias.detach())
 
 
 class BcosifiedCLIP(_WithTexts, BcosifiedModel):
@@ -207,8 +229,10 @@ class BcosifiedCLIP(_WithTexts, BcosifiedModel):
                 f"attach_text: expected an open_clip model with a text tower, got {type_name(type(model))}"
             )
         # None stands for the image tower in the copy, which is not copied.
-        text = copy.deepcopy(model, {id(model.visual): None})
-        text._modules.pop("visual")
+        left_out = [name for name in ("visual", "text_decoder") if name in model._modules]  # CoCa's, for captions
+        text = copy.deepcopy(model, {id(model._modules[name]): None for name in left_out})
+        for name in left_out:
+            text._modules.pop(name)
         source = text.__dict__.pop("bcosification_source", None) or {}
         for name in ("logit_scale", "logit_bias"):
             value = text._parameters.pop(name, None)
@@ -221,8 +245,7 @@ class BcosifiedCLIP(_WithTexts, BcosifiedModel):
             "model": spec or source.get("spec"),
             "class": type_name(type(model)),
             "architecture": describe_text(text),
-            "context_length": getattr(model, "context_length", None),
-            "vocab_size": getattr(model, "vocab_size", None),
+            **_token_sizes(model),
             "stored": False,
         }
 
@@ -321,16 +344,16 @@ class StandardCLIP(_WithTexts, nn.Module):
         self._family = family_of(family_of(model).tower(model))
         self.tokenizer: Tokenizer | None = None
         source = getattr(model, "bcosification_source", None) or {}
-        self._told = {
-            "model": spec or source.get("spec"),
-            "context_length": getattr(model, "context_length", None),
-            "vocab_size": getattr(model, "vocab_size", None),
-        }
+        self._told = {"model": spec or source.get("spec"), **_token_sizes(model)}
 
     def image_features(self, images: Tensor) -> Tensor:
         """Embeddings (N, D) of images (N, C, H, W) in [0, 1]."""
-        encode = getattr(self.model, "encode_image", self.model)
-        return self._family.output(encode(self.normalize(images)))
+        encode = getattr(self.model, "encode_image", None)
+        if encode is None:
+            return self._family.output(self.model(self.normalize(images)))
+        # CoCa's gives embeddings of length 1 unless it is asked not to.
+        options = {"normalize": False} if "normalize" in inspect.signature(encode).parameters else {}
+        return self._family.output(encode(self.normalize(images), **options))
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """Embeddings (N, D), with ``normalize`` of length 1."""
@@ -339,6 +362,9 @@ class StandardCLIP(_WithTexts, nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.image_features(images)
+
+    def _scales_of(self) -> nn.Module:
+        return self.model
 
     def _text_tower(self) -> nn.Module:
         if not callable(getattr(self.model, "encode_text", None)):
@@ -364,6 +390,8 @@ class ZeroShotClassifier(nn.Module):
         model: a BcosifiedCLIP or StandardCLIP; its parts are shared, its text tower is left out.
         embeddings: (T, D), of length 1.
         scale: a number that cosines are multiplied by, default 1; exp(logit_scale) gives CLIP's own logits.
+        bias: a number added to them then, default 0: logit_bias, of models that have one. It is a constant of
+            explanations.
         protocol: "paper" (default), or "peer": the gradient goes through the last L2 norm, as in the reference's code;
             contributions (and constants) then add up to 0 over the image, whatever the cosine is.
 
@@ -372,7 +400,13 @@ class ZeroShotClassifier(nn.Module):
     """
 
     def __init__(
-        self, model: BcosifiedCLIP | StandardCLIP, embeddings: Tensor, *, scale: float = 1.0, protocol: str = "paper"
+        self,
+        model: BcosifiedCLIP | StandardCLIP,
+        embeddings: Tensor,
+        *,
+        scale: float = 1.0,
+        bias: float = 0.0,
+        protocol: str = "paper",
     ) -> None:
         super().__init__()
         if protocol not in PROTOCOLS:
@@ -381,6 +415,7 @@ class ZeroShotClassifier(nn.Module):
         self.model = model.without_text() if isinstance(model, BcosifiedCLIP) else model
         self.register_buffer("embeddings", embeddings, persistent=False)
         self.scale, self.protocol = float(scale), protocol
+        self.logit_bias = bnn.LogitBias(float(bias)) if bias else nn.Identity()
         self.training = model.training
 
     def __deepcopy__(self, memo: dict) -> ZeroShotClassifier:
@@ -414,7 +449,7 @@ class ZeroShotClassifier(nn.Module):
         cosines = features @ self.embeddings.to(features.dtype).T
         if cosines.dim() == 3:
             cosines = self.model.position_mean(cosines)
-        return cosines if self.scale == 1 else self.scale * cosines
+        return self.logit_bias(cosines if self.scale == 1 else self.scale * cosines)
 
     def extra_repr(self) -> str:
         return f"texts={self.num_classes}, scale={self.scale:g}, protocol={self.protocol!r}"
@@ -447,6 +482,12 @@ def named_templates(templates: Templates) -> Sequence[Any]:
             f"{(wrong or templates)!r}"
         )
     return templates
+
+
+def _token_sizes(model: nn.Module) -> dict[str, int | None]:
+    """context_length and vocab_size of an open_clip model; CoCa's vocabulary is its text tower's to tell."""
+    text = getattr(model, "text", None)
+    return {name: getattr(model, name, getattr(text, name, None)) for name in ("context_length", "vocab_size")}
 
 
 def tokenizer_of(told: dict[str, Any]) -> Tokenizer:
@@ -487,6 +528,7 @@ def _text_architecture(text: nn.Module) -> dict[str, Any]:
     scaled = type_name(type(blocks[0].ls_1)) == "open_clip.transformer.LayerScale"
     if projection is None:
         raise ValueError("a text tower without projection")
+    approximate = getattr(blocks[0].mlp.gelu, "approximate", "none")
     return {
         "embed_dim": projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1],
         "quick_gelu": type_name(type(blocks[0].mlp.gelu)) == "open_clip.transformer.QuickGELU",
@@ -505,6 +547,8 @@ def _text_architecture(text: nn.Module) -> dict[str, Any]:
             "pool_type": inner.pool_type if hasattr(inner, "pool_type") else inner.text_pool_type,
             "proj_bias": isinstance(projection, nn.Linear),
             "norm_kwargs": {"eps": inner.ln_final.eps},
+            "act_kwargs": None if approximate == "none" else {"approximate": approximate},
+            "output_tokens": getattr(inner, "output_tokens", False),
         },
     }
 
@@ -520,9 +564,14 @@ def build_text(told: dict[str, Any]) -> nn.Module:
     else:
         kind = {"open_clip.model.CLIP": library.CLIP, "open_clip.model.CustomTextCLIP": library.CustomTextCLIP}
         # An image tower without layers, which is dropped.
-        vision = {"layers": 0, "width": 64, "patch_size": 32, "image_size": 32}
-        model = kind[told["class"]](vision_cfg=vision, **told["architecture"])
-    model._modules.pop("visual")
+        more: dict[str, Any] = {"vision_cfg": {"layers": 0, "width": 64, "patch_size": 32, "image_size": 32}}
+        if told["class"] == "open_clip.coca_model.CoCa":  # nor has the text decoder any
+            kind[told["class"]] = library.CoCa
+            length = told["architecture"]["text_cfg"]["context_length"]
+            more["multimodal_cfg"] = {"layers": 0, "width": 64, "heads": 1, "context_length": length}
+        model = kind[told["class"]](**more, **told["architecture"])
+    for name in ("visual", "text_decoder"):
+        model._modules.pop(name, None)
     for name in ("logit_scale", "logit_bias"):
         model._parameters.pop(name, None)
         setattr(model, name, None)
