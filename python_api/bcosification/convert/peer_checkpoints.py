@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from bcosification import nn as bnn
+from bcosification.convert.clip import BcosifiedCLIP
 from bcosification.convert.conversion import check_convertible, check_options, convert
 from bcosification.convert.families import family_of
 from bcosification.convert.linear_map import bare_model
-from bcosification.convert.clip import BcosifiedCLIP
 from bcosification.convert.peer_architectures import (
     ARCHITECTURES,
     TOWERS,

@@ -1,9 +1,9 @@
-"""B-cosification's CLIP image tower, which no package installs: its structure, names and numbers, small, random weights.
+"""B-cosification's CLIP image tower, which no package installs: structure, names and numbers, small, random weights.
 
 It says what that code computes. The network is OpenAI's ModifiedResNet (open_clip's is the same) with B-cos layers, all
-children of a Sequential numbered, biases and positions gone, images of six channels normalised with CLIP's mean and std.
-The attention pooling reads the weights of its projections alone, so that c_proj, a B-cos layer, is linear when it pools;
-"unpooled", c_proj is called at every position. Nothing is shared with bcosification.
+children of a Sequential numbered, biases and positions gone, images of six channels normalised with CLIP's mean and
+std. The attention pooling reads the weights of its projections alone, so that c_proj, a B-cos layer, is linear when it
+pools; "unpooled", c_proj is called at every position. Nothing is shared with bcosification.
 """
 
 import bcos.common

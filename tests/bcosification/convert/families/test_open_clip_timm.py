@@ -1,4 +1,4 @@
-"""open_clip's towers made of timm's networks, and CoCa: exact at B = 1, explanations against the frozen replay, texts."""
+"""open_clip's towers made of timm's networks, and CoCa: exact at B = 1, explanations against the replay, texts."""
 
 import copy
 import functools
