@@ -173,7 +173,8 @@ def _missing_texts(config: dict) -> str:
     if told is None or not told["model"]:
         was = "a bare image tower" if told is None else f"a {told['class']} without a name"
         return (
-            f"which was made of {was}: --text-model takes the open_clip model that its texts are of (open_clip:NAME/TAG)"
+            f"which was made of {was}: --text-model takes the open_clip model that its texts are of "
+            "(open_clip:NAME/TAG)"
         )
     if config["source_weights"] is None:  # a conversion of random weights
         name = told["model"].partition("/")[0]

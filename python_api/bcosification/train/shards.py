@@ -13,7 +13,7 @@ import io
 import os
 import tarfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -161,14 +161,9 @@ class ShardImages(Dataset):
         """Number, offset and size of every image in a shard."""
         path, found = self.shards[number], []
         try:
-            with tarfile.open(path, "r:") as shard:
-                while (member := shard.next()) is not None:
-                    shard.members.clear()  # it would keep every header
-                    kind = os.path.basename(member.name).partition(".")[2].lower()
-                    if member.isreg() and kind in EXTENSIONS:
-                        found.append((number, member.offset_data, member.size))
-                if os.path.getsize(path) < shard.offset + tarfile.BLOCKSIZE:
-                    raise EOFError("it ends before the end of its archive")
+            for name, offset, size in _members(path):
+                if os.path.basename(name).partition(".")[2].lower() in EXTENSIONS:
+                    found.append((number, offset, size))
         except (OSError, tarfile.TarError, EOFError) as error:
             self.unreadable.append((path, f"{type(error).__name__}: {error}"))
         places = np.array(found, np.int64).reshape(-1, 3)
@@ -213,3 +208,43 @@ class ShardImages(Dataset):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": None}
+
+
+def _members(path: str) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of every file in a tar archive.
+
+    Plain headers are read here, four times as fast as tarfile makes objects of them; from the first other one on (long
+    names, sizes from 8 GiB) tarfile goes on.
+
+    Raises:
+        OSError, tarfile.ReadError: no archive, or a broken one. EOFError: one that ends before its end mark.
+    """
+    block = tarfile.BLOCKSIZE
+    offset = 0
+    with open(path, "rb") as archive:
+        while True:
+            archive.seek(offset)
+            header = archive.read(block)
+            if len(header) < block:
+                raise EOFError("it ends before the end of its archive")
+            if not any(header):
+                return
+            kind, octal = header[156:157], header[124:136].strip(b" \0")
+            if kind not in (b"0", b"\0", b"5") or not octal.isdigit():
+                break
+            # The sum counts its own field as eight spaces.
+            total = sum(header) - sum(header[148:156]) + 8 * 32
+            if total != int(header[148:156].strip(b" \0") or b"0", 8):
+                raise tarfile.ReadError(f"expected a tar header at byte {offset}, got something else")
+            size = int(octal, 8)
+            if kind != b"5":
+                yield header[:100].rstrip(b"\0").decode("utf-8", "surrogateescape"), offset + block, size
+            offset += block + -(-size // block) * block
+        archive.seek(offset)
+        with tarfile.open(fileobj=archive, mode="r:") as rest:
+            while (member := rest.next()) is not None:
+                rest.members.clear()  # it would keep every header
+                if member.isreg():
+                    yield member.name, member.offset_data, member.size
+            if os.path.getsize(path) < rest.offset + block:
+                raise EOFError("it ends before the end of its archive")

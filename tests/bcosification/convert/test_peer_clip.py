@@ -70,6 +70,18 @@ def test_the_layers_are_those_of_bcosify():
     assert not fuse(model).fusion_report.left
 
 
+def test_the_peers_network_itself_is_fused():
+    peer, x = clip_tower(), encoded()
+    expected = cosine_and_gradient(peer, x, text())
+    keys = list(peer.state_dict())
+    report = fuse(peer).fusion_report
+    assert sum(after == "PeerBcosifyConv2d" for _, _, after in report.fused) == 24
+    assert [name for name, _, _ in report.left] == [], "its pooling works as it is"
+    for got, wanted in zip(cosine_and_gradient(peer, x, text()), expected, strict=True):
+        assert relative_error(got, wanted) < 1e-10
+    assert list(peer.state_dict()) == keys
+
+
 def test_a_conversion_of_ours_is_read_by_b_cosifications_network():
     whole = clip("resnet")
     model, x = bcosify(whole), encoded()

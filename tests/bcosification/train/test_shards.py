@@ -13,7 +13,7 @@ from PIL import Image
 from bcosification import distill
 from bcosification.train.data import ImageDataModule, build_datamodule, check_source
 from bcosification.train.lightning_module import DistillationModule
-from bcosification.train.shards import ShardImages, is_shards, shard_paths, split_shards
+from bcosification.train.shards import ShardImages, _members, is_shards, shard_paths, split_shards
 from tests.bcosification.train.test_distillation import config, equal, small
 
 
@@ -65,6 +65,29 @@ def test_every_image_and_nothing_else_is_read(tmp_path):
         info.size = len(encoded(5))
         tar.addfile(info, io.BytesIO(encoded(5)))
     assert torch.equal(ShardImages([str(folders)], to_tensor)[0][0], to_tensor(Image.fromarray(pixels(5))))
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("long_at", [None, 0, 3])
+def test_members_are_those_of_tarfile(form, long_at, tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=form) as tar:
+        tar.addfile(tarfile.TarInfo("folder"))
+        folder = tarfile.TarInfo("deep")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for number in range(6):
+            info = tarfile.TarInfo(f"deep/{'ü' if number == 1 else number}.png")
+            if number == long_at:
+                info.name = "/".join(["deep"] * 30) + "/long.png"
+            info.size = 511 + number
+            tar.addfile(info, io.BytesIO(bytes(range(256)) * 3))
+    with tarfile.open(path) as tar:
+        expected = [(member.offset_data, member.size) for member in tar if member.isreg()]
+        names = [member.name.rpartition("/")[2] for member in tar.getmembers() if member.isreg()]
+    found = list(_members(str(path)))
+    assert [entry[1:] for entry in found] == expected and len(found) == 7
+    assert [entry[0].rpartition("/")[2] for entry in found] == names
 
 
 def test_patterns(tmp_path, monkeypatch):
