@@ -102,7 +102,8 @@ def _distillation(config: DistillConfig, own, saved: Path | None):
     if isinstance(found, BcosifiedCLIP):
         student = found
         _check_converted(config, student)
-        spec = config.teacher or student.config["source"]
+        # Of a peer's checkpoint only the model is known that its texts are of, which it was made of.
+        spec = config.teacher or student.config["source"] or (student.config["text"] or {}).get("model")
         if spec is None:
             raise ValueError(f"distill: expected teacher=, as {config.model} does not tell what it was made of")
         found = resolved(spec)
