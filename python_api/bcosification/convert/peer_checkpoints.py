@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +34,7 @@ from bcosification.convert.peer_architectures import (
     is_tower,
     output_count,
 )
+from bcosification.convert.peer_towers import SCALES, absent, check_tower, fit_pooling, is_scale, text_of
 from bcosification.convert.preprocessing import detect
 from bcosification.convert.rules import Options
 from bcosification.convert.wrapper import BcosifiedModel, auto_logit_bias
@@ -59,8 +59,6 @@ _FAMILIES = {
     "b-cosification": ("torchvision_resnet", "torchvision_densenet", "simple_vit", "open_clip_resnet"),
 }
 _TOWER = "open_clip_resnet"
-_TEXT_MODEL = "open_clip:RN50/openai"
-"""What B-cosification's code starts from, distils from and takes texts' embeddings from."""
 
 
 def load_peer(
@@ -114,8 +112,8 @@ def load_peer(
     state, layout = _canonical(checkpoint, origin, layout, ema)
     learnt = {}
     if tower := is_tower(state):
-        _check_tower(state, layout, origin)
-        learnt = {name: state.pop(name) for name in _SCALES if name in state}
+        check_tower(state, layout, origin)
+        learnt = {name: state.pop(name) for name in SCALES if name in state}
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     standard = "linear_head.norm.weight" in shapes and "to_patch_embedding.linear.linear.weight" not in shapes
     if not standard and not any(name.endswith(".linear.weight") for name in shapes):
@@ -145,10 +143,10 @@ def load_peer(
     _set_exponents(model, state, layout, origin)
     _drop_biases(model, state, layout)
     if tower:
-        _fit_pooling(model, state)
+        fit_pooling(model, state)
         for name, value in learnt.items():
             setattr(model, name, nn.Parameter(torch.empty_like(value, device="meta")))
-        model.config |= {"peer_scales": list(learnt), "text": _text_of(network)}
+        model.config |= {"peer_scales": list(learnt), "text": text_of(network)}
     names = _peer_names(model, layout)
     state |= learnt
     own = model.state_dict()
@@ -157,7 +155,7 @@ def load_peer(
         expected = f"weights of {asked} in {layout}'s names"
         raise ValueError(f"load_peer: {origin}: expected {expected}, got others:\n{problems}")
     found = {name: _laid_out(state[peer]) for name, peer in names.items()}
-    for name in _absent(model):
+    for name in absent(model):
         found[name] = torch.zeros(own[name].shape, dtype=own[name].dtype)
     load_state(model, found, origin, asked, assign=True)
     model.config["peer_layout"] = layout
@@ -191,8 +189,8 @@ def _canonical(checkpoint: Any, origin: str, layout: str | None, ema: bool) -> t
             break
     state = tensors_of(content, f"load_peer: {origin}")
     # Beside the image tower, CLIP's network may have these two.
-    scales = {name.rpartition(".")[2]: value for name, value in state.items() if _is_scale(name, ema)}
-    state = {name: value for name, value in state.items() if not any(_is_scale(name, e) for e in (True, False))}
+    scales = {name.rpartition(".")[2]: value for name, value in state.items() if is_scale(name, ema)}
+    state = {name: value for name, value in state.items() if not any(is_scale(name, e) for e in (True, False))}
     averaged = {name: value for name, value in state.items() if name.startswith("ema.module.")}
     if ema and not averaged:
         raise ValueError(f"load_peer: {origin}: expected averaged weights (ema.module.*) with ema=True, got none")
@@ -221,16 +219,6 @@ def _canonical(checkpoint: Any, origin: str, layout: str | None, ema: bool) -> t
     return {name: value.detach().clone() if given else value for name, value in state.items()}, layout
 
 
-_SCALES = ("logit_scale", "logit_bias")
-
-
-def _is_scale(name: str, ema: bool) -> bool:
-    """Whether this is what the cosines of CLIP are scaled and shifted by: nothing but wrappers are before its name."""
-    *wrappers, leaf = name.split(".")
-    known = {"model", "module", "_orig_mod", "ema"}
-    return leaf in _SCALES and set(wrappers) <= known and ("ema" in wrappers) == ema
-
-
 def _layout_of(state: Mapping[str, Tensor], prefixes: int, lightning: bool) -> str:
     """B-cosification wraps its network as "model"; Lightning's own prefix is off already where it was seen."""
     if is_tower(state):
@@ -250,9 +238,9 @@ def _peer_names(model: BcosifiedModel, layout: str) -> dict[str, str]:
     of its checkpoints, and what a peer's tower does not have."""
     numbered = layout == "b-cosification" and model.config["family"] != "simple_vit"
     names = {name: name for name in model.config.get("peer_scales", ())}
-    absent = _absent(model)
+    missing = absent(model)
     for name in model.state_dict():
-        if not name.startswith("model.") or name in absent:
+        if not name.startswith("model.") or name in missing:
             continue
         path, _, leaf = name.removeprefix("model.").rpartition(".")
         module: nn.Module = model.model
@@ -265,57 +253,6 @@ def _peer_names(model: BcosifiedModel, layout: str) -> dict[str, str]:
         holder = ["linear"] if isinstance(module, (bnn.BcosConv2d, bnn.BcosLinear)) and leaf != "b" else []
         names[name] = ".".join([*parts, *holder, leaf])
     return names
-
-
-# --- CLIP's image towers ---------------------------------------------------------------------------------------------
-
-
-def _check_tower(state: dict[str, Tensor], layout: str, origin: str) -> None:
-    """Take out what the peer's attention pooling has but does not read; refuse what no peer's tower is."""
-    if layout != "b-cosification":
-        raise ValueError(
-            f"load_peer: {origin}: expected layout 'b-cosification' for a CLIP tower (attnpool.*), which B-cos v2 has "
-            f"none of, got {layout!r}"
-        )
-    if "attnpool.c_proj.linear.weight" not in state and "attnpool.c_proj.weight" in state:
-        raise ValueError(
-            f"load_peer: {origin}: expected B-cos layers, whose weights are named *.linear.weight, got a standard CLIP "
-            "tower's; bcosification.resolve reads those"
-        )
-    state.pop("attnpool.positional_embedding", None)
-    biases = [name for name in state if name.startswith("attnpool.") and name.endswith(".bias")]
-    for name in biases:
-        del state[name]
-    if biases:
-        warnings.warn(
-            f"load_peer: {origin}: left out {shortened(biases)}, which the attention pooling does not read with "
-            "'pool'; with 'unpool' the peer adds those of v and c",
-            stacklevel=3,
-        )
-
-
-def _text_of(network: nn.Module) -> dict[str, Any] | None:
-    """What is known of the texts that a tower's embeddings are compared with: B-cosification's code has one model."""
-    architecture = family_of(network).architecture
-    with torch.device("meta"):
-        if architecture(network) != architecture(TOWERS["RN50"](1024)):
-            return None
-    told = {"model": _TEXT_MODEL, "class": "open_clip.model.CLIP", "architecture": None, "stored": False}
-    return {**told, "context_length": 77, "vocab_size": 49408}
-
-
-def _fit_pooling(model: BcosifiedCLIP, state: Mapping[str, Tensor]) -> None:
-    """A tower that was trained with "unpool" alone, whose pooling has no q and k, stays in that mode."""
-    if not any(name.startswith(("attnpool.q_proj.", "attnpool.k_proj.")) for name in state):
-        model.config["attention_pool"]["only"] = "unpool"
-        model.set_attention_pool("unpool")
-
-
-def _absent(model: BcosifiedModel) -> tuple[str, ...]:
-    """Parameters of ours that the peer's tower does not have."""
-    if (model.config.get("attention_pool") or {}).get("only") != "unpool":
-        return ()
-    return ("model.attnpool.q_proj.weight", "model.attnpool.k_proj.weight")
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -447,6 +384,6 @@ def export_peer(model: nn.Module, layout: str) -> dict[str, Tensor]:
     prefix = "model." if layout == "b-cosification" else "0." if family == "simple_vit" else ""
     state = model.state_dict()
     return {
-        peer if peer in _SCALES else f"{prefix}{peer}": state[name].detach().contiguous()
+        peer if peer in SCALES else f"{prefix}{peer}": state[name].detach().contiguous()
         for name, peer in _peer_names(model, layout).items()
     }
