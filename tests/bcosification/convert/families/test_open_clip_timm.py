@@ -22,6 +22,7 @@ from tests.bcosification.small_clip import TEXTS, error
 EXACT = {"b": 1, "bias": "keep"}
 VIT = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)
 CONVNEXT = dict(depths=(1, 1, 1, 1), dims=(8, 8, 12, 12))
+FASTVIT = dict(layers=(1, 1, 1, 1), embed_dims=(8, 8, 16, 32))
 # open_clip's model -> (sizes of the timm network, edge of images): pooling and projection are open_clip's own.
 TOWERS = {
     "ViT-B-16-SigLIP": (VIT, 16),
@@ -38,13 +39,15 @@ TOWERS = {
     ),
     "vit_medium_patch16_gap_256": (VIT, 16),
     "vit_relpos_medium_patch16_cls_224": (VIT, 16),
+    "MobileCLIP-S1": (FASTVIT, 64),
+    "MobileCLIP2-S3": (dict(layers=(1, 1, 1, 1, 1), embed_dims=(8, 8, 8, 32, 32)), 64),
     "ViTamin-S": (
         dict(img_size=32, embed_dim=16, depth=2, num_heads=2,
              embed_cfg=VitCfg(embed_dim=(8, 8, 16), depths=(1, 1, 1), stem_width=8)), 32,
     ),
 }  # fmt: skip
 CHANGED = ("convnext_base", "convnext_large_d", "ViTamin-S")  # a norm or an MLP is between pooling and projection
-MOVED = (*CHANGED, "swin_base_patch4_window7_224", "vit_medium_patch16_gap_256")
+MOVED = (*CHANGED, "swin_base_patch4_window7_224", "vit_medium_patch16_gap_256", "MobileCLIP-S1", "MobileCLIP2-S3")
 TEXT = dict(context_length=12, vocab_size=49408, width=8, heads=2, layers=1)
 
 
@@ -117,6 +120,19 @@ def test_a_projection_before_the_pooling_by_hand():
             [projection(trunk.head.norm(maps)[:, :, i, j]) for i in range(maps.shape[2]) for j in range(maps.shape[3])]
         ).mean(0)
         assert error(converted(x), expected) < 1e-10
+
+
+def test_branches_that_were_folded_before():
+    model, x = whole("MobileCLIP-S1"), pictures("MobileCLIP-S1")
+    with torch.no_grad():
+        expected = model.visual(normalized(bcosify(model), x))
+    model.visual.trunk = timm.utils.reparameterize_model(model.visual.trunk).double()
+    converted = bcosify(model, **EXACT)
+    stem = converted.model.trunk.stem[0]
+    assert stem.reparam_conv.in_channels == 6 and not hasattr(stem, "conv_kxk")
+    with torch.no_grad():
+        assert error(converted(x), expected) < 1e-6, "timm folds in float32"
+    assert verify(model, bcosify(model), x).ok
 
 
 def test_preprocessing_is_timms_where_open_clip_tells_nothing():
@@ -252,7 +268,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="its class token or the mean of its tokens, got one with two attentional"):
         bcosify(coca(**POOLED | {"attentional_pool": "parallel"}))
     model = open_clip.CLIP(
-        embed_dim=10, vision_cfg=dict(timm_model_name="fastvit_t8", timm_model_pretrained=False, timm_pool="avg",
-                                      timm_proj=None, image_size=64), text_cfg=TEXT)  # fmt: skip
-    with pytest.raises(ValueError, match="timm.models.fastvit.FastVit: what its forward does"):
+        embed_dim=10, vision_cfg=dict(timm_model_name="ghostnet_050", timm_model_pretrained=False, timm_pool="avg",
+                                      timm_proj="linear", image_size=64), text_cfg=TEXT)  # fmt: skip
+    with pytest.raises(ValueError, match="timm.models.ghostnet.GhostNet: what its forward does"):
         bcosify(model)
