@@ -156,7 +156,8 @@ class Result:
     fraction: float = 0.0
     detail: str = ""
     served: frozenset[str] = frozenset()
-    """Directions in which kernels of its own ran: of a variant perhaps none, where its backend's others served."""
+    """Of "forward", "backward" and "inference" those in which kernels of its own ran: of a variant perhaps none, where
+    its backend's others served."""
 
     @property
     def bad(self) -> bool:
@@ -216,9 +217,9 @@ def check(
             eager = _outputs(function, case, tensors, dy)
         for backend in backends:
             try:
-                with exactly(backend):
+                with exactly(backend), _launches(case.op) as seen:
                     got = eager if backend == "reference" else _outputs(function, case, tensors, dy)
-                    worst = _worst(got, eager, expected, terms, precision)
+                worst = _worst(got, eager, expected, terms, precision)
             except NotImplementedError as error:
                 results.append(Result(case, precision, backend, "not built", detail=str(error)))
             except torch.OutOfMemoryError as error:
@@ -229,7 +230,8 @@ def check(
             else:
                 fraction, detail = worst
                 status = "right" if fraction <= 1 else "wrong"
-                results.append(Result(case, precision, backend, status, fraction, detail, _served(case.op, backend)))
+                served = _served(case.op, backend, seen)
+                results.append(Result(case, precision, backend, status, fraction, detail, served))
     return results
 
 
@@ -238,12 +240,33 @@ def exactly(backend: str) -> contextlib.AbstractContextManager:
     return dispatch.backend(dispatch.DEFAULTS.get(backend, backend))
 
 
-def _served(op: str, backend: str) -> frozenset[str]:
-    """In which directions an op that has just run did so on ``backend``'s own kernels."""
-    told = dispatch.dispatched()
-    keys = {"forward": op, "backward": f"{op}_backward"}
-    own = backend in dispatch.VARIANTS
-    return frozenset(direction for direction, key in keys.items() if not own or told.get(key) == backend)
+@contextlib.contextmanager
+def _launches(op: str) -> Iterator[dict[str, tuple[tuple, str]]]:
+    """Of an op that runs inside, "forward", "backward" or "inference" → (the key of its row, what ran it)."""
+    seen: dict[str, tuple[tuple, str]] = {}
+    run = dispatch.run
+
+    def noting(name, direction, tensor, arguments, recorded=""):
+        result = run(name, direction, tensor, arguments, recorded)
+        if name == op:
+            key = tuning.key(op, direction, arguments)
+            is_forward = direction == "forward"
+            told = dispatch.dispatched()[op if is_forward else f"{op}_{direction}"]
+            seen[key[1] if is_forward else direction] = key, told
+        return result
+
+    dispatch.run = noting
+    try:
+        yield seen
+    finally:
+        dispatch.run = run
+
+
+def _served(op: str, backend: str, seen: dict[str, tuple[tuple, str]]) -> frozenset[str]:
+    """In which directions ``backend``'s own kernels ran, of the launches that were seen."""
+    if backend in dispatch.VARIANTS:
+        return frozenset(direction for direction, (_, ran) in seen.items() if ran == backend)
+    return frozenset({"forward", "backward"} | ({"inference"} if op in tuning.KEEP else set()))
 
 
 def _first_line(error: BaseException) -> str:
@@ -286,23 +309,6 @@ def precisions(device: torch.device, quick: bool = False) -> list[str]:
 # --- times ------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _keys_seen() -> Iterator[dict[str, tuple]]:
-    """Of the ops that run inside, direction → the key of their row."""
-    seen: dict[str, tuple] = {}
-    run = dispatch.run
-
-    def noting(op, direction, tensor, arguments, recorded=""):
-        seen[direction] = tuning.key(op, direction, arguments)
-        return run(op, direction, tensor, arguments, recorded)
-
-    dispatch.run = noting
-    try:
-        yield seen
-    finally:
-        dispatch.run = run
-
-
 def _milliseconds(runs: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, float]:
     """Median of each by CUDA events, called in turn; the device is waited for once, at the end."""
     events: dict[str, list] = {name: [] for name in runs}
@@ -324,17 +330,20 @@ def _milliseconds(runs: dict[str, Callable[[], object]], rounds: int, warmup: in
 def measure(
     case: Case, precision: str, backends: Sequence[str], device: torch.device, rounds: int = 15
 ) -> list[tuple[tuple, dict[str, float]]]:
-    """(key, backend → milliseconds) of the forward and of the backward; of ops with one row for both, of their sum.
+    """(key, backend → milliseconds) of the forward and of the backward, of ops with one row for both of their sum; and
+    of the forward that keeps nothing, but with a batch's own statistics, which nobody infers with.
 
     A variant that left a direction to its backend's other kernels has no time of its own there.
     """
     function = getattr(functional, case.op)
+    infers = case.op in tuning.KEEP and not case.options.get("training")
     with _tf32(precision == "tf32"):
         tensors = inputs(case, precision, device)
         leaves = {name: t.requires_grad_(name != "running_var") for name, t in tensors.items()}
         wanted = [t for t in leaves.values() if t.requires_grad]
-        forwards: dict[str, Callable[[], Tensor]] = {}
-        backwards: dict[str, Callable[[], object]] = {}
+        runs: dict[str, dict[str, Callable[[], object]]] = {"forward": {}, "backward": {}}
+        if infers:
+            runs["inference"] = {}
         served: dict[str, frozenset[str]] = {}
         for backend in backends:
 
@@ -342,21 +351,24 @@ def measure(
                 with exactly(backend):
                     return function(**leaves, **case.options)
 
-            y = forward()
-            dy = torch.randn_like(y)
-            forwards[backend] = forward
-            backwards[backend] = lambda y=y, dy=dy: torch.autograd.grad(y, wanted, dy, retain_graph=True)
-            backwards[backend]()
-            served[backend] = _served(case.op, backend)
-        with _keys_seen() as seen:
-            forwards["reference"]()
-            backwards["reference"]()
-        # the backward's key is seen where the backward runs: in threads of the engine's own
-        times = {"forward": _milliseconds(forwards, rounds), "backward": _milliseconds(backwards, rounds)}
+            def infer(forward=forward) -> Tensor:
+                with torch.no_grad():
+                    return forward()
+
+            with _launches(case.op) as seen:
+                y = forward()
+                dy = torch.randn_like(y)
+                runs["forward"][backend] = forward
+                runs["backward"][backend] = lambda y=y, dy=dy: torch.autograd.grad(y, wanted, dy, retain_graph=True)
+                runs["backward"][backend]()
+                if infers:
+                    runs["inference"][backend] = infer
+                    infer()
+            served[backend] = _served(case.op, backend, seen)
+        keys = {direction: key for direction, (key, _) in seen.items()}
+        times = {direction: _milliseconds(of, rounds) for direction, of in runs.items()}
+    own = {d: {name: ms for name, ms in of.items() if d in served[name]} for d, of in times.items()}
     if case.op in tuning.JOINT:
-        both = {name: times["forward"][name] + times["backward"][name] for name in backends if served[name]}
-        return [(seen["forward"], both)]
-    return [
-        (seen[direction], {name: times[direction][name] for name in backends if direction in served[name]})
-        for direction in ("forward", "backward")
-    ]
+        own["forward"] |= own.pop("backward")  # whose kernels ran in either
+        own["forward"] = {name: times["forward"][name] + times["backward"][name] for name in own["forward"]}
+    return [(keys[direction], of) for direction, of in own.items()]

@@ -125,6 +125,12 @@ def cases(quick: bool = False) -> list[Case]:
         conv2d("max_out 2", (2, 16, 9, 7), 12, 3, max_out=2, values="whole"),
         conv2d("2 groups, dilation 2", (2, 16, 9, 9), 12, 3, groups=2, dilation=2, padding=2),
         conv2d("depthwise, 7x7", (2, 24, 9, 9), 24, 7, groups=24, padding=3),
+        conv2d("depthwise, stride 2, unit weights", (2, 40, 9, 7), 40, 3, groups=40, stride=2, normalize_weight=True),
+        conv2d("depthwise, bias", (2, 40, 9, 7), 40, 3, groups=40, padding=1, bias=True),
+        conv2d("depthwise, pixels innermost, B = 1.5", (2, 24, 9, 9), 24, 3, groups=24, b=1.5, channels_last=False),
+        conv2d("depthwise, 2 outputs of max_out 2", (2, 24, 9, 9), 48, 3, groups=24, max_out=2, values="whole"),
+        conv2d("depthwise, explanation", (2, 24, 9, 9), 24, 5, groups=24, padding=2, detach=True),
+        conv2d("8 groups of 4", (2, 32, 9, 7), 32, 3, groups=8, padding=1),
         conv2d("stride beyond the kernel", (2, 16, 11, 11), 12, 2, stride=3),
         conv2d("one pixel", (1, 16, 1, 1), 12, 1),
         conv2d("empty batch", (0, 16, 9, 7), 13, 3),
@@ -137,6 +143,8 @@ def cases(quick: bool = False) -> list[Case]:
         conv2d("training, multiples of 8", (2, 16, 9, 7), 24, 3, training=True, **fused, **relu),
         conv2d("evaluation, explanation", (2, 16, 9, 7), 13, 3, training=False, detach=True, **fused, **relu),
         conv2d("evaluation, B = 1.5", (2, 16, 9, 7), 13, 3, training=False, b=1.5, **fused),
+        conv2d("depthwise, training", (2, 24, 9, 7), 24, 3, groups=24, training=True, **fused, **relu),
+        conv2d("depthwise, evaluation", (2, 24, 9, 7), 24, 3, groups=24, training=False, residual=True, **fused),
         linear("explanation, unit weights", 37, 45, 29, op="linear_gelu", detach=True, normalize_weight=True),
         linear("B = 1.5, bias", 37, 45, 29, op="linear_gelu", b=1.5, bias=True),
         layer_norm("explanation", (3, 13, 45), detach=True),
@@ -150,7 +158,8 @@ def cases(quick: bool = False) -> list[Case]:
 
 
 def timed_cases(quick: bool = False, batch: int = 64) -> list[Case]:
-    """What is timed without anything being asked for: layers of a ResNet-50 and of ViTs."""
+    """What is timed without anything being asked for: layers of a ResNet-50, of ViTs, and depthwise ones of a ConvNeXt
+    and an EfficientNet."""
     tokens = 197 * batch
     most = [
         conv2d("3x3", (batch, 64, 56, 56), 64, 3, padding=1),
@@ -159,7 +168,8 @@ def timed_cases(quick: bool = False, batch: int = 64) -> list[Case]:
     ]
     if quick:
         return most
-    fused = {"op": "conv2d_batch_norm", "training": True, "activation": "relu"}
+    block = {"op": "conv2d_batch_norm", "activation": "relu"}
+    fused, known = {**block, "training": True}, {**block, "training": False}
     return [
         *most,
         conv2d("1x1", (batch, 256, 56, 56), 64, 1),
@@ -169,8 +179,13 @@ def timed_cases(quick: bool = False, batch: int = 64) -> list[Case]:
         conv2d("3x3", (batch, 512, 7, 7), 512, 3, padding=1),
         conv2d("7x7 /2", (batch, 6, 224, 224), 64, 7, stride=2, padding=3),
         conv2d("3x3, B = 1.5", (batch, 64, 56, 56), 64, 3, padding=1, b=1.5),
+        conv2d("depthwise 7x7", (batch, 96, 56, 56), 96, 7, groups=96, padding=3),
         conv2d("3x3, BatchNorm", (batch, 64, 56, 56), 64, 3, padding=1, **fused),
+        conv2d("3x3, BatchNorm, evaluation", (batch, 64, 56, 56), 64, 3, padding=1, **known),
         conv2d("1x1, BatchNorm", (batch, 64, 56, 56), 256, 1, residual=True, **fused),
+        conv2d("1x1, BatchNorm, evaluation", (batch, 64, 56, 56), 256, 1, residual=True, **known),
+        conv2d("depthwise 3x3, BatchNorm", (batch, 144, 56, 56), 144, 3, groups=144, padding=1, **fused),
+        conv2d("depthwise 3x3, BatchNorm, evaluation", (batch, 144, 56, 56), 144, 3, groups=144, padding=1, **known),
         batch_norm("BatchNorm", (batch, 64, 56, 56), training=True, activation="relu"),
         batch_norm("BatchNorm", (batch, 256, 56, 56), training=True, activation="relu", residual=True),
         linear("MLP 2", tokens, 1536, 384),
@@ -182,8 +197,9 @@ def timed_cases(quick: bool = False, batch: int = 64) -> list[Case]:
 
 
 def network_cases(name: str, batch: int, size: int = 224) -> list[Case]:
-    """The distinct calls that a B-cos model made of a torchvision network makes in training: its convolutions (a first
-    one of 3 channels takes 6), alone or with the BatchNorm behind it, its linear layers, alone or with the GELU."""
+    """The distinct calls that a B-cos model made of a torchvision network makes: its convolutions (a first one of 3
+    channels takes 6), alone or with the BatchNorm behind it, its linear layers, alone or with the GELU. What has a
+    BatchNorm comes twice, in training and, with its statistics known, in evaluation."""
     import torchvision
     from torch import nn
 
@@ -219,8 +235,14 @@ def network_cases(name: str, batch: int, size: int = 224) -> list[Case]:
             over_channels = isinstance(m, torchvision.models.convnext.LayerNorm2d)
             options = {"channels_first": True} if over_channels else {}
             case = layer_norm(name, tuple(x.shape), len(m.normalized_shape), **options)
-        if case is not None:
-            found.setdefault(f"{case.op} {case.tensors} {case.options}", case)
+        if case is None:
+            continue
+        both = [case]
+        if "training" in case.options:
+            known = {**case.options, "training": False}
+            both.append(dataclasses.replace(case, name=f"{name}, evaluation", options=known))
+        for each in both:
+            found.setdefault(f"{each.op} {each.tensors} {each.options}", each)
     return list(found.values())
 
 

@@ -8,11 +8,12 @@ A table is a JSON file, one a device. ``tuning_tables/`` holds those that come w
       "backends": ["triton", "reference"], "median_ms": {"triton": …, "reference": …}, "example": "…", "date": "…",
       "torch": "2.11.0+cu130", "triton": "3.6.0", "kernels": {"triton": "0123456789ab"}}]}
 
-``backends``: those that computed the right numbers, fastest first; "reference" is the library plus eager passes,
-"cuda:cutlass" a variant of the CUDA backend. A row holds for the torch and the Triton it was measured with, and a
-backend of it for the code that was checked (`fingerprint`): what has changed since counts as unverified. Rows of
-another device of the same architecture serve where there are none of the device itself. A backend that was ``wrong``
-anywhere serves no shape of that op and dtype.
+``direction``: "forward", "backward", or "inference", a forward that keeps nothing for a backward; where there is no row
+for inference, the forward's serves. ``backends``: those that computed the right numbers, fastest first; "reference" is
+the library plus eager passes, "cuda:cutlass" a variant of the CUDA backend. A row holds for the torch and the Triton it
+was measured with, and a backend of it for the code that was checked (`fingerprint`): what has changed since counts as
+unverified. Rows of another device of the same architecture serve where there are none of the device itself. A backend
+that was ``wrong`` anywhere serves no shape of that op and dtype.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ KERNELS = ("triton", "cuda", "cuda:cutlass")
 """The backends, and variants of one, that need a verified row to be picked; "cuda" is its variant "library"."""
 JOINT = ("conv2d_batch_norm", "linear_gelu")
 """Ops whose backward takes what its forward's backend has kept in its own way: one row, the forward's, is for both."""
+KEEP = {"linear": 7, "linear_gelu": 8, "conv2d": 11, "conv2d_batch_norm": 19}
+"""Op → place of the flag among its forward's arguments that says whether anything is kept; other ops always keep."""
 WITHOUT_PRODUCTS = ("batch_norm_uncentered", "layer_norm")
 """Ops that tf32 says nothing about."""
 _FIELDS = {
@@ -142,7 +145,13 @@ def precision(op: str, dtype: torch.dtype) -> str:
 def key(op: str, direction: str, arguments: tuple) -> tuple:
     """What a row has to be about to serve this call of launcher ``{op}_{direction}``: reads sizes and options only."""
     of = precision(op, arguments[direction == "backward"].dtype)
-    return op, "forward" if op in JOINT else direction, of, _CLASSES[op, direction](arguments)
+    shape_class = _CLASSES[op, direction](arguments)
+    if direction == "forward":
+        if op in KEEP and not arguments[KEEP[op]]:
+            direction = "inference"
+    elif op in JOINT:
+        direction = "forward"
+    return op, direction, of, shape_class
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -209,7 +218,8 @@ def _checked(content: object) -> dict:
         for field, kind in _FIELDS.items():
             if not isinstance(row, dict) or not isinstance(row.get(field), kind):
                 raise ValueError(f"expected rows with {field!r}, a {kind.__name__}, got {row!r}"[:200])
-        if (row["op"], row["direction"]) not in _CLASSES:
+        known = row["op"] in KEEP if row["direction"] == "inference" else (row["op"], row["direction"]) in _CLASSES
+        if not known:
             raise ValueError(f"expected a known op and direction, got {row['op']!r} and {row['direction']!r}")
         if not all(isinstance(value, (str, int)) for value in row["shape_class"]):
             raise ValueError(f"expected a shape_class of words and whole numbers, got {row['shape_class']!r}")
@@ -265,7 +275,11 @@ def _still_verified(row: dict) -> tuple[str, ...]:
 
 
 def assembled(device_name: str, architecture: str) -> Table:
-    """What all tables say for a device: key → backends, fastest first, the reference last."""
+    """What all tables say for a device: key → backends, fastest first, the reference last.
+
+    Inference without a row of its own goes by the forward's: kernels are checked without keeping anything whenever a
+    row is made, and what is fastest when it keeps is a better guess than the library.
+    """
     tables = []
     for is_own, path in _files():
         content = read(path)
@@ -284,6 +298,9 @@ def assembled(device_name: str, architecture: str) -> Table:
                 found[row["op"], row["direction"], row["dtype"], tuple(row["shape_class"])] = backends
             if is_own and is_same:
                 wrong |= {(row["op"], row["dtype"], name) for name in row.get("wrong", ()) if name in _current(row)}
+    for (op, direction, *rest), backends in list(found.items()):
+        if direction == "forward" and op in KEEP:
+            found.setdefault((op, "inference", *rest), backends)
     return {
         key: tuple(name for name in backends if (key[0], key[2], name) not in wrong) for key, backends in found.items()
     }

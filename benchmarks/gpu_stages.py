@@ -243,9 +243,10 @@ def _layer(case: selftest_cases.Case) -> tuple[nn.Module, nn.Module]:
         plain: nn.Module = nn.Linear(weight[1], weight[0], bias=False)
         ours: nn.Module = BcosLinear(weight[1], weight[0], normalize_weight=False)
     else:
-        options = {key: case.options[key] for key in ("stride", "padding") if key in case.options}
-        plain = nn.Conv2d(weight[1], weight[0], weight[2:], bias=False, **options)
-        ours = BcosConv2d(weight[1], weight[0], weight[2:], normalize_weight=False, **options)
+        options = {key: case.options[key] for key in ("stride", "padding", "groups") if key in case.options}
+        channels = weight[1] * options.get("groups", 1)
+        plain = nn.Conv2d(channels, weight[0], weight[2:], bias=False, **options)
+        ours = BcosConv2d(channels, weight[0], weight[2:], normalize_weight=False, **options)
     ours.load_state_dict(plain.state_dict())
     return plain, ours
 

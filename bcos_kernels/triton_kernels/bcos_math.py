@@ -40,6 +40,13 @@ def tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def window_of_row(rows, P, Q):
+    """(image, p, q) of a convolution's windows, counted along the rows of the images."""
+    pixel = rows % (P * Q)
+    return rows // (P * Q), pixel // Q, pixel % Q
+
+
+@triton.jit
 def units_of_tile(tile, outputs, MAX_OUT: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Units computed by the columns of a tile, and which columns have one.
 
@@ -262,6 +269,11 @@ def is_channels_last(t: Tensor) -> bool:
 def memory_format(*tensors: Tensor) -> torch.memory_format:
     """channels_last if any of the tensors is."""
     return torch.channels_last if any(is_channels_last(t) for t in tensors) else torch.contiguous_format
+
+
+def strides_of(t: Tensor | None) -> tuple[int, ...]:
+    """Of a tensor of four dimensions that may be absent."""
+    return (0, 0, 0, 0) if t is None else t.stride()
 
 
 def members_of(max_out: int) -> int:

@@ -72,10 +72,17 @@ def fitted(block: int, channels: int) -> int:
     return next((size for size in (block, block // 2) if size >= 16 and channels % size == 0), 0)
 
 
+def aligned(*sizes: int) -> bool:
+    """Whether all sizes are multiples of 8, and one of them none of 16, which the compiler would see by itself. Told of
+    it, kernels move 16 bytes at once: with groups of 8 channels (ResNeXt's and RegNet's) a forward over flattened taps
+    takes 205 instructions a step in place of 478, with groups of 24 dx no longer spills 440 bytes (sm_90)."""
+    return all(size % 8 == 0 for size in sizes) and any(size % 16 for size in sizes)
+
+
 def flattened(config: Config) -> Config:
-    """The tile for a convolution over flattened taps and channels, where each element of x has an address of its own:
-    at most 64 wide and in 8 warps, since with 16 addresses a thread and more the kernels spill (128 × 64 × 32 in 4
-    warps: 296 bytes a thread)."""
+    """The tile for a convolution where each element of an operand has an address of its own, as over flattened taps and
+    channels: at most 64 wide and in 8 warps, since with 16 addresses a thread and more the kernels spill (128 × 64 × 32
+    in 4 warps: 296 bytes a thread)."""
     return config._replace(block_n=min(config.block_n, 64), num_warps=8)
 
 

@@ -10,7 +10,8 @@ a box filter over that map.
     y   = a (B = 1),  a·|a|/n (B = 2),  a·(|a|/n + 1e-6)^(B−1) (else)
 
 A normalisation of known variance may follow in the same kernel (epilogue.py). Windows of one pixel over channels_last
-run as a linear layer (linear.py): their rows lie in memory one behind the other. The gradient is in conv2d_gradient.py.
+run as a linear layer (linear.py): their rows lie in memory one behind the other. Groups of few channels run without
+matrix products (conv2d_small_groups.py). The gradient is in conv2d_gradient.py.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import linear
+from . import conv2d_small_groups, linear
 from .bcos_math import (
     ONE,
     accumulate,
@@ -40,19 +41,13 @@ from .bcos_math import (
     tile_of,
     units_of_tile,
     widen,
+    window_of_row,
 )
-from .configs import config_for, fitted, flattened, reduced, shortened
+from .configs import aligned, config_for, fitted, flattened, reduced, shortened
 from .epilogue import NOTHING, finish_tile
 from .weights import reciprocal_norms
 
 GROUP_M = 8
-
-
-@triton.jit
-def window_of_row(rows, P, Q):
-    """(image, p, q) of a row of the product."""
-    pixel = rows % (P * Q)
-    return rows // (P * Q), pixel // Q, pixel % Q
 
 
 @triton.jit
@@ -70,13 +65,13 @@ def first_tap(residue, pad, dil, step, TAPS: tl.constexpr, UNIT_STEP: tl.constex
 def conv2d_forward_kernel(
     y_ptr, n_ptr, a_ptr, index_ptr, kept_ptr, emitted_ptr,
     x_ptr, w_ptr, bias_ptr, rnorm_ptr, b_ptr, squares_ptr, residual_ptr, var_ptr, norm_w_ptr, norm_b_ptr,
-    M, outputs, channels, H, W, P, Q,
+    M, outputs, channels, groups, H, W, P, Q,
     stride_xn, stride_xc, stride_xh, stride_xw,
     stride_wu, stride_wc, stride_wr, stride_ws,
     stride_yn, stride_yc, stride_yh, stride_yw,
     step_h, step_w, pad_h, pad_w, dil_h, dil_w,
     b, eps,
-    R: tl.constexpr, S: tl.constexpr, FLAT: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr,
     B_MODE: tl.constexpr, MAX_OUT: tl.constexpr, MEMBERS: tl.constexpr,
     RELU: tl.constexpr, GELU: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr,
     INDEX64: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -86,7 +81,8 @@ def conv2d_forward_kernel(
     Shapes: x (·, G·channels, H, W), w (G·outputs·MAX_OUT, channels, R, S) any strides; y, a, index, kept, residual (·,
     G·outputs, P, Q) of one stride; n (·, G, P, Q) and squares = Σ_c x² (·, H, W; one group) float32 contiguous; emitted
     (G · tiles of outputs, M) float32; bias and rnorm = 1/‖w‖ (G·outputs·MAX_OUT,); M = windows. All but x and w may be
-    None. Grid: (tiles of BLOCK_M windows × BLOCK_N units, G).
+    None. ALIGNED: channels and outputs are multiples of 8. Grid: tiles of BLOCK_M windows × BLOCK_N units, those of the
+    groups one after the other, as the channels of several may lie in one sector.
     Reduction: a tap at a time, BLOCK_K channels of it; if FLAT, BLOCK_K of all (r, s, c), for channels that fill no
     block. The norm comes from the same tiles, or from squares: R·S loads a window.
     Numerics: products, norm and scale in float32; what is stored is rounded once. Padding adds zeros to product and
@@ -94,10 +90,13 @@ def conv2d_forward_kernel(
     Traffic: reads x (each tap, from L1/L2) and w, writes y and n; 2·M·units·channels·R·S FLOPs, and without squares
     2·BLOCK_M·channels·R·S a program for the norm.
     """
+    if ALIGNED:  # told to the compiler, which reads and writes 16 bytes at once then
+        channels = channels // 8 * 8
+        outputs = outputs // 8 * 8
     wide_outputs: tl.constexpr = BLOCK_N // MEMBERS
-    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(outputs, wide_outputs), GROUP_M)
-    group = tl.program_id(1)
-    groups = tl.num_programs(1)
+    group = tl.program_id(0) % groups
+    tile = tl.program_id(0) // groups
+    pid_m, pid_n = tile_of(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(outputs, wide_outputs), GROUP_M)
     rows = widen(pid_m, INDEX64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < M
     image, p, q = window_of_row(rows, P, Q)
@@ -155,7 +154,7 @@ def conv2d_forward_kernel(
     finish_tile(
         y_ptr, a_ptr, index_ptr, kept_ptr, emitted_ptr,
         bias_ptr, rnorm_ptr, b_ptr, residual_ptr, var_ptr, norm_w_ptr, norm_b_ptr,
-        total, n, units, unit_mask, rows, row_mask, image * stride_yn + p * stride_yh + q * stride_yw,
+        total, n[:, None], units, unit_mask, rows, row_mask, image * stride_yn + p * stride_yh + q * stride_yw,
         group * outputs + columns, columns < outputs, group * tl.cdiv(outputs, wide_outputs) + pid_n,
         M, stride_yc,
         b, eps,
@@ -189,11 +188,24 @@ def reciprocal_weight_norms(weight: Tensor) -> Tensor:
         return reciprocal_norms(weight)
 
 
+def empty_norms(x: Tensor, weight: Tensor, groups: int, shape: tuple[int, ...]) -> Tensor:
+    """n (N, G, P, Q) of an output of ``shape``, float32: contiguous, but as the output where groups are small."""
+    layout = memory_format(x, weight) if conv2d_small_groups.takes(weight, groups) else torch.contiguous_format
+    n_shape = (shape[0], groups, *shape[2:])
+    return torch.empty(n_shape, dtype=torch.float32, device=x.device, memory_format=layout)
+
+
 def launch_forward(
     x, weight, bias, rnorm, stride, padding, dilation, groups, b, b_tensor, max_out, shape, squares, y, n, a, index,
     epilogue=NOTHING,
 ) -> None:  # fmt: skip
     """Launch the forward kernel for the outputs that are not None; those of shape ``shape`` share their strides."""
+    if conv2d_small_groups.takes(weight, groups):
+        conv2d_small_groups.launch_forward(
+            x, weight, bias, rnorm, stride, padding, dilation, groups, b, b_tensor, max_out, shape, y, n, a, index,
+            epilogue,
+        )  # fmt: skip
+        return
     squares = None if groups > 1 or b_mode(b, b_tensor) == ONE else contiguous(squares)
     layout = next(t for t in (y, a, index, x) if t is not None)
     if runs_as_linear(weight, stride, padding, groups, x, layout):
@@ -209,20 +221,22 @@ def launch_forward(
     int64 = index64(x, weight, y, a, n)
     config = config_for(rows, outputs * members, channels * r * s, x.dtype)
     config = shortened(config, int64 or epilogue.slope)
-    flat = not fitted(config.block_k, channels)
-    config = flattened(config) if flat else config._replace(block_k=fitted(config.block_k, channels))
+    block_k = fitted(config.block_k, channels)
+    if not block_k or x.stride(1) != 1:  # an address for each element of x
+        config = flattened(config)
+    config = config._replace(block_k=block_k or config.block_k)
     config = reduced(config, members)
     tiles_n = triton.cdiv(outputs, config.block_n // members)
     emitted = shares_of(epilogue.squares, tiles_n * groups)
     with on_device(x):
-        conv2d_forward_kernel[(triton.cdiv(rows, config.block_m) * tiles_n, groups)](
+        conv2d_forward_kernel[(triton.cdiv(rows, config.block_m) * tiles_n * groups,)](
             y, n, a, index, epilogue.kept, emitted,
             x, weight, contiguous(bias), rnorm, b_tensor, squares, *epilogue.inputs,
-            rows, outputs, channels, height, width, out_h, out_w,
+            rows, outputs, channels, groups, height, width, out_h, out_w,
             *x.stride(), *weight.stride(), *layout.stride(),
             *stride, *padding, *dilation,
             float(b), epilogue.eps,
-            R=r, S=s, FLAT=flat,
+            R=r, S=s, FLAT=not block_k, ALIGNED=aligned(channels, outputs),
             B_MODE=b_mode(b, b_tensor), MAX_OUT=max_out, MEMBERS=members, **epilogue.flags,
             PRECISION=convolution_precision(),
             INDEX64=int64,
@@ -239,9 +253,10 @@ def conv2d_forward(
     empty.
 
     stride, padding and dilation are pairs; padding is with zeros. y (N, O, P, Q) of x's dtype, channels_last if x or
-    weight is; n (N, G, P, Q) float32, the norms (empty for B = 1); a as y, the pre-scale output, if keep and the
-    backward needs it; index as y, uint8, the winning unit, if keep and max_out > 1. squares (N, H, W) float32: Σ_c x²
-    where known, from which the norms are then taken (for one group).
+    weight is; n (N, G, P, Q) float32, the norms (empty for B = 1), laid out as y where groups are small, else
+    contiguous; a as y, the pre-scale output, if keep and the backward needs it; index as y, uint8, the winning unit, if
+    keep and max_out > 1. squares (N, H, W) float32: Σ_c x² where known, from which the norms are then taken (for one
+    group).
     Raises NotImplementedError for a dtype other than float32, bfloat16, float16.
     """
     check_dtype("conv2d", x)
@@ -249,7 +264,7 @@ def conv2d_forward(
     shape = output_shape(x, weight, stride, padding, dilation, max_out)
     layout = memory_format(x, weight)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    n = x.new_empty((0,) if mode == ONE else (shape[0], groups, *shape[2:]), dtype=torch.float32)
+    n = x.new_empty((0,), dtype=torch.float32) if mode == ONE else empty_norms(x, weight, groups, shape)
     a = torch.empty_like(y) if keep and keeps_pre_scale(x, mode) else x.new_empty((0,))
     index = torch.empty_like(y, dtype=torch.uint8) if keep and max_out > 1 else x.new_empty((0,), dtype=torch.uint8)
     if y.numel():

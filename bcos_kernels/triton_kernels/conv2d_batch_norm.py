@@ -24,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import composed
-from . import conv2d_small_groups, own_launcher
+from . import conv2d_small_groups_gradient as small_groups
+from . import own_launcher
 from .batch_norm_uncentered import as_rows, launch_sums, pass_relu
 from .bcos_math import (
     ONE,
@@ -39,8 +40,9 @@ from .bcos_math import (
     present,
     widen,
 )
-from .conv2d import conv2d_forward, launch_forward, output_shape, reciprocal_weight_norms
+from .conv2d import conv2d_forward, empty_norms, launch_forward, output_shape, reciprocal_weight_norms
 from .conv2d_gradient import launch_products
+from .conv2d_small_groups import takes
 from .epilogue import Epilogue, channel_scale
 
 
@@ -138,8 +140,8 @@ def conv2d_batch_norm_forward(
     layout = memory_format(x, weight)
     z = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     kept = torch.empty_like(z) if keep else x.new_empty((0,))
-    n_shape = (0,) if b_mode(b, b_tensor) == ONE else (shape[0], groups, *shape[2:])
-    n = x.new_empty(n_shape, dtype=torch.float32)
+    is_one = b_mode(b, b_tensor) == ONE
+    n = x.new_empty((0,), dtype=torch.float32) if is_one else empty_norms(x, weight, groups, shape)
     emitted = x.new_empty((shape[0], *shape[2:]) if emits_squares else (0,), dtype=torch.float32)
     var = running_var.to(torch.float32, copy=True)
     epilogue = Epilogue(
@@ -179,7 +181,7 @@ def conv2d_batch_norm_backward(
         from_slope = False
     layout = memory_format(x, weight)
     y, z = y.contiguous(memory_format=layout), None if z is None else z.contiguous(memory_format=layout)
-    few = conv2d_small_groups.takes(weight, groups)
+    few = takes(weight, groups)
     n = n.contiguous(memory_format=memory_format(n) if few else torch.contiguous_format)
     relu, inside = activation == "relu", need_dx or need_dw or need_dbias
     dnorm_weight = torch.empty_like(norm_weight) if need_dnorm_weight else None
@@ -207,7 +209,7 @@ def conv2d_batch_norm_backward(
                     da3, None, dresidual3, dz3, y3, z3, None, var, gamma, delta, None, None, 1, eps, relu, True, detach
                 )
             elif few:
-                conv2d_small_groups.launch_batch_norm_da(
+                small_groups.launch_batch_norm_da(
                     da3, q, dresidual3, dz3, y3, z3, n, var, gamma, delta, mean, slope, eps, relu, detach
                 )
             else:

@@ -8,7 +8,7 @@ float16):
 
 ∂L/∂a lies per output; with max_out the loads of 2 and 3 spread it to the winning units. Windows of one pixel over
 channels_last run 2 and 3 as a linear layer, groups of few channels all three without matrix products
-(conv2d_small_groups.py).
+(conv2d_small_groups_gradient.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import conv2d_small_groups, linear
+from . import conv2d_small_groups_gradient as small_groups
+from . import linear
 from .bcos_math import (
     ONE,
     TWO,
@@ -34,21 +35,24 @@ from .bcos_math import (
     memory_format,
     on_device,
     present,
+    strides_of,
     sum_of,
     tile_of,
     widen,
+    window_of_row,
 )
-from .configs import config_for, fitted, flattened, shortened
+from .configs import aligned, config_for, fitted, flattened, shortened
 from .conv2d import (
     GROUP_M,
+    empty_norms,
     first_tap,
     launch_forward,
     output_shape,
     reciprocal_weight_norms,
     rows_of,
     runs_as_linear,
-    window_of_row,
 )
+from .conv2d_small_groups import takes
 from .weights import finish_weight_gradient, split_rows
 
 
@@ -107,14 +111,15 @@ def conv2d_backward_da_kernel(
 def conv2d_backward_dx_kernel(
     dx_ptr,
     da_ptr, index_ptr, x_ptr, w_ptr, rnorm_ptr, q_ptr,
-    images, outputs, channels, H, W, P, Q, tiles_m,
+    images, outputs, channels, groups, H, W, P, Q, tiles_m,
     stride_dn, stride_dc, stride_dh, stride_dw,
     stride_an, stride_ac, stride_ah, stride_aw,
     stride_in, stride_ic, stride_ih, stride_iw,
     stride_xn, stride_xc, stride_xh, stride_xw,
     stride_wu, stride_wc, stride_wr, stride_ws,
     step_h, step_w, pad_h, pad_w, dil_h, dil_w, tap_step_h, tap_step_w,
-    R: tl.constexpr, S: tl.constexpr, UNIT_STEP: tl.constexpr, MAX_OUT: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, UNIT_STEP: tl.constexpr, ALIGNED: tl.constexpr, MAX_OUT: tl.constexpr,
+    PRECISION: tl.constexpr,
     INDEX64: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Math: dx[h, w, c] = Σ_{r,s,u} da[p, q, u] ŵ[u, c, r, s] + x[h, w, c] · Σ_{r,s} q[p, q],  p·step_h − pad_h +
@@ -122,20 +127,24 @@ def conv2d_backward_dx_kernel(
 
     Shapes: dx, x (images, G·channels, H, W), da, index (images, G·outputs, P, Q), w (G·outputs·MAX_OUT, channels, R,
     S) any strides; rnorm (G·outputs·MAX_OUT,) and q (images, G, P, Q) float32 contiguous. index, rnorm and q may be
-    None.
-    Grid: (tiles of BLOCK_M pixels × BLOCK_N channels, G, step_h·step_w). A program's pixels share their residue modulo
+    None. ALIGNED: channels and outputs are multiples of 8.
+    Grid: (tiles of BLOCK_M pixels × BLOCK_N channels of each group, groups one after the other; step_h·step_w). A
+    program's pixels share their residue modulo
     the stride, so that it walks exactly the taps that reach them (every tap_step-th from the first: tap_step =
     step/gcd(step, dil)) and no product is with zeros only. Reduction: a tap at a time, BLOCK_K units of it.
     Numerics: float32, dx rounded once. Traffic: reads da (each tap, from L1/L2), w and x, writes dx.
     """
-    group = tl.program_id(1)
-    groups = tl.num_programs(1)
-    residue_h = tl.program_id(2) // step_w
-    residue_w = tl.program_id(2) % step_w
+    if ALIGNED:  # told to the compiler, which reads and writes 16 bytes at once then
+        channels = channels // 8 * 8
+        outputs = outputs // 8 * 8
+    group = tl.program_id(0) % groups
+    tile = tl.program_id(0) // groups
+    residue_h = tl.program_id(1) // step_w
+    residue_w = tl.program_id(1) % step_w
     rows_h = tl.cdiv(H - residue_h, step_h)
     rows_w = tl.cdiv(W - residue_w, step_w)
     M = widen(rows_h, INDEX64) * rows_w * images  # at most tiles_m · BLOCK_M: residue 0 has the most pixels
-    pid_m, pid_n = tile_of(tl.program_id(0), tiles_m, tl.cdiv(channels, BLOCK_N), GROUP_M)
+    pid_m, pid_n = tile_of(tile, tiles_m, tl.cdiv(channels, BLOCK_N), GROUP_M)
     rows = widen(pid_m, INDEX64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < M
     image, i, j = window_of_row(rows, tl.maximum(rows_h, 1), tl.maximum(rows_w, 1))
@@ -206,7 +215,8 @@ def conv2d_backward_dw_kernel(
     stride_in, stride_ic, stride_ih, stride_iw,
     stride_xn, stride_xc, stride_xh, stride_xw,
     step_h, step_w, pad_h, pad_w, dil_h, dil_w,
-    R: tl.constexpr, S: tl.constexpr, FLAT: tl.constexpr, MAX_OUT: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr, MAX_OUT: tl.constexpr,
+    PRECISION: tl.constexpr,
     INDEX64: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Math: partial_s[u, (r, s, c)] = Σ da[p, q, u] x[h, w, c] and dbias_s[u] = Σ da[p, q, u] over the windows of
@@ -215,9 +225,12 @@ def conv2d_backward_dw_kernel(
     Shapes: da, index (·, G·outputs, P, Q) and x (·, G·channels, H, W) any strides; partial (splits, G·outputs·MAX_OUT,
     R·S·channels) and dbias (splits, G·outputs·MAX_OUT) float32 contiguous; index and dbias may be None; M = windows.
     Grid: (tiles of BLOCK_M units × BLOCK_N columns, G, splits of chunk windows), BLOCK_K windows at a time. A tile's
-    columns are channels of one tap, or if FLAT any (r, s, c).
+    columns are channels of one tap, or if FLAT any (r, s, c). ALIGNED: channels and outputs are multiples of 8.
     Numerics: float32. Traffic: reads da and x (each tap, from L1/L2), writes partial.
     """
+    if ALIGNED:
+        channels = channels // 8 * 8
+        outputs = outputs // 8 * 8
     group = tl.program_id(1)
     group_units = outputs * MAX_OUT
     columns = R * S * channels
@@ -300,12 +313,12 @@ def launch_products(
             dbias = linear.launch_backward_dw(
                 dw[:, :, 0, 0], da, index, x, matrix, bias, rnorm, max_out, need_dbias, precision
             )
-    elif conv2d_small_groups.takes(weight, groups):
+    elif takes(weight, groups):
         window = (stride, padding, dilation, groups, max_out)
         if dx is not None and dx.numel():
-            conv2d_small_groups.launch_dx(dx, da, q, index, x, weight, rnorm, *window)
+            small_groups.launch_dx(dx, da, q, index, x, weight, rnorm, *window)
         if dw is not None:
-            dbias = conv2d_small_groups.launch_dw(dw, da, index, x, weight, bias, rnorm, *window, need_dbias)
+            dbias = small_groups.launch_dw(dw, da, index, x, weight, bias, rnorm, *window, need_dbias)
     else:
         if dx is not None and dx.numel():
             _launch_dx(dx, da, q, index, x, weight, rnorm, stride, padding, dilation, groups, max_out, precision)
@@ -324,14 +337,19 @@ def _launch_dx(dx, da, q, index, x, weight, rnorm, stride, padding, dilation, gr
     pixels = images * triton.cdiv(height, stride[0]) * triton.cdiv(width, stride[1])
     int64 = index64(dx, da, index, x, weight)
     config = shortened(config_for(pixels, channels, outputs * max_out, x.dtype), int64)
+    # where pixels lie at no multiples of 16 elements, each element is loaded by an address of its own (40 channels at
+    # 128 × 64 in 4 warps: 496 bytes of spills a thread)
+    if da.stride(1) != 1 or dx.stride(1) != 1 or da.shape[1] % 16 or dx.shape[1] % 16:
+        config = flattened(config)._replace(block_k=min(config.block_k, 64 // x.itemsize))
     tiles_m, tiles_n = triton.cdiv(pixels, config.block_m), triton.cdiv(channels, config.block_n)
-    conv2d_backward_dx_kernel[(tiles_m * tiles_n, groups, stride[0] * stride[1])](
+    conv2d_backward_dx_kernel[(tiles_m * tiles_n * groups, stride[0] * stride[1])](
         dx,
         da, index, x, weight, rnorm, q,
-        images, outputs, channels, height, width, out_h, out_w, tiles_m,
-        *dx.stride(), *da.stride(), *_strides(index), *x.stride(), *weight.stride(),
+        images, outputs, channels, groups, height, width, out_h, out_w, tiles_m,
+        *dx.stride(), *da.stride(), *strides_of(index), *x.stride(), *weight.stride(),
         *stride, *padding, *dilation, *(stride[i] // math.gcd(stride[i], dilation[i]) for i in (0, 1)),
-        R=r, S=s, UNIT_STEP=stride[0] == stride[1] == 1, MAX_OUT=max_out, PRECISION=precision,
+        R=r, S=s, UNIT_STEP=stride[0] == stride[1] == 1, ALIGNED=aligned(channels, outputs), MAX_OUT=max_out,
+        PRECISION=precision,
         INDEX64=int64,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=GROUP_M,
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -345,8 +363,8 @@ def _launch_dw(
     images, _, out_h, out_w = da.shape
     outputs, rows = units // max_out // groups, images * out_h * out_w
     config = config_for(outputs * max_out, channels * r * s, rows, x.dtype)
-    flat = not fitted(config.block_n, channels)
-    config = flattened(config) if flat else config._replace(block_n=fitted(config.block_n, channels))
+    block_n = fitted(config.block_n, channels)
+    config = config._replace(block_n=block_n) if block_n else flattened(config)
     columns = triton.cdiv(channels * r * s, config.block_n)  # tiles: without FLAT, blocks fill each tap exactly
     tiles = triton.cdiv(outputs * max_out, config.block_m) * max(columns, 1)
     chunk, splits = split_rows(rows, tiles * groups, config.block_k)
@@ -356,18 +374,14 @@ def _launch_dw(
         partial, dbias_partial,
         da, index, x,
         rows, outputs, channels, *x.shape[2:], out_h, out_w, chunk,
-        *da.stride(), *_strides(index), *x.stride(),
+        *da.stride(), *strides_of(index), *x.stride(),
         *stride, *padding, *dilation,
-        R=r, S=s, FLAT=flat, MAX_OUT=max_out, PRECISION=precision,
+        R=r, S=s, FLAT=not block_n, ALIGNED=aligned(channels, outputs), MAX_OUT=max_out, PRECISION=precision,
         INDEX64=index64(da, index, x, partial),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=GROUP_M,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return finish_weight_gradient(partial, dbias_partial, weight, bias, rnorm, dw)
-
-
-def _strides(index: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0, 0) if index is None else index.stride()
 
 
 def conv2d_backward(
@@ -401,7 +415,7 @@ def conv2d_backward(
     if (mode != ONE and (v is None or n is None)) or (max_out > 1 and index is None):
         empty = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
         v = a = empty if mode != ONE else None
-        n = x.new_empty((images, groups, out_h, out_w), dtype=torch.float32) if mode != ONE else None
+        n = empty_norms(x, weight, groups, shape) if mode != ONE else None
         found = torch.empty_like(empty, dtype=torch.uint8) if max_out > 1 else None
         launch_forward(
             x, weight, bias, rnorm, stride, padding, dilation, groups, b, b_tensor, max_out, shape, None,
@@ -411,9 +425,9 @@ def conv2d_backward(
 
     da, q, db = dy, None, None
     with on_device(x):
-        if mode != ONE and conv2d_small_groups.takes(weight, groups):
+        if mode != ONE and takes(weight, groups):
             da = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-            q, db = conv2d_small_groups.launch_da(
+            q, db = small_groups.launch_da(
                 da, dy, v, n, b, b_tensor, mode, from_output, detach, need_dx and not detach, need_db and not detach
             )
         elif mode != ONE:

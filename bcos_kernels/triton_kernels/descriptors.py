@@ -67,7 +67,7 @@ def linear_forward_persistent_kernel(
         finish_tile(
             y_ptr, a_ptr, None, kept_ptr, emitted_ptr,
             bias_ptr, rnorm_ptr, b_ptr, residual_ptr, var_ptr, norm_w_ptr, norm_b_ptr,
-            total, n, columns, column_mask, rows, row_mask, rows * N, columns, column_mask, pid_n,
+            total, n[:, None], columns, column_mask, rows, row_mask, rows * N, columns, column_mask, pid_n,
             M, 1,
             b, eps,
             B_MODE, 1, 1, RELU, GELU, SLOPE, INDEX64, BLOCK_M, BLOCK_N,

@@ -59,7 +59,8 @@ def finish_tile(
     RELU: tl.constexpr, GELU: tl.constexpr, SLOPE: tl.constexpr,
     INDEX64: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile, as in the module's docstring: total (BLOCK_M, BLOCK_N) = w·p of its units, n (BLOCK_M,).
+    """Store a tile, as in the module's docstring: total (BLOCK_M, BLOCK_N) = w·p of its units, n (BLOCK_M, outputs) the
+    norm of each output, (BLOCK_M, 1) where they share it.
 
     y, a, index, kept and residual lie alike: at y_rows + channels·stride_yc. squares (·, M): the sums of this tile go
     to row ``share``. All pointers may be None; a normalisation follows where var is not.
@@ -80,7 +81,7 @@ def finish_tile(
         tl.store(a_ptr + offsets, a, mask=mask)
     if y_ptr is not None:
         dtype = y_ptr.dtype.element_ty
-        out = bcos_output(a, n[:, None], exponent_of(b, b_ptr), B_MODE)
+        out = bcos_output(a, n, exponent_of(b, b_ptr), B_MODE)
         if GELU:
             out = out.to(dtype).to(tl.float32)
             if kept_ptr is not None:
@@ -99,7 +100,7 @@ def finish_tile(
                 out += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
             if kept_ptr is not None:
                 if SLOPE:
-                    slope = tl.abs(a) / n[:, None] * scale[None, :]
+                    slope = tl.abs(a) / n * scale[None, :]
                     if RELU:
                         slope = tl.where(out <= 0, 0.0, slope)
                     tl.store(kept_ptr + offsets, slope, mask=mask)

@@ -107,7 +107,7 @@ def linear_forward_kernel(
     finish_tile(
         y_ptr, a_ptr, index_ptr, kept_ptr, emitted_ptr,
         bias_ptr, rnorm_ptr, b_ptr, residual_ptr, var_ptr, norm_w_ptr, norm_b_ptr,
-        total, n, units, unit_mask, rows, row_mask, rows * N, columns, columns < N, pid_n,
+        total, n[:, None], units, unit_mask, rows, row_mask, rows * N, columns, columns < N, pid_n,
         M, 1,
         b, eps,
         B_MODE, MAX_OUT, MEMBERS, RELU, GELU, SLOPE, INDEX64, BLOCK_M, BLOCK_N,

@@ -420,6 +420,46 @@ def test_the_fastest_verified_backend_serves(gpu, name):
 
 
 @pytest.mark.filterwarnings("error")
+def test_inference_goes_by_its_own_row(gpu):
+    """A forward that keeps nothing; a kernel that fails there still serves where something is kept."""
+    table, backends = gpu
+    inference = (*FORWARD[:7], False, None)
+    table[key()], table[key(arguments=inference)] = ("triton", "reference"), ("cuda", "reference")
+    assert len(table) == 2
+    for arguments, name in ((inference, "cuda"), (FORWARD, "triton")):
+        y = dispatch.run("linear", "forward", ON_GPU, arguments)[0]
+        assert torch.equal(y, expected_y()) and bcos_kernels.dispatched() == {"linear": name}
+    backends["cuda"].__init__(RuntimeError("no kernel image"))
+    table[key()] = ("cuda", "reference")
+    with pytest.warns(RuntimeWarning, match="linear runs on the library plus eager passes: cuda: .*no kernel image"):
+        dispatch.run("linear", "forward", ON_GPU, inference)
+    assert table == {key(): ("cuda", "reference"), key(arguments=inference): ("reference",)}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("op", ["linear", "conv2d", "conv2d_batch_norm", "linear_gelu"])
+def test_what_no_grad_calls_is_inference(op, monkeypatch):
+    """The public functions, by the keys of what they launch."""
+    seen, run = [], dispatch.run
+
+    def noting(name, direction, tensor, arguments, recorded=""):
+        seen.append(tuning.key(name, direction, arguments)[:2])
+        return run(name, direction, tensor, arguments, recorded)
+
+    monkeypatch.setattr(dispatch, "run", noting)
+    x, w = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 3, 3, requires_grad=True)
+    if op.startswith("linear"):
+        x, w = torch.randn(2, 3), torch.randn(5, 3, requires_grad=True)
+    options = {"running_var": torch.ones(5), "training": False} if op == "conv2d_batch_norm" else {}
+    function = getattr(bcos_kernels, op)
+    y = function(x, w, **options)
+    with torch.no_grad():
+        assert torch.allclose(function(x, w, **options), y, rtol=1e-5, atol=1e-6)
+    function(x, w.detach(), **options)
+    assert seen == [(op, "forward"), (op, "inference"), (op, "inference")]
+
+
+@pytest.mark.filterwarnings("error")
 def test_a_backward_goes_by_its_own_row(gpu):
     arguments = backward_arguments()
     gpu[0][key("backward", arguments)] = ("cuda", "reference")

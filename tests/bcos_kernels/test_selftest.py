@@ -230,6 +230,8 @@ def gpu(monkeypatch):
 CASES = [
     selftest_cases.linear("layer", 20, 16, 12),
     selftest_cases.conv2d("block", (2, 8, 6, 6), 8, 3, padding=1, op="conv2d_batch_norm", training=True),
+    selftest_cases.conv2d("block, evaluation", (2, 8, 6, 6), 8, 3, padding=1, op="conv2d_batch_norm", training=False),
+    selftest_cases.layer_norm("norm", (20, 16)),
 ]
 
 
@@ -238,18 +240,69 @@ def test_what_is_right_and_fastest_is_unlocked(backend, gpu):
     gpu.session.time(CASES, ["bfloat16"])
     path = gpu.session.unlock()
     assert gpu.session.ok and path == tuning.folder() / "nvidia_abacus.json"
-    table = tuning.assembled(*HERE)
-    assert {key[:3] for key in table} == {
-        ("linear", "forward", "bfloat16"), ("linear", "backward", "bfloat16"),
-        ("conv2d_batch_norm", "forward", "bfloat16"),
-    }  # fmt: skip
-    assert set(table.values()) == {("triton", "reference")}
-    of_block = next(row for row in tuning.read(path)["rows"] if row["op"] == "conv2d_batch_norm")
-    assert of_block["median_ms"] == {"triton": 2.0, "reference": 4.0}  # forward and backward together
+    table, rows = tuning.assembled(*HERE), tuning.read(path)["rows"]
+    # with a batch's own statistics nobody infers, and a LayerNorm's forward is the same where nothing is kept
+    assert [(row["op"], row["direction"], row["example"].partition(":")[0]) for row in rows] == [
+        ("linear", "forward", "layer"), ("linear", "backward", "layer"), ("linear", "inference", "layer"),
+        ("conv2d_batch_norm", "forward", "block"), ("conv2d_batch_norm", "forward", "block, evaluation"),
+        ("conv2d_batch_norm", "inference", "block, evaluation"),
+        ("layer_norm", "forward", "norm"), ("layer_norm", "backward", "norm"),
+    ]  # fmt: skip
+    assert {row["dtype"] for row in rows} == {"bfloat16"} and set(table.values()) == {("triton", "reference")}
+    of_block, evaluated, inferred = rows[3:6]
+    assert of_block["median_ms"] == evaluated["median_ms"] == {"triton": 2.0, "reference": 4.0}  # both directions
+    assert inferred["median_ms"] == {"triton": 1.0, "reference": 2.0}
     assert of_block["example"] == "block: x 2x8x6x6, weight 8x8x3x3"
-    # the very key under which dispatch will look
+    # the very keys under which dispatch will look
     x, w = torch.randn(20, 16).bfloat16(), torch.randn(12, 16).bfloat16()
-    assert tuning.key("linear", "forward", (x, w, None, 2.0, None, False, 1, True, None)) in table
+    for keep in (True, False):
+        what = tuning.key("linear", "forward", (x, w, None, 2.0, None, False, 1, keep, None))
+        assert what in table and what[1] == ("forward" if keep else "inference")
+
+
+@on_the_cpu_backend
+def test_inference_is_ranked_by_its_own_times(backend, gpu, monkeypatch):
+    """Here the library is the faster one where nothing is kept: a forward is that inside no_grad."""
+
+    def milliseconds(runs, rounds, warmup=3):
+        made = [run() for run in runs.values()]  # a backward's are tuples
+        inferred = not any(getattr(t, "requires_grad", True) for t in made)
+        return {name: {"triton": 3.0 if inferred else 1.0, "reference": 2.0}[name] for name in runs}
+
+    monkeypatch.setattr(selftest, "_milliseconds", milliseconds)
+    gpu.session.time(CASES[:1], ["bfloat16"])
+    gpu.session.unlock()
+    ranked = {key[1]: backends[0] for key, backends in tuning.assembled(*HERE).items()}
+    assert ranked == {"forward": "triton", "backward": "triton", "inference": "reference"}
+    assert [(row["direction"], row["fastest"]) for row in gpu.session.times] == list(ranked.items())
+
+
+@on_the_cpu_backend
+def test_a_variant_has_times_where_its_own_kernels_ran(backend, gpu, monkeypatch):
+    """In inference alone, say; its backend's other kernels have served the rest."""
+    monkeypatch.setattr(dispatch, "VARIANTS", ("triton",))
+    run = dispatch.run
+
+    def mostly_the_reference_s(op, direction, tensor, arguments, recorded=""):
+        result = run(op, direction, tensor, arguments, recorded)
+        if tuning.key(op, direction, arguments)[1] != "inference":
+            dispatch._last_run[op if direction == "forward" else f"{op}_backward"] = "reference"
+        return result
+
+    monkeypatch.setattr(dispatch, "run", mostly_the_reference_s)
+    monkeypatch.setattr(dispatch, "_unusable", lambda name: None)
+
+    def launch(name, launcher, given):
+        return dispatch._launcher(name, launcher)(*given), name
+
+    monkeypatch.setattr(dispatch, "_launch", launch)
+    (result,) = selftest.check(CASES[0], "float32", ["triton"], CPU)
+    times = selftest.measure(CASES[0], "float32", ["reference", "triton"], CPU)
+    measured = {what[1]: median_ms for what, median_ms in times}
+    assert result.status == "right" and result.served == {"inference"}
+    assert measured == {
+        "forward": {"reference": 2.0}, "backward": {"reference": 2.0}, "inference": {"reference": 2.0, "triton": 1.0}
+    }  # fmt: skip
 
 
 @on_the_cpu_backend
@@ -295,6 +348,8 @@ def test_shapes_of_a_network():
     stem = found["resnet18: x 4x6x64x64, weight 64x6x7x7"]
     assert stem.op == "conv2d_batch_norm" and stem.options["stride"] == 2 and stem.options["padding"] == 3
     assert found["resnet18: x 4x64x16x16, weight 64x64x3x3"].options["training"]
+    assert not found["resnet18, evaluation: x 4x64x16x16, weight 64x64x3x3"].options["training"]
+    assert sum(case.options.get("training", False) for case in found.values()) == len(found) // 2  # one linear layer
     assert found["resnet18: x 4x512, weight 1000x512"].op == "linear"
     assert not any(case.op == "batch_norm_uncentered" for case in found.values())  # all behind a convolution
     vit = selftest_cases.network_cases("vit_b_16", 1)

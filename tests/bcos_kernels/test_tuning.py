@@ -47,6 +47,13 @@ def write(folder: Path, rows, device=HERE[0], architecture=HERE[1], schema=tunin
 
 
 KEY = ("linear", "forward", "bfloat16", ("two", False, 1, 2, 3))
+INFERENCE = ("linear", "inference", *KEY[2:])
+
+
+def assembled() -> dict:
+    """What is assembled here without the entries that inference takes from the forward's."""
+    return {what: backends for what, backends in tuning.assembled(*HERE).items() if what[1] != "inference"}
+
 
 # --- what a row is about ----------------------------------------------------------------------------------------------
 
@@ -59,10 +66,12 @@ def arguments(op: str, direction: str, given: dict) -> tuple:
 X = torch.empty(8, 6, 30, 20, dtype=torch.bfloat16, device="meta").to(memory_format=torch.channels_last)
 CONVOLUTION = dict(
     x=X, dy=X, dz=X, weight=torch.empty(36, 6, 3, 5, device="meta"), stride=(1, 2), padding=(1, 1), dilation=(1, 3),
-    groups=1, b=2.0, b_tensor=None, max_out=3, training=True,
+    groups=1, b=2.0, b_tensor=None, max_out=3, training=True, keep=True,
 )  # fmt: skip
 ROWS = torch.empty(100, 384, dtype=torch.float16, device="meta")
-LAYER = dict(x=ROWS, dy=ROWS, dh=ROWS, weight=torch.empty(1000, 384, device="meta"), b=1.5, b_tensor=None, max_out=1)
+LAYER = dict(
+    x=ROWS, dy=ROWS, dh=ROWS, weight=torch.empty(1000, 384, device="meta"), b=1.5, b_tensor=None, max_out=1, keep=True
+)  # fmt: skip
 # 8·30·20/2 = 2400 windows: below 8⁴; 6 channels: below 2³; 36 units: below 2⁶
 WINDOW = ("two", True, 3, 5, 2, 3, 0, True, 4, 3, 6)
 CLASSES = [
@@ -82,6 +91,15 @@ def test_forward_and_backward_are_of_one_class(op, given, dtype, shape_class, di
     expected = (op, "forward" if op in tuning.JOINT else direction, dtype, shape_class)
     assert tuning.key(op, direction, arguments(op, direction, given)) == expected
     assert json.loads(json.dumps(expected[3])) == list(expected[3])
+
+
+@pytest.mark.parametrize("op, given, dtype, shape_class", CLASSES, ids=[case[0] for case in CLASSES])
+def test_a_forward_that_keeps_nothing_is_inference(op, given, dtype, shape_class):
+    """Of the ops that can keep nothing, fused ones among them; by the arguments as they are declared."""
+    has_flag = "keep" in inspect.signature(getattr(cpu, f"{op}_forward")).parameters
+    assert has_flag == (op in tuning.KEEP)
+    what = tuning.key(op, "forward", arguments(op, "forward", dict(given, keep=False)))
+    assert what == (op, "inference" if has_flag else "forward", dtype, shape_class)
 
 
 def test_a_tensor_exponent_is_a_class_of_its_own():
@@ -135,7 +153,7 @@ def test_the_package_s_own_tables_are_tables(monkeypatch):
 
 def test_a_row_is_found(folders):
     write(folders[0], [row()])
-    assert tuning.assembled(*HERE) == {KEY: ("triton", "reference")}
+    assert assembled() == {KEY: ("triton", "reference")}
 
 
 def test_the_reference_is_behind_every_kernel_and_nothing_behind_it(folders):
@@ -149,9 +167,9 @@ def test_the_reference_is_behind_every_kernel_and_nothing_behind_it(folders):
 def test_a_variant_is_verified_apart_from_its_backend(folders):
     both = row(("cuda:cutlass", "cuda", "reference"))
     write(folders[0], [both])
-    assert tuning.assembled(*HERE) == {KEY: ("cuda:cutlass", "cuda", "reference")}
+    assert assembled() == {KEY: ("cuda:cutlass", "cuda", "reference")}
     write(folders[0], [dict(both, kernels=both["kernels"] | {"cuda:cutlass": "0" * 12})])
-    assert tuning.assembled(*HERE) == {KEY: ("cuda", "reference")}
+    assert assembled() == {KEY: ("cuda", "reference")}
     write(folders[1], [tuning.row(KEY, {"reference": 2.0, "cuda": 1.0}, "", ["cuda:cutlass"])])
     write(folders[0], [dict(both, shape_class=["two", False, 5, 2, 3])])
     assert set(tuning.assembled(*HERE).values()) == {("cuda", "reference")}
@@ -170,6 +188,32 @@ def test_the_last_word(folders):
     assert tuning.assembled(*HERE)[KEY] == ("reference",)
 
 
+def test_inference_goes_by_its_own_row_else_by_the_forward_s(folders):
+    other, of_block = ("two", False, 2, 2, 3), dict(op="conv2d_batch_norm", shape_class=("two", 1))
+    write(folders[0], [
+        row(("triton", "cuda")), row(("cuda", "triton"), direction="inference"), row(("cuda",), shape_class=other),
+        row(("triton",), **of_block), row(("cuda",), direction="backward"), row(("triton",), op="layer_norm"),
+    ])  # fmt: skip
+    found = tuning.assembled(*HERE)
+    assert found[KEY] == ("triton", "cuda", "reference") and found[INFERENCE] == ("cuda", "triton", "reference")
+    assert found[*INFERENCE[:3], other] == ("cuda", "reference")
+    assert found["conv2d_batch_norm", "inference", "bfloat16", ("two", 1)] == ("triton", "reference")
+    assert sum(what[1] == "inference" for what in found) == 3  # nothing of a backward, and of ops that always keep
+
+
+def test_a_row_of_inference_says_nothing_about_training(folders):
+    write(folders[0], [row(direction="inference")])
+    assert tuning.assembled(*HERE) == {INFERENCE: ("triton", "reference")}
+
+
+def test_inference_with_a_row_that_holds_no_more_goes_by_the_forward_s(folders):
+    stale = dict(row(("triton", "cuda"), direction="inference"), kernels={"triton": "0" * 12, "cuda": "0" * 12})
+    write(folders[0], [row(("cuda", "triton")), stale])
+    assert tuning.assembled(*HERE)[INFERENCE] == ("cuda", "triton", "reference")
+    write(folders[1], [tuning.row(INFERENCE, {"reference": 1.0}, "", ["cuda"])])  # wrong in one is wrong in all
+    assert tuning.assembled(*HERE) == {KEY: ("triton", "reference"), INFERENCE: ("reference",)}
+
+
 def test_other_architectures_and_versions_do_not_count(folders):
     write(folders[0], [row()], device="NVIDIA Old", architecture="sm_10")
     write(folders[1], [row(torch="1.0"), row(triton="1.0")])
@@ -180,7 +224,7 @@ def test_code_that_changed_is_unverified(folders):
     stale = row(("triton", "cuda", "reference"))
     stale["kernels"]["triton"] = "0" * 12
     write(folders[1], [stale])
-    assert tuning.assembled(*HERE) == {KEY: ("cuda", "reference")}
+    assert assembled() == {KEY: ("cuda", "reference")}
     for backends in (["triton"], ["reference", "triton"]):
         write(folders[1], [dict(stale, backends=backends)])
         assert tuning.assembled(*HERE) == {}
@@ -192,7 +236,7 @@ def test_what_the_user_found_wrong_serves_no_shape_of_that_op_and_dtype(folders)
     found = tuning.row(KEY, {"reference": 1.0}, "", ["triton"])
     assert found["kernels"] == {"triton": tuning.fingerprint("triton")}
     write(folders[1], [found])
-    table = tuning.assembled(*HERE)
+    table = assembled()
     assert table.pop(KEY) == ("reference",) and table.pop((*KEY[:3], ("two", False, 3, 2, 3))) == ("reference",)
     assert set(table.values()) == {("triton", "reference")} and len(table) == 2
     write(folders[1], [dict(found, kernels={"triton": "0" * 12})])  # of kernels that have changed since
@@ -208,11 +252,11 @@ def test_a_device_s_table_is_read_once(folders, monkeypatch):
     device = torch.device("cuda", 3)
     monkeypatch.setattr(tuning, "identity", lambda device: HERE)
     write(folders[1], [row()])
-    assert tuning.table(device) == {KEY: ("triton", "reference")}
+    assert tuning.table(device) == {KEY: ("triton", "reference"), INFERENCE: ("triton", "reference")}
     write(folders[1], [])
     assert tuning.table(device) is tuning.table(device) and KEY in tuning.table(device)
     tuning.drop(device, KEY, "triton")
-    assert tuning.table(device) == {KEY: ("reference",)}
+    assert tuning.table(device) == {KEY: ("reference",), INFERENCE: ("triton", "reference")}
     tuning.drop(device, ("elsewhere",), "triton")
     tuning.forget()
     assert tuning.table(device) == {}
@@ -231,6 +275,7 @@ CORRUPT = {
         {"schema": 1, "device": HERE[0], "architecture": HERE[1], "rows": [{"op": "linear"}]}
     ),
     "an unknown op": None,
+    "inference of an op that always keeps": None,
     "an unknown backend": None,
     "nested": "[" * 100_000,
 }
@@ -239,16 +284,20 @@ CORRUPT = {
 @pytest.mark.parametrize("kind", CORRUPT)
 @pytest.mark.parametrize("place", [0, 1], ids=["shipped", "own"])
 def test_a_file_that_is_no_table_is_ignored_with_one_warning(kind, place, folders):
-    path = write(folders[place], [row(op="conv9d")] if kind == "an unknown op" else [row(("abacus",))])
+    rows = {
+        "an unknown op": row(op="conv9d"),
+        "inference of an op that always keeps": row(op="layer_norm", direction="inference"),
+    }
+    path = write(folders[place], [rows.get(kind, row(("abacus",)))])
     if CORRUPT[kind] is not None:
         text = CORRUPT[kind]
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     good = write(folders[1 - place], [row()])
     with pytest.warns(RuntimeWarning, match=f"tuning table {path} is ignored: "):
-        assert tuning.assembled(*HERE) == {KEY: ("triton", "reference")}
+        assert assembled() == {KEY: ("triton", "reference")}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tuning.assembled(*HERE) == {KEY: ("triton", "reference")}
+        assert assembled() == {KEY: ("triton", "reference")}
     assert good.is_file()
 
 
@@ -269,7 +318,7 @@ def test_rows_that_are_written_are_found(folders):
     assert made["wrong"] == ["cuda"] and made["example"] == "x 64x384"
     path = tuning.save([made], *HERE)
     assert path == folders[1] / "nvidia_abacus.json"
-    assert tuning.assembled(*HERE) == {KEY: ("triton", "reference")}
+    assert assembled() == {KEY: ("triton", "reference")}
     assert [p.name for p in folders[1].iterdir()] == [path.name]
 
 
@@ -279,7 +328,7 @@ def test_rows_about_the_same_are_replaced_and_others_stay():
         [tuning.row(KEY, {"reference": 2.0, "triton": 1.0}, ""), tuning.row(other, {"reference": 1.0}, "")], *HERE
     )
     tuning.save([tuning.row(KEY, {"reference": 1.0, "triton": 2.0}, "")], *HERE)
-    assert tuning.assembled(*HERE) == {KEY: ("reference",), other: ("reference",)}
+    assert assembled() == {KEY: ("reference",), other: ("reference",)}
     assert len(tuning.read(tuning.folder() / "nvidia_abacus.json")["rows"]) == 2
 
 
@@ -301,7 +350,7 @@ def test_a_corrupt_table_is_written_anew(folders):
     path.write_text("{")
     with pytest.warns(RuntimeWarning, match="is ignored"):
         tuning.save([tuning.row(KEY, {"reference": 2.0, "triton": 1.0}, "")], *HERE)
-    assert tuning.assembled(*HERE) == {KEY: ("triton", "reference")}
+    assert assembled() == {KEY: ("triton", "reference")}
 
 
 def test_where_tables_lie(monkeypatch, tmp_path):

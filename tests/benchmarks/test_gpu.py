@@ -369,12 +369,12 @@ def test_tuning_writes_row_after_row(tmp_path, monkeypatch):
     gpu_stages.tune(run)
     rows = rows_of("tuning", tmp_path)
     for dtype in ("bfloat16", "float32"):
-        for direction in ("forward", "backward"):
+        for direction in ("forward", "backward", "inference"):
             row = rows[f"linear {dtype}, layer: x 20x16, weight 12x16", direction]
             assert row["fastest"] == "reference" and row["reference_ms"] == 1.0
     assert rows["auto, forward and backward together", "auto"]["status"] == "right" and not run.wrong
     table = json.loads((tmp_path / "tuning" / "abacus.json").read_text())
-    assert len(table["rows"]) == 4 and table["device"] == "Abacus"
+    assert len(table["rows"]) == 6 and table["device"] == "Abacus"
 
 
 def test_a_tool_that_hangs_is_ended_with_its_children(tmp_path):

@@ -416,10 +416,11 @@ def test_the_selftest_checks_and_times_both(monkeypatch):
     with emulated(), python_kernels() as ran:
         found = {result.backend: result for result in selftest.check(case, "bfloat16", names, CPU)}
         assert {result.status for result in found.values()} == {"right"}, found
-        assert found["cuda:cutlass"].served == {"forward"} and found["cuda"].served == {"forward", "backward"}
+        assert found["cuda:cutlass"].served == {"forward", "inference"}
+        assert found["cuda"].served == {"forward", "backward", "inference"}
         assert set(ran) == {"conv2d_forward"}
         measured = {what[1]: times for what, times in selftest.measure(case, "bfloat16", names, CPU)}
-    assert measured["forward"] == {"reference": 3.0, "cuda": 2.0, "cuda:cutlass": 1.0}
+    assert measured["forward"] == measured["inference"] == {"reference": 3.0, "cuda": 2.0, "cuda:cutlass": 1.0}
     assert measured["backward"] == {"reference": 3.0, "cuda": 2.0}
     row = tuning.row(("conv2d", "forward", "bfloat16", ()), measured["forward"], "")
     assert row["backends"] == ["cuda:cutlass", "cuda", "reference"] and set(row["kernels"]) == {"cuda", "cuda:cutlass"}

@@ -39,7 +39,7 @@ from bcos_kernels.triton_kernels.configs import CONFIGS, DESCRIPTOR_CONFIGS
 
 USERS_OF_OFFSETS = (
     "linear", "conv2d", "conv2d_gradient", "batch_norm_uncentered", "conv2d_batch_norm", "layer_norm", "weights",
-    "bcos_math", "descriptors", "conv2d_small_groups",
+    "bcos_math", "descriptors", "conv2d_small_groups", "conv2d_small_groups_gradient",
 )  # fmt: skip
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ROWS = Path(__file__).with_name("resources.json")
@@ -167,11 +167,13 @@ def _channels_last(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 def conv2d(
     shape, outputs, kernel, dtype, stride=1, groups=1, b=2.0, b_tensor=False, normalize=False, max_out=1, bias=False,
-    squares=False, dw=True,
+    squares=False, dw=True, pixels_innermost=False,
 ) -> None:  # fmt: skip
-    """Every kernel of a convolution, channels_last."""
+    """Every kernel of a convolution, channels_last unless asked otherwise."""
     x = _channels_last(*shape, dtype=dtype)
     weight = _channels_last(outputs * max_out, shape[1] // groups, kernel, kernel, dtype=dtype)
+    if pixels_innermost:
+        x, weight = x.contiguous(), weight.contiguous()
     geometry = ((stride, stride), (kernel // 2, kernel // 2), (1, 1), groups)
     options = (
         weight.new_empty(weight.shape[0]) if bias else None, *geometry, b, torch.empty(()) if b_tensor else None
@@ -265,7 +267,10 @@ def launch_everything(thorough: bool) -> None:
             batch_norm_uncentered((4, 64, 8, 8), torch.bfloat16, residual=True, activation="relu")
             conv2d_batch_norm((16, 128, 4, 4), 128, 3, torch.bfloat16)
             conv2d((4, 64, 8, 8), 64, 7, torch.bfloat16, stride=2, groups=64, normalize=True, bias=True)
+            conv2d((4, 64, 8, 8), 64, 3, torch.float32, groups=32, max_out=2, normalize=True, pixels_innermost=True)
             conv2d_batch_norm((4, 64, 8, 8), 64, 3, torch.bfloat16, groups=64)
+            conv2d_batch_norm((4, 64, 8, 8), 64, 3, torch.bfloat16, groups=16, detach=True)
+            conv2d((8, 96, 8, 8), 96, 3, torch.bfloat16, groups=4)
             linear_gelu(256, 128, 128, torch.bfloat16)
             layer_norm((64, 384), torch.bfloat16)
             layer_norm((3, 20000), torch.bfloat16)
@@ -294,6 +299,13 @@ def launch_everything(thorough: bool) -> None:
         conv2d_batch_norm((4, 64, 8, 8), 64, 3, dtype, groups=64)
         if thorough or dtype == torch.bfloat16:
             conv2d((4, 64, 8, 8), 64, 3, dtype, groups=8)
+            conv2d((8, 96, 8, 8), 96, 3, dtype, groups=4)
+            conv2d((8, 40, 8, 8), 40, 3, dtype, b=1.5, normalize=True, bias=True)
+            conv2d((16, 128, 4, 4), 128, 3, dtype, normalize=True, dw=False, pixels_innermost=True)
+            conv2d_batch_norm((8, 64, 8, 8), 64, 3, dtype, groups=8, detach=True)
+            conv2d((4, 64, 8, 8), 64, 3, dtype, groups=64, stride=2, b=1.5, normalize=True, bias=True)
+            conv2d((4, 64, 8, 8), 64, 3, dtype, groups=16, pixels_innermost=True)
+            conv2d_batch_norm((4, 64, 8, 8), 64, 3, dtype, groups=64, detach=True)
             # groups of few channels: their most units, several splits of many windows, flags
             conv2d((64, 64, 8, 8), 64, 3, dtype, groups=16, b=1.5, normalize=True, bias=True)
             conv2d((4, 64, 8, 8), 64, 11, dtype, groups=64, stride=2, b_tensor=True, max_out=4)

@@ -69,10 +69,16 @@ CASES = [
         Case("eval, no residual", training=False, normalize=True, bias=True),
         Case("eval, 1x1", training=False, residual=True, shape=(2, 16, 5, 4), **ONE),
         Case("training, depthwise", shape=(2, 20, 5, 4), outputs=20, groups=20, residual=True),
+        Case("eval, depthwise", shape=(2, 6, 5, 4), outputs=6, groups=6, training=False, residual=True),
     ),
     Case("training, depthwise, no residual", shape=(2, 6, 5, 4), outputs=12, groups=6, normalize=True, stride=(2, 1)),
     Case("training, depthwise, contiguous", shape=(2, 6, 5, 4), outputs=6, groups=6, layout="contiguous"),
-    Case("eval, depthwise", shape=(2, 6, 5, 4), outputs=6, groups=6, training=False, residual=True, dtype="bf16"),
+    Case("eval, depthwise, several tiles", shape=(2, 37, 13, 12), outputs=37, groups=37, training=False, bias=True),
+    Case("eval, depthwise, contiguous", shape=(2, 6, 5, 4), outputs=12, groups=6, training=False, layout="contiguous",
+         residual=True, normalize=True),
+    Case("eval, depthwise, max_out 2", shape=(2, 6, 5, 4), outputs=6, groups=6, training=False, max_out=2),
+    Case("eval, groups of 2, bare", shape=(2, 8, 5, 4), outputs=8, groups=4, training=False, affine=False,
+         activation=None, dtype="bf16"),
     Case("eval, groups of 4", shape=(2, 8, 5, 4), outputs=8, groups=2, training=False, bias=True),
     Case("training, depthwise, recomputed", shape=(2, 6, 5, 4), outputs=6, groups=6, recompute=True, affine=False),
     Case("training, 1x1", residual=True, shape=(2, 16, 5, 4), **ONE),
@@ -221,11 +227,13 @@ def test_descriptors(monkeypatch):
 
 
 def test_offsets_in_int64(monkeypatch):
-    for name in ("conv2d", "conv2d_gradient", "conv2d_batch_norm", "batch_norm_uncentered", "bcos_math"):
+    for name in ("conv2d", "conv2d_gradient", "conv2d_small_groups", "conv2d_small_groups_gradient",
+                 "conv2d_batch_norm", "batch_norm_uncentered", "bcos_math"):
         module = importlib.import_module(f"bcos_kernels.triton_kernels.{name}")
         monkeypatch.setattr(module, "index64", lambda *tensors: True)
     check(Case("int64", residual=True, groups=2, squares=True), "cpu")
     check(Case("int64", training=False, outputs=70, squares=True), "cpu")
+    check(Case("int64", training=False, shape=(2, 6, 5, 4), outputs=6, groups=6, residual=True), "cpu")
 
 
 @pytest.mark.parametrize("training", [True, False])

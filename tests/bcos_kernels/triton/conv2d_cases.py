@@ -10,6 +10,7 @@ import torch
 
 import bcos_kernels
 from bcos_kernels import reference, triton_kernels
+from bcos_kernels.triton_kernels import conv2d_small_groups
 from tests.bcos_kernels.harness import only
 from tests.bcos_kernels.tolerances import assert_close_to_reference as assert_close
 from tests.bcos_kernels.triton.harness import (
@@ -67,11 +68,26 @@ CASES = [
         Case("1x1 as linear", kernel=(1, 1), padding=(0, 0), shape=(2, 16, 5, 4), dy_layout="contiguous"),
         Case("squares given", squares=True, stride=(2, 1)),
         Case("groups", shape=(1, 12, 5, 6), outputs=12, groups=2, normalize=True),
+        Case("groups of 8", shape=(1, 24, 5, 6), outputs=24, groups=3),
         Case("depthwise 7x7", shape=(2, 12, 6, 5), outputs=12, kernel=(7, 7), padding=(3, 3), groups=12),
         Case("depthwise, stride", shape=(1, 70, 6, 5), outputs=70, groups=70, stride=(2, 1), normalize=True, bias=True),
         Case("groups of 4, general b", shape=(1, 8, 6, 5), outputs=8, groups=2, b=1.5, dy_layout="contiguous"),
     ),
     Case("depthwise, pixels innermost", shape=(2, 20, 6, 5), outputs=20, groups=20, layout="contiguous"),
+    Case("depthwise, pixels innermost, max_out 3", shape=(2, 5, 9, 9), outputs=5, groups=5, layout="contiguous",
+         dy_layout="contiguous", max_out=3, normalize=True),
+    Case("depthwise 5x5", shape=(3, 37, 12, 11), outputs=37, kernel=(5, 5), padding=(2, 2), groups=37, dtype="bf16"),
+    Case("depthwise, weight channels_last", shape=(2, 6, 5, 4), outputs=12, groups=6, layout="contiguous",
+         weight_layout="channels_last"),
+    Case("depthwise, multiplier 3", shape=(2, 12, 5, 4), outputs=36, groups=12, bias=True, b=1.5, dtype="fp16"),
+    Case("depthwise, multiplier 4", shape=(1, 9, 6, 6), outputs=36, groups=9, stride=(2, 2), normalize=True),
+    Case("groups of 2", shape=(2, 34, 5, 4), outputs=34, groups=17, normalize=True, dtype="bf16"),
+    Case("groups of 2, max_out 2", shape=(2, 10, 5, 4), outputs=10, groups=5, max_out=2, bias=True, dtype="fp16"),
+    Case("groups of 3, 2 units", shape=(2, 12, 5, 4), outputs=8, groups=4, b=1.75, b_tensor=True),
+    Case("groups of 3, max_out 3", shape=(2, 6, 5, 4), outputs=2, groups=2, max_out=3, normalize=True, bias=True),
+    Case("groups of 4, unaligned", shape=(1, 40, 5, 5), outputs=40, groups=10, layout="offset", weight_layout="offset"),
+    Case("groups of 4, zeros", shape=(2, 8, 5, 5), outputs=8, groups=2, zeros=True, normalize=True, b=1.5),
+    Case("groups of 4, values of 1e4", shape=(1, 8, 5, 5), outputs=8, groups=2, scale=1e4, dtype="fp16"),
     Case("depthwise, splits", shape=(2, 4, 33, 33), outputs=4, groups=4, bias=True),
     Case("depthwise, dilation and stride", shape=(1, 6, 13, 12), outputs=6, groups=6, dilation=(2, 3), stride=(4, 2),
          padding=(3, 1), b=1.5, normalize=True),
@@ -119,6 +135,9 @@ CASES = [
     Case("dilation and stride", shape=(1, 4, 13, 12), dilation=(2, 3), stride=(4, 2), padding=(3, 1), b=1.5),
     Case("stride beyond kernel", shape=(1, 4, 11, 10), kernel=(2, 1), stride=(3, 4), padding=(0, 0)),
     Case("stride beyond image", shape=(2, 4, 2, 3), stride=(5, 4)),
+    Case("groups of 24 and 8", shape=(2, 48, 5, 4), outputs=16, groups=2, stride=(2, 1), bias=True, dtype="bf16"),
+    Case("groups of 8 and 40, max_out 2", shape=(1, 16, 5, 4), outputs=80, groups=2, max_out=2, normalize=True),
+    Case("40 channels", shape=(1, 40, 6, 5), outputs=24, layout="contiguous", dtype="fp16"),
     Case("patches", shape=(2, 6, 8, 8), outputs=12, kernel=(4, 4), stride=(4, 4), padding=(0, 0), normalize=True),
     Case("stem 7x7", shape=(1, 6, 9, 10), outputs=8, kernel=(7, 7), stride=(2, 2), padding=(3, 3), dtype="bf16"),
     Case("11x11", shape=(1, 2, 7, 6), outputs=3, kernel=(11, 11), padding=(5, 5), layout="contiguous"),
@@ -197,7 +216,10 @@ def check(case: Case, device: str) -> None:
     assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     is_one = case.b == 1 and not case.b_tensor
     shape = (case.shape[0], case.outputs, *_output_size(case))
-    assert n.shape == ((0,) if is_one else (shape[0], case.groups, *shape[2:])) and n.is_contiguous()
+    assert n.shape == ((0,) if is_one else (shape[0], case.groups, *shape[2:]))
+    # norms of small groups lie as the output does
+    as_output = channels_last and not is_one and conv2d_small_groups.takes(weight, case.groups)
+    assert n.is_contiguous(memory_format=torch.channels_last if as_output else torch.contiguous_format)
     keeps_a = case.b_tensor or case.b not in (1, 2) or (case.b == 2 and case.dtype == "fp16")
     assert a.shape == (shape if keeps_a else (0,)) and index.shape == (shape if case.max_out > 1 else (0,))
     wide_norm = None
@@ -252,13 +274,14 @@ def test_case(case):
 PLAIN = ((1, 1), (1, 1), (1, 1), 1, 2.0, None)  # stride, padding, dilation, groups, b
 
 
-@pytest.mark.parametrize("batch, outputs", [(0, 4), (2, 0)])
-def test_empty(batch, outputs):
-    x, weight, bias = torch.randn(batch, 3, 5, 5), torch.randn(outputs, 3, 3, 3), torch.randn(outputs)
-    y, n, a, index = triton_kernels.conv2d_forward(x, weight, bias, *PLAIN, True, 1, True)
-    assert y.shape == (batch, outputs, 5, 5)
+@pytest.mark.parametrize("batch, outputs, groups", [(0, 4, 1), (2, 0, 1), (0, 3, 3), (2, 0, 3)])
+def test_empty(batch, outputs, groups):
+    x, weight, bias = torch.randn(batch, 3, 5, 5), torch.randn(outputs, 3 // groups, 3, 3), torch.randn(outputs)
+    options = ((1, 1), (1, 1), (1, 1), groups, 2.0, None)
+    y, n, a, index = triton_kernels.conv2d_forward(x, weight, bias, *options, True, 1, True)
+    assert y.shape == (batch, outputs, 5, 5) and n.shape == (batch, groups, 5, 5)
     dx, dw, dbias, db = triton_kernels.conv2d_backward(
-        torch.randn(y.shape), x, weight, bias, *PLAIN, y, n, a, index, True, 1, False, True, True, True, False
+        torch.randn(y.shape), x, weight, bias, *options, y, n, a, index, True, 1, False, True, True, True, False
     )
     for gradient, of in ((dx, x), (dw, weight), (dbias, bias)):
         assert gradient.shape == of.shape and not gradient.any()
@@ -290,6 +313,18 @@ def test_nan_reaches_the_windows_that_see_it():
     assert dw.isnan().any()
 
 
+@pytest.mark.parametrize("of_group, max_out", [(1, 1), (1, 3), (2, 2)])
+def test_nan_reaches_its_group_alone(of_group, max_out):
+    x, weight = torch.randn(2, 6, 6, 6), torch.randn(6 // of_group * max_out, of_group, 3, 3)
+    groups = 6 // of_group
+    x[1, 2, 0, 0] = float("nan")
+    seen = torch.zeros(2, groups, 6, 6, dtype=torch.bool)
+    seen[1, 2 // of_group, :2, :2] = True
+    options = ((1, 1), (1, 1), (1, 1), groups, 2.0, None)
+    y, n, _, _ = triton_kernels.conv2d_forward(x, weight, None, *options, True, max_out, True)
+    assert torch.equal(y.isnan(), seen) and torch.equal(n.isnan(), seen)
+
+
 def test_norms_may_lie_as_the_activation_does():
     """Of several groups they come in either order, and the gradients are the same bits."""
     x, weight, dy = torch.randn(2, 6, 5, 4), torch.randn(6, 1, 3, 3), torch.randn(2, 6, 5, 4)
@@ -309,14 +344,21 @@ def test_norms_may_lie_as_the_activation_does():
 
 def test_groups_of_few_channels_multiply_elementwise(monkeypatch):
     """Up to four channels and units, of several groups; one group, however few its channels, is a matrix product."""
-    module = importlib.import_module("bcos_kernels.triton_kernels.conv2d_small_groups")
+    gradient = importlib.import_module("bcos_kernels.triton_kernels.conv2d_small_groups_gradient")
     ran = []
-    for name in ("launch_da", "launch_dx", "launch_dw"):
+    for module, name in (
+        (conv2d_small_groups, "launch_forward"), (gradient, "launch_da"), (gradient, "launch_dx"),
+        (gradient, "launch_dw"),
+    ):  # fmt: skip
         launch = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, launch=launch, name=name: (ran.append(name), launch(*a))[1])
-    for channels, units, groups, expected in ((4, 4, 2, 3), (1, 1, 3, 3), (5, 4, 2, 0), (4, 5, 2, 0), (3, 4, 1, 0)):
+    # the forward once, the gradient in training and in explanation mode
+    whole = ["launch_forward", *["launch_da", "launch_dx", "launch_dw"] * 2]
+    for channels, units, groups, small in (
+        (4, 4, 2, True), (1, 1, 3, True), (5, 4, 2, False), (4, 5, 2, False), (3, 4, 1, False)
+    ):  # fmt: skip
         check(Case("", shape=(1, channels * groups, 4, 3), outputs=units * groups, groups=groups), "cpu")
-        assert len(ran) == 2 * expected, (channels, units, groups)  # in training and in explanation mode
+        assert ran == whole * small, (channels, units, groups)
         ran.clear()
 
 
@@ -340,7 +382,7 @@ def test_one_pixel_windows_run_as_a_linear_layer(monkeypatch):
 
 
 def test_offsets_in_int64(monkeypatch):
-    for name in ("conv2d", "conv2d_gradient", "conv2d_small_groups"):
+    for name in ("conv2d", "conv2d_gradient", "conv2d_small_groups", "conv2d_small_groups_gradient"):
         module = importlib.import_module(f"bcos_kernels.triton_kernels.{name}")
         monkeypatch.setattr(module, "index64", lambda *tensors: True)
     check(Case("int64", max_out=2, normalize=True, stride=(2, 1), groups=2, outputs=4, bias=True), "cpu")

@@ -8,6 +8,7 @@ import torch
 from bcos_kernels.triton_kernels.configs import (
     CONFIGS,
     DESCRIPTOR_CONFIGS,
+    aligned,
     config_for,
     descriptor_config_for,
     doubled,
@@ -17,7 +18,15 @@ from bcos_kernels.triton_kernels.configs import (
     reduced,
     shortened,
 )
-from bcos_kernels.triton_kernels.conv2d_small_groups import DW_ELEMENTS, DW_LAST, dw_splits, dw_tile
+from bcos_kernels.triton_kernels.conv2d_small_groups import (
+    DEPTHWISE_ELEMENTS,
+    FEW,
+    FORWARD_COLUMNS,
+    PIXEL_ELEMENTS,
+    TALL_COLUMNS,
+    tile_for,
+)
+from bcos_kernels.triton_kernels.conv2d_small_groups_gradient import DW_ELEMENTS, DW_LAST, dw_splits, dw_tile
 
 SIZES = (1, 3, 16, 17, 32, 33, 64, 65, 128, 1000, 100_000)
 
@@ -85,6 +94,10 @@ def test_blocks_of_channels(block, channels, expected):
     assert fitted(block, channels) == expected
 
 
+def test_what_the_compiler_is_told():
+    assert aligned(8, 8) and aligned(16, 24) and not aligned(16, 32) and not aligned(8, 12)
+
+
 @pytest.mark.parametrize("taps", [1, 3, 9, 25, 49, 121])
 @pytest.mark.parametrize("columns", [2, 4, 70, 768])
 def test_tiles_of_small_groups(taps, columns):
@@ -93,6 +106,18 @@ def test_tiles_of_small_groups(taps, columns):
     assert all(block & (block - 1) == 0 for block in (block_m, block_t, block_c))
     assert block_m * block_t * block_c <= DW_ELEMENTS and min(taps, 64) <= block_t < 2 * max(taps, 1)
     assert block_c >= min(columns, 32)
+
+
+@pytest.mark.parametrize("columns", [2, 3, 4, 70, 768])
+@pytest.mark.parametrize("most", [FORWARD_COLUMNS, TALL_COLUMNS])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_tiles_over_small_groups(columns, most, layout):
+    """Of windows and units: whole outputs, however many units are one, and fewer columns where pixels are innermost."""
+    x = torch.empty((2, 6, 5, 5), device="meta", memory_format=layout)
+    rows, block = tile_for(x, columns, DEPTHWISE_ELEMENTS, most)
+    assert rows * block == (DEPTHWISE_ELEMENTS if layout == torch.channels_last else PIXEL_ELEMENTS)
+    assert block & (block - 1) == 0 and block <= most and (block >= FEW or block >= columns)
+    assert (block > FEW) == (layout == torch.channels_last and columns > FEW)
 
 
 @pytest.mark.parametrize("rows", [1, 63, 2178, 200_704, 10**7])

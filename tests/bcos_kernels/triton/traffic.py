@@ -35,6 +35,7 @@ KERNELS = {
     "conv2d_backward_da_kernel": Moves("da q db"),
     "conv2d_backward_dx_kernel": Moves("dx"),
     "conv2d_backward_dw_kernel": Moves("partial dbias"),
+    "conv2d_small_groups_forward_kernel": Moves("y n a index kept emitted"),
     "conv2d_small_groups_backward_da_kernel": Moves("da q db"),
     "conv2d_small_groups_backward_dx_kernel": Moves("dx"),
     "conv2d_small_groups_backward_dw_kernel": Moves("partial dbias"),
