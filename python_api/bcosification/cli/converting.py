@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import textwrap
 
 from bcosification.cli.files import output_file, output_folder, random_images
@@ -30,6 +29,7 @@ from bcosification.cli.options import (
     add_model,
     add_shared,
 )
+from bcosification.json_files import json_text
 
 
 def add_convert(commands) -> argparse.ArgumentParser:
@@ -173,5 +173,5 @@ def _families(arguments: argparse.Namespace) -> int:
             print(textwrap.fill(text, 110, initial_indent=f"  {label:<10}", subsequent_indent=" " * 12))
     if file is not None:
         content = {"machine": machine(), "families": [report.to_dict() for report in reports]}
-        file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        file.write_text(json_text(content, ensure_ascii=False), encoding="utf-8")
     return 1 if any(report.ok is False for report in reports) else 0

@@ -15,6 +15,7 @@ from bcosification.cli.files import (
 )
 from bcosification.cli.models import bcos_folder, needs, templates_told, texts_to_explain, usable_device
 from bcosification.cli.options import FOLDER_HELP, add_command, add_common, add_texts
+from bcosification.names import did_you_mean, meant, shortened
 
 
 def add_explain(commands) -> argparse.ArgumentParser:
@@ -135,5 +136,6 @@ def class_number(target: str, names: Sequence[str] | None, classes: int) -> int:
         return list(names).index(target)
     if target.isdecimal() and int(target) < classes:
         return int(target)
-    known = f"a class number below {classes}" + (f" or one of {', '.join(names[:10])}" if names else "")
-    raise ValueError(f"expected --target to be {known}, got {target!r}")
+    near = did_you_mean(meant(target, map(str, names or ())))
+    listed = f" or one of {shortened(names)}" if names and not near else " or the name of a class" if names else ""
+    raise ValueError(f"expected --target to be a class number below {classes}{listed}, got {target!r}{near}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from bcosification.cli.options import (
     add_shared,
     add_texts,
 )
+from bcosification.json_files import json_text
 
 
 def add_evaluate(commands) -> argparse.ArgumentParser:
@@ -188,5 +188,5 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     )
     print(f"{spec}, {result}")
     if file is not None:
-        file.write_text(json.dumps({"model": spec, **result.to_dict()}, indent=1) + "\n", encoding="utf-8")
+        file.write_text(json_text({"model": spec, **result.to_dict()}), encoding="utf-8")
     return 1 if any("failed" in row for row in result.rows) else 0

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bcosification.cli.options import CONVERSION, FOLDER_HELP, STANDARD_HELP
+from bcosification.folders import best_of_run
 
 # Families of image towers, whose models have no classes.
 CLIP_FAMILIES = ("open_clip_resnet", "open_clip_vit", "huggingface_clip")
@@ -39,12 +40,7 @@ def is_converted(spec: str) -> bool:
 
 def run_folder(spec: str) -> str:
     """The folder of a run stands for its best model."""
-    folder = Path(spec)
-    if (folder / "config.yaml").is_file():
-        if not (folder / "best" / "config.json").is_file():
-            raise FileNotFoundError(f"MODEL: expected a run with at least one complete epoch, found none in {folder}")
-        return str(folder / "best")
-    return spec
+    return str(best_of_run(spec)) if Path(spec).is_dir() else spec
 
 
 def original_and_converted(arguments: argparse.Namespace, spec: str):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from bcosification.names import did_you_mean, meant
+
 STANDARD_HELP = (
     "torchvision:NAME or just NAME (resnet18), timm:NAME, open_clip:NAME/TAG, bcosification:NAME "
     "(simple_vit_s_patch16_224), or a weights file together with --arch"
@@ -44,6 +46,31 @@ SHARED: dict[str, tuple[str, dict]] = {
     "--debug": ("on an error, show the Python traceback", {"action": "store_true"}),
 }  # fmt: skip
 SOURCE = ("--arch", "--weights", "--no-pretrained")
+
+
+# What other programs call our options.
+OTHER_WORDS = {"--learning-rate": "--lr", "--gpus": "--devices", "--workers": "--num-workers", "--n-epochs": "--epochs"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, which says what a misspelt command, choice or option may have been meant to be."""
+
+    def _check_value(self, action: argparse.Action, value: str) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            near = did_you_mean(meant(str(value), known))
+            raise argparse.ArgumentError(action, f"expected one of {', '.join(known)}, got {value!r}{near}")
+
+    def parse_args(self, args=None, namespace=None):
+        arguments, rest = self.parse_known_args(args, namespace)
+        if rest:
+            command = getattr(arguments, "parser", None) or self
+            known = {name: name for action in command._actions for name in action.option_strings}
+            known |= {other: name for other, name in OTHER_WORDS.items() if name in known}
+            unknown = [word.partition("=")[0] for word in rest if word.startswith("-")]
+            near = [known[name] for word in unknown for name in meant(word, known, most=1)]
+            command.error(f"expected options that --help tells, got {' '.join(rest)}{did_you_mean(near)}")
+        return arguments
 
 
 def add_command(commands, name: str, run: Callable, text: str, description: str, epilog: str, usage: str):

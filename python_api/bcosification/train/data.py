@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from bcosification.names import did_you_mean, meant
 from bcosification.train.image_files import load_image
 
 __all__ = [
@@ -529,7 +530,8 @@ def check_source(data, *, evaluation_only: bool = False, labelled: bool = True) 
         _import_sklearn()
     else:
         names = ", ".join(EMBEDDED)
-        raise FileNotFoundError(f"data: expected one of {names}, or a folder of images, got {str(data)!r}")
+        near = did_you_mean(meant(str(data), EMBEDDED))
+        raise FileNotFoundError(f"data: expected one of {names}, or a folder of images, got {str(data)!r}{near}")
 
 
 def build_datamodule(

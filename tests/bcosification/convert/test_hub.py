@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ from bcosification import BcosifiedModel, bcosify
 from bcosification.convert import hub
 from bcosification.convert.hub import model_card
 from tests.bcosification.convert.standard_networks import MEAN, STD, make, sequential, vit
+
+UNREACHABLE = hub.unreachable  # conftest.py replaces it for all tests
 
 
 @pytest.fixture
@@ -196,3 +199,21 @@ print("done")
 
 def test_only_weights_and_configuration_are_read():
     assert hub.REPOSITORY_FILES == ("config.json", "model.safetensors")
+
+
+def test_what_can_be_reached(monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert UNREACHABLE(f"http://127.0.0.1:{port}/models") is None
+    told = UNREACHABLE(f"http://127.0.0.1:{port}")
+    assert told and "refused" in told.lower()
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")  # who knows what it can reach
+    assert UNREACHABLE(f"http://127.0.0.1:{port}") is None
+
+
+def test_a_repository_out_of_reach_is_told_at_once(monkeypatch):
+    monkeypatch.setattr(hub, "unreachable", lambda address: "no route to host")
+    with pytest.raises(RuntimeError, match=r"from_pretrained\('me/none'\): expected to download me/none .*no route"):
+        BcosifiedModel.from_pretrained("me/none")
