@@ -104,8 +104,9 @@ def _explain(arguments: argparse.Namespace) -> int:
         smooth = max(1, 15 * min(height, width) // 224)
         smooth -= smooth % 2 == 0
     drawn = dict(class_names=names, smooth=smooth, percentile=arguments.percentile)
-    explanation.save(out, names=distinct_names([path.stem for path in read]), size=arguments.size, **drawn)
-    save_figure(explanation.figure(indices=range(min(len(read), 64)), **drawn), out / "overview.png")
+    before = set(out.glob("*.png"))
+    written = explanation.save(out, names=distinct_names([path.stem for path in read]), size=arguments.size, **drawn)
+    written.append(save_figure(explanation.figure(indices=range(min(len(read), 64)), **drawn), out / "overview.png"))
     for i, path in enumerate(read) if texts is not None else ():
         cosines = ", ".join(f"{text!r} {float(value):.3f}" for text, value in zip(
             texts, explanation.logits[i], strict=True))  # fmt: skip
@@ -126,6 +127,9 @@ def _explain(arguments: argparse.Namespace) -> int:
         f"{out}: {counted(len(read), 'image')}, each as NAME_image.png, NAME_{each}explanation.png and "
         f"NAME_{each}contributions.png, {pixels}; all in overview.png, numbers in explanations.json"
     )
+    older = sorted(path.name for path in before.difference(written))
+    if older:
+        print(f"{out} had other pictures before, which are no part of these: {shortened(older)}")
     list_unreadable(unreadable, len(files))
     named = {path for path, by_name in files if by_name}
     return 1 if any(path in named for path, _ in unreadable) else 0

@@ -20,6 +20,7 @@ from bcosification.cli.models import (
     usable_device,
 )
 from bcosification.cli.options import (
+    EMBEDDED_HELP,
     FOLDER_HELP,
     SOURCE,
     STANDARD_HELP,
@@ -47,8 +48,11 @@ def add_evaluate(commands) -> argparse.ArgumentParser:
         usage="bcosify evaluate [options] MODEL --data DATA",
     )  # fmt: skip
     add_model(command, f"{FOLDER_HELP}, or a standard model: {STANDARD_HELP}")
-    command.add_argument("--data", metavar="DATA", required=True, help="digits, scenes, or a folder of class folders")
-    command.add_argument("--image-size", type=int, metavar="PIXELS", help="edge of the images (default: the model's)")
+    command.add_argument("--data", metavar="DATA", required=True, help=f"{EMBEDDED_HELP}, or a folder of class folders")
+    command.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="edge of the images (default: the model's, to which digits "
+        "and scenes are enlarged)",
+    )  # fmt: skip
     command.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once (default: 64)")
     add_shared(command, "--num-workers")
     group = command.add_argument_group("CLIP models")

@@ -13,6 +13,8 @@ STANDARD_HELP = (
 )
 FOLDER_HELP = "a folder that finetune, distill or convert wrote (a run stands for its best epoch)"
 
+EMBEDDED_HELP = "digits, scenes (both come with scikit-learn: nothing is downloaded)"
+
 # Options of bcosify that finetune, convert and verify share; --b and --bias are apart: finetune has their schedules.
 CONVERSION = ("pool", "head", "activation", "normalize_weight", "mean", "std", "on_unknown")
 
@@ -34,7 +36,8 @@ SHARED: dict[str, tuple[str, dict]] = {
     "--batch-size": ("images per step and device", {"type": int, "metavar": "N"}),
     "--lr": ("peak learning rate; a cosine takes it to 0", {"type": float, "metavar": "RATE"}),
     "--image-size": (
-        "edge of the images (default: the data set's, or the model's for folders)", {"type": int, "metavar": "PIXELS"},
+        "edge of the images (default: of digits 32, of scenes 64, enlarged for models that take one size only; of "
+        "folders the model's)", {"type": int, "metavar": "PIXELS"},
     ),
     "--limit-batches": ("batches per epoch and part, for a trial (default: all)", {"type": int, "metavar": "N"}),
     "--num-workers": (

@@ -213,7 +213,7 @@ def model_card(
     Args:
         model: a B-cosified model.
         license: an identifier of the Hub ("apache-2.0", "mit"). Default: "other", as the licence of weights is that of
-            those they come from, which a model does not tell.
+            those they come from, which a model does not tell; none where it started from random weights.
         base_model: id of the Hub's repository with the weights that the model was made of. Default: timm's, where the
             model was converted from a timm model of that name.
         notes: a paragraph of one's own.
@@ -227,17 +227,20 @@ def model_card(
         "library_name": "bcosification",
         "pipeline_tag": "image-feature-extraction" if classes is None else "image-classification",
         "tags": ["b-cos", "b-cosification", "interpretability", "explainability", "pytorch"],
-        "license": license or "other",
     }
-    if license is None:
-        metadata["license_name"] = "that-of-the-base-model"
+    made_of = f"`{source}`" if source else f"a `{config['class']}`"
+    weights = config.get("source_weights")
+    # Of a network of one's own nobody told where its weights are from; "source_weights" is None where they were drawn.
+    drawn = bool(source) and weights is None
+    if license is not None:
+        metadata["license"] = license
+    elif not drawn:
+        metadata |= {"license": "other", "license_name": "that-of-the-base-model"}
     if base_model is not None:
         metadata["base_model"] = base_model
     # JSON's values are YAML's.
     head = "\n".join(f"{name}: {json.dumps(value)}" for name, value in metadata.items())
 
-    made_of = f"`{source}`" if source else f"a `{config['class']}`"
-    weights = config.get("source_weights")
     if source:
         made_of += f" (weights: {f'`{Path(weights).name}`' if weights else 'random'})"
     layers = sum(entry["was"] != entry["becomes"] for entry in model.conversion)
@@ -260,7 +263,12 @@ def model_card(
     if config.get("kept"):
         facts.append(f"{len(config['kept'])} layers without a conversion rule were kept: explanations may not be exact")
     origin = f"the licence of {f'`{base_model}`' if base_model else made_of}"
-    terms = f"`{license}`." if license else f"These weights start from others', so {origin} holds for them."
+    if license:
+        terms = f"`{license}`."
+    elif drawn:
+        terms = "These weights start from random ones, so nobody else's licence holds for them."
+    else:
+        terms = f"These weights start from others', so {origin} holds for them."
     name = base_model or source or config["class"]
     calls = ("logits = model(images)", "explanation = bcosification.explain(model, images)          # W(x) and more")
     of, axes = "logits", "(1, 2)"

@@ -249,8 +249,8 @@ class Benchmark:
                 "",
                 *lines,
                 "",
-                f"Images per second, and the time relative to {CONTENDERS[settings['baseline']]} [quartiles of "
-                f"{settings['rounds']} rounds].",
+                f"Images per second, and the time relative to {CONTENDERS[settings['baseline']]}"
+                f"{_spread_told(settings['rounds'])}.",
                 "Explanations: of plain the input gradient; peer-style one image after the other, as the peers do.",
                 "Memory of a training step: kept for the backward, and the most at once, beyond parameters.",
                 *self._fallbacks(),
@@ -286,11 +286,18 @@ def _cells(row: dict | None) -> list[str]:
     """Rate, and time relative to the baseline's with its spread."""
     if row is None or "failed" in row:
         return ["–" if row is None else "failed", ""]
-    same = row["ratio"] == 1 == row["ratio_q3"]
+    same = row["ratio"] == row["ratio_q1"] == row["ratio_q3"]  # the baseline, or a single round
     return [
         _rounded(row["images_per_s"]),
         f"{row['ratio']:.2f}" + ("" if same else f" [{row['ratio_q1']:.2f}, {row['ratio_q3']:.2f}]"),
     ]
+
+
+def _spread_told(rounds: int) -> str:
+    """What the brackets behind a ratio hold."""
+    if rounds == 1:
+        return ", of one round: --rounds 5 would tell how far it scatters"
+    return f" [{'quartiles' if rounds > 3 else 'smallest and largest'} of {rounds} rounds]"
 
 
 def _rounded(value: float) -> str:

@@ -142,6 +142,11 @@ def test_the_card_tells_what_the_model_is(monkeypatch):
     assert "the licence of a `torchvision.models.vision_transformer.VisionTransformer` holds" in card.text
     changed = sum(entry["was"] != entry["becomes"] for entry in model.conversion)
     assert f"{changed} layers became" in card.text and "B = 2; biases: remove" in card.text
+    model.config |= {"source": "torchvision:vit_b_16", "source_weights": None}
+    card = ModelCard(model_card(model))
+    assert card.data.license is None and "license" not in card.text.partition("---\n\n")[0]
+    assert "(weights: random)" in card.text and "start from random ones, so nobody else's licence" in card.text
+    assert ModelCard(model_card(model, license="mit")).data.license == "mit"
     model.config |= {"source": "timm:vit_tiny_patch16_224.augreg_in21k", "source_weights": "vit"}
     model.config |= {"finetuned_on": "birds", "class_names": ["jay", "wren"]}
     card = ModelCard(model.generate_model_card().content)
