@@ -43,7 +43,7 @@ def test_a_run_leaves_what_it_says(tmp_path, capsys):
     assert equal(before, model.state_dict())
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "metrics.csv", "training_curves.png", "last.ckpt", "last", "best",
+        "config.yaml", "metrics.csv", "training_curves.png", "backends.json", "last.ckpt", "last", "best",
     }  # fmt: skip
     rows = list(csv.DictReader(open(folder / "metrics.csv")))
     assert [float(row["val_cosine"]) for row in rows] == [row["val_cosine"] for row in result.history]
