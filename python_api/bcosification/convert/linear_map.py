@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from bcosification.names import shortened
 from bcosification.nn import explanation_mode
 from bcosification.nn.evaluation_mode import evaluation_mode
 from bcosification.nn.modes import constant_modules, per_sample
@@ -118,7 +119,8 @@ def _target_index(logits: Tensor, samples: int, targets: Tensor | None) -> Tenso
         )
     # One host read, before anything is computed from the targets: gather on CUDA would end in a device assertion.
     if samples and not bool(((targets >= 0) & (targets < logits.shape[1])).all()):
-        raise ValueError(f"explain: expected targets in [0, {logits.shape[1] - 1}], got {targets.tolist()}")
+        wrong = [str(value) for value in targets.unique().tolist() if not 0 <= value < logits.shape[1]]
+        raise ValueError(f"explain: expected targets in [0, {logits.shape[1] - 1}], got {shortened(wrong)}")
     return targets.long() if targets.dim() == 2 else targets.long().unsqueeze(1)
 
 

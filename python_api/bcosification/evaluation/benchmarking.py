@@ -227,7 +227,8 @@ class Benchmark:
 
     def __str__(self) -> str:
         settings, machine = self.settings, self.machine
-        threads = f", {machine['threads']} threads" if settings["device"] == "cpu" else ""
+        threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+        threads = f", {threads}" if settings["device"] == "cpu" else ""
         found = {(row["task"], row["contender"]): row for row in self.rows}
         head = [""]
         for task in TASKS:
@@ -269,7 +270,7 @@ class Benchmark:
                 ops = sorted({op for row in rows for op in row["fallback_ops"]})
                 told = f" ({', '.join(ops)})" if ops else ""
                 lines.append(
-                    f"Share of the time in {CONTENDERS[name]}'s B-cos layers and norms that ran on the fallback, plain "
+                    f"{CONTENDERS[name]}: share of the time in B-cos layers and norms that ran on the fallback, plain "
                     f"PyTorch: {shares}{told}."
                 )
         return lines

@@ -151,7 +151,10 @@ class Sweep:
     output: Path
 
     def __str__(self) -> str:
-        return "\n".join(aligned([_HEAD, *_cells(self.rows)]) + ["", *aligned([_ALONE_HEAD, *self._alone()])])
+        lines = [*aligned([_HEAD, *_cells(self.rows)]), "", *aligned([_ALONE_HEAD, *self._alone()])]
+        if any(row["gridpg"] is None for row in self.rows):
+            lines += ["", "GridPG –: too few validation images are classified with confidence to make a grid of."]
+        return "\n".join(lines)
 
     def _alone(self) -> list[list[str]]:
         alone = self.standard.get("alone", [])
