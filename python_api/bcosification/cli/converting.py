@@ -93,8 +93,9 @@ def add_verify(commands) -> argparse.ArgumentParser:
         "  bcosify verify converted/r18\n"
         "  bcosify verify runs/mine --original my_resnet50.pth --arch resnet50\n"
         "  bcosify verify timm:vit_tiny_patch16_224 --html report.html --json report.json\n\n"
-        "The original is given its own library's preprocessing of the same pictures. The exit code is 1 if a check\n"
-        "fails.",
+        "The original is given its own library's preprocessing of the same pictures. Of a model that was made of\n"
+        "random weights (--no-pretrained), which are kept nowhere, layers are compared on newly drawn ones. The exit\n"
+        "code is 1 if a check fails.",
         usage="bcosify verify [options] MODEL",
     )  # fmt: skip
     add_model(command, f"a standard model: {STANDARD_HELP}; or {FOLDER_HELP}")
