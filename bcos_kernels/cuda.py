@@ -117,6 +117,11 @@ class _Layer:
         return w
 
     @property
+    def is_pointwise(self) -> bool:
+        """Whether the windows are the pixels, or the rows of a linear layer."""
+        return self.kernel == (1, 1) and self.padding == (0, 0) and self.stride == (1, 1)
+
+    @property
     def geometry(self) -> tuple[int, ...]:
         return (*self.kernel, *self.stride, *self.padding, *self.dilation)
 
@@ -132,11 +137,10 @@ class _Layer:
         """(N, G, P, Q), or (M,) of a linear layer; float32."""
         x, kind = self.x, _LINEAR if self.is_linear else _WINDOW
         n = _new(x, self.windows(), torch.float32)
-        one_pixel = self.kernel == (1, 1) and self.padding == (0, 0) and self.stride == (1, 1)
         squares = squares if self.groups == 1 else None
-        if one_pixel and squares is not None:
+        if self.is_pointwise and squares is not None:
             _op("norms_of_squares")(n, squares.contiguous(), kind)
-        elif one_pixel:
+        elif self.is_pointwise:
             _op("segment_norms")(n, x, self.groups, kind)
         else:
             if squares is None and x.shape[1] != self.groups:
@@ -159,7 +163,7 @@ class _Layer:
 
     def spread(self, q: Tensor) -> Tensor:
         """What x is multiplied by in dx, (N, 1, H, W): the sum of q over the windows that hold a pixel; one group."""
-        if self.kernel == (1, 1) and self.padding == (0, 0) and self.stride == (1, 1):
+        if self.is_pointwise:
             return q
         ones = torch.ones((self.x.shape[0], 1, *self.x.shape[2:]), dtype=torch.float32, device=q.device)
         under = torch.zeros_like(ones)
@@ -174,7 +178,7 @@ class _Layer:
         depth = self.weight.numel() // max(self.weight.shape[0], 1)
         wider = self.normalize_weight and need_dw and self.x.dtype != torch.float32 and depth <= _SHORT
         if self.is_linear:
-            if need_dx:
+            if need_dx and not fused:
                 dx = torch.mm(da, self.w)
             if need_dw:
                 dw = torch.mm(da.t(), self.x) if not wider else torch.mm(da.float().t(), self.x.float())

@@ -1,7 +1,7 @@
 """Builds the CUTLASS kernels of csrc/cuda/cutlass on request: ``python -m bcos_kernels.cutlass_build --help``.
 
-A kernel takes one to two minutes of a core and up to 4 GB of memory, so that installing the package builds none. Each
-is one translation unit for one element type; objects lie in a cache named after everything they are made from, and what
+A kernel takes up to a minute or two of a core and 4 GB of memory, so that installing the package builds none. Each is
+one translation unit for one element type; objects lie in a cache named after everything they are made from, and what
 a library holds is what was asked for so far. No GPU is needed. Nothing is looked for, and nothing is run, at import.
 """
 
@@ -30,14 +30,18 @@ SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "cutlass"
 LIBRARY = "libbcos_kernels_cutlass.so"
 
 _ELEMENTS = {"bfloat16": [], "float16": ["-DBCOS_FLOAT16"]}
-_STEMS = ("linear_forward", "linear_norm_forward", "conv2d_forward", "conv2d_backward_dx")
-KINDS = {f"{stem}_{element}": (stem, flags) for element, flags in _ELEMENTS.items() for stem in _STEMS}
-DEFAULT_KINDS = tuple(f"{stem}_bfloat16" for stem in _STEMS)
+_HOPPER = ("linear_forward", "linear_norm_forward", "linear_backward_dx", "conv2d_forward", "conv2d_backward_dx")
+_SM80 = ("linear_forward_sm80", "linear_backward_dx_sm80", "conv2d_forward_sm80", "conv2d_backward_dx_sm80")
+KINDS = {f"{stem}_{element}": (stem, flags) for element, flags in _ELEMENTS.items() for stem in (*_HOPPER, *_SM80)}
 
-# The "a" matters: plain sm_90 has no WGMMA, and CUTLASS's kernels compile to a message there. NDEBUG matters too: with
-# assertions in it, device code waits for every WGMMA.
+# The "a" matters: plain sm_90 has no WGMMA, and CUTLASS's kernels compile to a message there. What is written for sm_80
+# also runs on what came later, from its PTX where the machine code is another (10.0, 12.0).
+_ARCHITECTURES = dict.fromkeys(_HOPPER, "-gencode=arch=compute_90a,code=sm_90a") | dict.fromkeys(
+    _SM80, "-gencode=arch=compute_80,code=[sm_80,compute_80]"
+)
+# NDEBUG matters too: with assertions in it, device code waits for every WGMMA.
 _KERNEL_FLAGS = (
-    "-std=c++17 -O3 -DNDEBUG --expt-relaxed-constexpr -gencode=arch=compute_90a,code=sm_90a -Xptxas=-v "
+    "-std=c++17 -O3 -DNDEBUG --expt-relaxed-constexpr -Xptxas=-v "
     "-Xcompiler=-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden"
 ).split()
 _TORCH_TARGET_VERSION = "0x020b000000000000"  # LibTorch's stable ABI as of 2.11
@@ -51,6 +55,20 @@ _CUTLASS_ADVICE = (
     "pip install --no-deps nvidia-cutlass==4.2.0.0, "
     "or set BCOS_CUTLASS_INCLUDE to the folder include/ of a CUTLASS checkout"
 )
+
+
+def kinds_for(capability: tuple[int, int] | None) -> tuple[str, ...]:
+    """The kernels that a device of this compute capability takes, or all (None)."""
+    if capability is None:
+        return tuple(KINDS)
+    stems = _HOPPER if capability == (9, 0) else _SM80 if capability >= (8, 0) else ()
+    return tuple(kind for kind, (stem, _) in KINDS.items() if stem in stems)
+
+
+def default_kinds() -> tuple[str, ...]:
+    """Those for bfloat16; of those, where there is a GPU, what it takes."""
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    return tuple(kind for kind in kinds_for(capability) if kind.endswith("_bfloat16"))
 
 
 @dataclass(frozen=True)
@@ -140,7 +158,7 @@ def _cache_folder(tools: _Tools) -> Path:
     made_from = hashlib.sha256()
     for path in sorted([*SOURCES.iterdir(), SOURCES.parents[1] / "math.h"]):
         made_from.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
-    flags = [KINDS, _KERNEL_FLAGS, _OPS_FLAGS, _LINK_FLAGS]
+    flags = [KINDS, _ARCHITECTURES, _KERNEL_FLAGS, _OPS_FLAGS, _LINK_FLAGS]
     made_from.update(json.dumps([flags, tools.nvcc_version, tools.cutlass_version, _TORCH_TARGET_VERSION]).encode())
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache, "bcos_kernels", f"cutlass-{made_from.hexdigest()[:16]}")
@@ -174,14 +192,14 @@ def _compile_command(tools: _Tools, name: str) -> list[str]:
         return [tools.nvcc, *_OPS_FLAGS, *includes, "-c", str(SOURCES / "ops.cpp")]
     stem, flags = KINDS[name]
     includes = [argument for folder in tools.includes for argument in ("-isystem", str(folder))]
-    return [tools.nvcc, *_KERNEL_FLAGS, *flags, *includes, "-c", str(SOURCES / f"{stem}.cu")]
+    return [tools.nvcc, *_KERNEL_FLAGS, _ARCHITECTURES[stem], *flags, *includes, "-c", str(SOURCES / f"{stem}.cu")]
 
 
 def build(kinds: Sequence[str] | None = None, jobs: int = 1, verbose: bool = False) -> Path:
     """Builds kernels that the cache lacks and the library of all kernels in it.
 
     Args:
-        kinds: names from `KINDS`; the bfloat16 kernels by default.
+        kinds: names from `KINDS`; `default_kinds` by default.
         jobs: compilations at a time, of up to 4 GB of memory each.
         verbose: print what is compiled and how long it took.
 
@@ -192,7 +210,7 @@ def build(kinds: Sequence[str] | None = None, jobs: int = 1, verbose: bool = Fal
         ValueError: an unknown kind.
         RuntimeError: nvcc, CUTLASS's headers or the sources are missing, or something does not compile.
     """
-    kinds = list(DEFAULT_KINDS if kinds is None else kinds)
+    kinds = list(default_kinds() if kinds is None else kinds)
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise ValueError(f"build: expected kinds among {', '.join(KINDS)}, got {', '.join(unknown)}")
@@ -249,12 +267,15 @@ def _cuobjdump() -> str:
     return program
 
 
-# Matrix products of a warp group, tiles copied by the tensor memory accelerator, those of its im2col mode, its stores.
+# Matrix products of a warp group and of a warp; tiles copied by the tensor memory accelerator, those of its im2col
+# mode, its stores; asynchronous copies of a thread.
 _INSTRUCTIONS = {
     "wgmma": r"\bHGMMA\.",
+    "mma": r"\bHMMA\.",
     "tma_loads": r"\bUTMALDG\.",
     "im2col_loads": r"\bUTMALDG\S*\.IM2COL",
     "tma_stores": r"\bUTMASTG\.",
+    "async_copies": r"\bLDGSTS\.",
 }
 
 
@@ -273,7 +294,7 @@ def _launch_parameters(library: Path) -> dict[str, dict[str, int]]:
 def resources(kinds: Sequence[str] | None = None) -> list[dict]:
     """What kernels use, a dict each, building what is missing: registers, stack and spills from ptxas; threads, stages
     and dynamic shared memory from the library; counts of instructions from the machine code."""
-    kinds = list(DEFAULT_KINDS if kinds is None else kinds)
+    kinds = list(default_kinds() if kinds is None else kinds)
     library = build(kinds)
     parameters = _launch_parameters(library)
     tools = _find_tools()
@@ -292,26 +313,27 @@ def resources(kinds: Sequence[str] | None = None) -> list[dict]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bcos_kernels.cutlass_build",
-        description="Compile the CUTLASS kernels for Hopper (sm_90a) into the cache and print the library's path. It "
-        "needs nvcc of torch's major CUDA version and CUTLASS's headers, and no GPU. A kernel takes one to two minutes "
-        "of a core and up to 4 GB of memory.",
+        description="Compile the CUTLASS kernels (for sm_90a; those named _sm80 for sm_80 and later) into the cache "
+        "and print the library's path. It needs nvcc of torch's major CUDA version and CUTLASS's headers, and no GPU. "
+        "A kernel for Hopper takes about a minute of a core and up to 4 GB of memory, one for sm_80 a third of that.",
         epilog=f"Headers: {_CUTLASS_ADVICE}. Cache: $XDG_CACHE_HOME/bcos_kernels (~/.cache/bcos_kernels).",
     )
     parser.add_argument(
         "--kinds", nargs="+", metavar="KIND", choices=[*KINDS, "all"],
-        help="kernels to compile, see --list, or all (default: those for bfloat16)",
+        help="kernels to compile, see --list, or all (default: those for bfloat16, and where there is a GPU what it "
+        "takes of them)",
     )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, help="compilations at a time (default: 1)")
     parser.add_argument("--list", action="store_true", help="list the kinds and which are built; compile nothing")
     parser.add_argument("--resources", action="store_true", help="also print a JSON row a kernel: registers, spills, …")
     options = parser.parse_args(argv)
-    kinds = list(KINDS) if options.kinds and "all" in options.kinds else options.kinds
+    kinds = list(KINDS) if options.kinds and "all" in options.kinds else options.kinds or list(default_kinds())
     try:
         if options.list:
             reason = unbuildable_reason()
             folder = None if reason else _cache_folder(_find_tools())
             for kind in KINDS:
-                print(f"{kind:<30}{'built' if folder and (folder / f'{kind}.o').exists() else 'not built'}")
+                print(f"{kind:<36}{'built' if folder and (folder / f'{kind}.o').exists() else 'not built'}")
             print(f"cannot be built here: {reason}" if reason else folder)
             return 0
         build(kinds, options.jobs, verbose=True)

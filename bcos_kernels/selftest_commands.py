@@ -185,7 +185,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer cases and dtypes")
     parser.add_argument(
         "--cutlass", action="store_true",
-        help="build CUTLASS's kernels for Hopper first, about a minute each, into the cache; without this they take "
+        help="build CUTLASS's kernels for this GPU first, up to a minute each, into the cache; without this they take "
         "part where they are built",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="do not write to the tuning table")
@@ -194,9 +194,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _build_cutlass(parser: argparse.ArgumentParser, device: torch.device) -> None:
     """Before anything has loaded their library: one that is loaded cannot be replaced by one with more kernels."""
     if device.type != "cuda":
-        parser.error(f"--cutlass: CUTLASS's kernels are for GPUs of compute capability 9.0, got {device}")
+        parser.error(f"--cutlass: CUTLASS's kernels are for GPUs of compute capability 8.0 and later, got {device}")
     try:
-        cutlass_build.build(list(cutlass_build.KINDS), verbose=True)
+        cutlass_build.build(cutlass_build.kinds_for(torch.cuda.get_device_capability(device)), verbose=True)
     except RuntimeError as error:
         parser.error(f"--cutlass: {_first_line(error)}")
     cutlass.unusable_reason.cache_clear()

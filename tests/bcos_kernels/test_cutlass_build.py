@@ -1,8 +1,8 @@
-"""The CUTLASS kernels for Hopper: that they compile into what they are meant to be, and that their ops refuse what they
+"""The CUTLASS kernels: that they compile into what they are meant to be, and that their ops refuse what they
 cannot compute. No GPU is needed for that; what they compute is compared on one.
 
-nvcc takes a minute a kernel, so that one matrix product and one convolution are compiled by default; the environment
-variable BCOS_TEST_CUDA_BUILD=all adds the others.
+nvcc takes a minute a kernel, so that one matrix product and one convolution for Hopper and one of each for sm_80 are
+compiled by default; the environment variable BCOS_TEST_CUDA_BUILD=all adds the others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from bcos_kernels import cutlass_build
 
 ROWS = json.loads(Path(__file__).with_name("cutlass_resources.json").read_text())
-ALWAYS = ("linear_forward_bfloat16", "conv2d_forward_bfloat16")
+ALWAYS = tuple(f"{op}_forward{suffix}_bfloat16" for op in ("linear", "conv2d") for suffix in ("", "_sm80"))
 ALL = os.environ.get("BCOS_TEST_CUDA_BUILD") == "all"
 
 _reason = cutlass_build.unbuildable_reason()
@@ -146,9 +146,23 @@ def test_command_line(tools, capsys):
     assert cutlass_build.main(["--list"]) == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert ["linear_forward_float16", "built"] in lines and ["conv2d_forward_bfloat16", "not built"] in lines
+    assert ["conv2d_backward_dx_sm80_bfloat16", "not built"] in lines
     (tools / "broken").touch()
     assert cutlass_build.main(["--kinds", "conv2d_forward_bfloat16"]) == 1
     assert "error: a reason" in capsys.readouterr().err
+
+
+def test_what_is_compiled_unless_kernels_are_named(monkeypatch):
+    """bfloat16 for the GPU that is here, or for every one."""
+    found = {}
+    for capability in (None, (7, 5), (8, 6), (9, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda here=capability: here is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda here=capability: here)
+        found[capability] = set(cutlass_build.default_kinds())
+    assert all(kind.endswith("_bfloat16") for kinds in found.values() for kind in kinds)
+    assert all("_sm80_" not in kind for kind in found[(9, 0)]) and all("_sm80_" in kind for kind in found[(8, 6)])
+    assert found[(8, 6)] == found[(12, 0)] and found[None] == found[(8, 6)] | found[(9, 0)] and not found[(7, 5)]
+    assert (len(found[(8, 6)]), len(found[(9, 0)])) == (4, 5)
 
 
 def test_nothing_runs_at_import():
@@ -192,10 +206,16 @@ def test_kernel_compiles_to_what_it_is_meant_to_be(kind):
     (row,) = cutlass_build.resources([kind])
     print(json.dumps(row))
     assert row["stack_bytes"] == row["spill_store_bytes"] == row["spill_load_bytes"] == 0, row
-    assert row["wgmma"] > 0 and not row["serialised"], row
-    assert row["tma_loads"] > 0 and row["tma_stores"] > 0, row
-    assert (row["im2col_loads"] > 0) == kind.startswith("conv2d"), row
-    assert row["shared_bytes"] <= 227 * 1024, row
+    if "_sm80_" in kind:
+        assert row["mma"] > 0 and row["async_copies"] > 0, row
+        assert row["wgmma"] == row["tma_loads"] == row["tma_stores"] == 0, row
+        # two programs a multiprocessor, with 100 KB (8.6, 8.9) of which a program costs one more and 65536 registers
+        assert 2 * (row["shared_bytes"] + 1024) <= 100 * 1024 and 2 * row["threads"] * row["registers"] <= 65536, row
+    else:
+        assert row["wgmma"] > 0 and not row["serialised"], row
+        assert row["tma_loads"] > 0 and row["tma_stores"] > 0, row
+        assert (row["im2col_loads"] > 0) == kind.startswith("conv2d"), row
+        assert row["shared_bytes"] <= 227 * 1024, row
     committed = next(committed for committed in ROWS if committed["kind"] == kind)
     if all(committed[tool] == row[tool] for tool in ("nvcc", "cutlass")):  # another compiler allocates as it likes
         assert row == committed
@@ -259,11 +279,21 @@ def test_norms_are_of_the_accumulators_rows(tmp_path):
 # ---- what the ops refuse: on the meta device they check and allocate, without a GPU ----
 
 
+def _kinds_to_run() -> tuple[str, ...]:
+    """Hopper runs all, those for sm_80 from their PTX."""
+    if not torch.cuda.is_available():
+        return ()
+    capability = torch.cuda.get_device_capability()
+    return cutlass_build.kinds_for(None if capability == (9, 0) else capability)
+
+
+both = pytest.mark.parametrize("suffix", ["", "_sm80"])  # of an op's name
+
+
 @pytest.fixture(scope="module")
 def ops():
     """The ops, without kernels where there is nothing to run them."""
-    kinds = list(cutlass_build.KINDS) if torch.cuda.is_available() else []
-    torch.ops.load_library(str(cutlass_build.build(kinds)))
+    torch.ops.load_library(str(cutlass_build.build(_kinds_to_run())))
     return torch.ops.bcos_kernels_cutlass
 
 
@@ -279,16 +309,24 @@ def values(*sizes, device="meta"):
     return torch.empty(sizes, device=device)
 
 
+def op(ops, stem, suffix):
+    return getattr(ops, f"{stem}{suffix}")
+
+
 @buildable
-def test_ops_tell_shapes_and_kernels(ops):
-    y = ops.linear_forward(matrix(6, 64), matrix(24, 64), values(6), values(24))
+@both
+def test_ops_tell_shapes_and_kernels(ops, suffix):
+    y = op(ops, "linear_forward", suffix)(matrix(6, 64), matrix(24, 64), values(6), values(24))
     assert y.shape == (6, 24) and y.dtype == torch.bfloat16
     y = ops.linear_norm_forward(matrix(6, 64, torch.float16), matrix(24, 64, torch.float16), None)
     assert y.shape == (6, 24) and y.dtype == torch.float16
-    y = ops.conv2d_forward(images(2, 8, 9, 7), images(16, 8, 3, 3), values(2, 5, 4), None, 2, 2, 1, 1, 1, 1)
+    dx = op(ops, "linear_backward_dx", suffix)(matrix(6, 24), matrix(24, 64), matrix(6, 64), values(6))
+    assert dx.shape == (6, 64) and dx.dtype == torch.bfloat16
+    forward, backward_dx = (op(ops, stem, suffix) for stem in ("conv2d_forward", "conv2d_backward_dx"))
+    y = forward(images(2, 8, 9, 7), images(16, 8, 3, 3), values(2, 5, 4), None, 2, 2, 1, 1, 1, 1)
     assert y.shape == (2, 16, 5, 4) and y.is_contiguous(memory_format=torch.channels_last)
     x, da = images(2, 8, 9, 7), images(2, 16, 9, 7)
-    dx = ops.conv2d_backward_dx(da, images(16, 8, 3, 3), x, values(2, 9, 7), 1, 1, 1, 1, 1, 1)
+    dx = backward_dx(da, images(16, 8, 3, 3), x, values(2, 9, 7), 1, 1, 1, 1, 1, 1)
     assert dx.shape == x.shape and dx.is_contiguous(memory_format=torch.channels_last)
     assert {line.split()[0] for line in ops.kernels().splitlines()} <= set(cutlass_build.KINDS)
 
@@ -308,9 +346,11 @@ def test_ops_tell_shapes_and_kernels(ops):
         ((images(1, 8, 6, 64), matrix(24, 64), values(6)), r"expected x of 2 dimensions, got \(1, 8, 6, 64\)"),
     ],
 )
-def test_linear_refuses(ops, arguments, message):
-    with pytest.raises(RuntimeError, match=f"linear_forward: expected .*{message.removeprefix('expected ')}"):
-        ops.linear_forward(*arguments, None)
+@both
+def test_linear_refuses(ops, suffix, arguments, message):
+    said = f"linear_forward{suffix}: expected .*{message.removeprefix('expected ')}"
+    with pytest.raises(RuntimeError, match=said):
+        op(ops, "linear_forward", suffix)(*arguments, None)
 
 
 @buildable
@@ -320,8 +360,7 @@ def test_linear_refuses(ops, arguments, message):
         (images(2, 12, 9, 7), images(16, 12, 3, 3), (1, 1, 1, 1, 1, 1), r"in_channels\) to be a positive multiple"),
         (images(2, 8, 9, 7), images(12, 8, 3, 3), (1, 1, 1, 1, 1, 1), r"out_channels\) to be a positive multiple"),
         (images(2, 16, 9, 7), images(16, 8, 3, 3), (1, 1, 1, 1, 1, 1), "one group.*got 8 and 16"),
-        (images(2, 8, 9, 7), images(16, 8, 3, 3), (9, 1, 1, 1, 1, 1), r"strides from 1 to 8, got \(9, 1\)"),
-        (images(2, 8, 9, 7), images(16, 8, 3, 3), (1, 0, 1, 1, 1, 1), r"strides from 1 to 8, got \(1, 0\)"),
+        (images(2, 8, 9, 7), images(16, 8, 3, 3), (1, 0, 1, 1, 1, 1), r"strides >= 1, got \(1, 0\)"),
         (images(2, 8, 9, 7), images(16, 8, 3, 3), (1, 1, -1, 1, 1, 1), r"padding >= 0, got \(-1, 1\)"),
         (images(2, 8, 9, 7), images(16, 8, 3, 3), (1, 1, 1, 1, 1, 0), r"dilation >= 1, got \(1, 0\)"),
         (images(2, 8, 2, 7), images(16, 8, 5, 3), (1, 1, 1, 1, 1, 1), "a window within the padded image"),
@@ -329,31 +368,71 @@ def test_linear_refuses(ops, arguments, message):
         (images(2, 8, 9, 7), images(16, 8, 3, 3).contiguous(), (1, 1, 1, 1, 1, 1), "weight densely packed"),
     ],
 )
-def test_conv2d_refuses(ops, x, weight, window, message):
-    for op in (ops.conv2d_forward, ops.conv2d_backward_dx):
-        with pytest.raises(RuntimeError, match=f"expected .*{message}"):
-            if op is ops.conv2d_forward:
-                op(x, weight, values(126), None, *window)
-            else:
-                op(images(2, 16, 9, 7), weight, x, values(126), *window)
+@both
+def test_conv2d_refuses(ops, suffix, x, weight, window, message):
+    with pytest.raises(RuntimeError, match=f"conv2d_forward{suffix}: expected .*{message}"):
+        op(ops, "conv2d_forward", suffix)(x, weight, values(126), None, *window)
+    with pytest.raises(RuntimeError, match=f"conv2d_backward_dx{suffix}: expected .*{message}"):
+        op(ops, "conv2d_backward_dx", suffix)(images(2, 16, 9, 7), weight, x, values(126), *window)
 
 
 @buildable
-def test_conv2d_backward_dx_refuses(ops):
+def test_conv2d_s_limits_are_the_architecture_s(ops):
+    """What Hopper's tensor memory accelerator and what sm_80's loads address."""
+    strided = images(2, 8, 9, 7), images(16, 8, 3, 3), values(2), None, 9, 9, 0, 0, 1, 1
+    with pytest.raises(RuntimeError, match=r"strides from 1 to 8, got \(9, 9\)"):
+        ops.conv2d_forward(*strided)
+    assert ops.conv2d_forward_sm80(*strided).shape == (2, 16, 1, 1)
+    wide = images(2, 8, 9, 40), images(16, 8, 1, 33), values(2 * 9 * 8), None, 1, 1, 0, 0, 1, 1
+    assert ops.conv2d_forward(*wide).shape == (2, 16, 9, 8)
+    with pytest.raises(RuntimeError, match=r"a window of up to 32 x 32, got weight \(16, 8, 1, 33\)"):
+        ops.conv2d_forward_sm80(*wide)
+    large = images(1, 512, 1024, 2048), images(8, 512, 1, 1), values(1, 1024, 2048), None, 1, 1, 0, 0, 1, 1
+    assert ops.conv2d_forward(*large).shape == (1, 8, 1024, 2048)
+    with pytest.raises(RuntimeError, match=r"tensors of less than 2\^31 bytes, got one of 2147483648"):
+        ops.conv2d_forward_sm80(*large)
+
+
+@buildable
+@both
+def test_linear_backward_dx_refuses(ops, suffix):
+    x, weight, da = matrix(6, 64), matrix(24, 64), matrix(6, 24)
+    backward_dx, name = op(ops, "linear_backward_dx", suffix), f"linear_backward_dx{suffix}"
+    with pytest.raises(RuntimeError, match=rf"{name}: expected da \(6, 24\), got \(6, 32\)"):
+        backward_dx(matrix(6, 32), weight, x, values(6))
+    with pytest.raises(RuntimeError, match=f"{name}: expected all operands of one type.*da in Half"):
+        backward_dx(matrix(6, 24, torch.float16), weight, x, values(6))
+    with pytest.raises(RuntimeError, match=f"{name}: expected da contiguous"):
+        backward_dx(matrix(24, 6).t(), weight, x, values(6))
+    with pytest.raises(RuntimeError, match=rf"{name}: expected 6 elements of q, got \(24\)"):
+        backward_dx(da, weight, x, values(24))
+    with pytest.raises(RuntimeError, match=rf"{name}: .*out_features\) to be .* multiple of 8, got 20"):
+        backward_dx(matrix(6, 20), matrix(20, 64), x, values(6))
+
+
+@buildable
+@both
+def test_conv2d_backward_dx_refuses(ops, suffix):
     x, weight = images(2, 8, 9, 7), images(16, 8, 3, 3)
-    # accepted by CUTLASS, and computed wrongly
-    with pytest.raises(RuntimeError, match=r"conv2d_backward_dx: expected stride \(1, 1\).*got \(2, 2\)"):
-        ops.conv2d_backward_dx(images(2, 16, 5, 4), weight, x, values(126), 2, 2, 1, 1, 1, 1)
+    backward_dx = op(ops, "conv2d_backward_dx", suffix)
+    # for Hopper accepted by CUTLASS, and computed wrongly
+    with pytest.raises(RuntimeError, match=rf"conv2d_backward_dx{suffix}: expected stride \(1, 1\).*got \(2, 2\)"):
+        backward_dx(images(2, 16, 5, 4), weight, x, values(126), 2, 2, 1, 1, 1, 1)
     with pytest.raises(RuntimeError, match=r"expected da \(2, 16, 9, 7\), got \(2, 16, 9, 6\)"):
-        ops.conv2d_backward_dx(images(2, 16, 9, 6), weight, x, values(126), 1, 1, 1, 1, 1, 1)
+        backward_dx(images(2, 16, 9, 6), weight, x, values(126), 1, 1, 1, 1, 1, 1)
     with pytest.raises(RuntimeError, match="expected 126 elements of q, got"):
-        ops.conv2d_backward_dx(images(2, 16, 9, 7), weight, x, values(125), 1, 1, 1, 1, 1, 1)
+        backward_dx(images(2, 16, 9, 7), weight, x, values(125), 1, 1, 1, 1, 1, 1)
 
 
 # ---- what they compute, on a GPU ----
 
-hopper = pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
+_capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+architectures = pytest.mark.parametrize(
+    "suffix",
+    [
+        pytest.param("", marks=pytest.mark.skipif(_capability != (9, 0), reason="needs compute capability 9.0")),
+        pytest.param("_sm80", marks=pytest.mark.skipif(_capability < (8, 0), reason="needs compute capability 8.0")),
+    ],
 )
 TYPES = {torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of the norm
 
@@ -363,23 +442,29 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @buildable
-@hopper
+@architectures
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(("m", "n", "k"), [(256, 256, 256), (1, 8, 8), (1000, 1000, 72), (0, 8, 8), (4096, 1536, 384)])
-def test_linear_on_gpu(ops, m, n, k, normalize, dtype):
+def test_linear_on_gpu(ops, suffix, m, n, k, normalize, dtype):
     torch.manual_seed(0)
     x, weight = (torch.randn(rows, k, device="cuda", dtype=dtype) for rows in (m, n))
     reciprocal_n = 1 / x.double().norm(dim=1)
     reciprocal_weight_norm = 1 / weight.double().norm(dim=1) if normalize else None
     a = x.double() @ weight.double().T * (reciprocal_weight_norm if normalize else 1)
-    y = ops.linear_forward(x, weight, reciprocal_n.float(), reciprocal_weight_norm.float() if normalize else None)
-    assert y.shape == (m, n)
-    assert m == 0 or error(y, a * a.abs() * reciprocal_n[:, None]) < TYPES[dtype]
-    y = ops.linear_norm_forward(x, weight, reciprocal_weight_norm.float() if normalize else None)
-    assert m == 0 or error(y, a * a.abs() * reciprocal_n[:, None]) < TYPES[dtype]
+    given = reciprocal_weight_norm.float() if normalize else None
+    made = [op(ops, "linear_forward", suffix)(x, weight, reciprocal_n.float(), given)]
+    if not suffix:
+        made.append(ops.linear_norm_forward(x, weight, given))
+    for y in made:
+        assert y.shape == (m, n)
+        assert m == 0 or error(y, a * a.abs() * reciprocal_n[:, None]) < TYPES[dtype]
+    da, q = torch.randn_like(made[0]), torch.randn(m, device="cuda")
+    dx = op(ops, "linear_backward_dx", suffix)(da, weight, x, q)
+    assert dx.shape == (m, k)
+    assert m == 0 or error(dx, da.double() @ weight.double() + x.double() * q.double()[:, None]) < TYPES[dtype]
 
 
 WINDOWS = [  # images, channels, outputs, height, width, window, stride, padding, dilation
@@ -395,12 +480,12 @@ WINDOWS = [  # images, channels, outputs, height, width, window, stride, padding
 
 
 @buildable
-@hopper
+@architectures
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("case", WINDOWS, ids=str)
-def test_conv2d_on_gpu(ops, case, dtype):
+def test_conv2d_on_gpu(ops, suffix, case, dtype):
     torch.manual_seed(0)
     n, c, o, h, w, size, stride, padding, dilation = case
     options = {"device": "cuda", "dtype": dtype}
@@ -411,15 +496,15 @@ def test_conv2d_on_gpu(ops, case, dtype):
     a = F.conv2d(x.double(), weight.double(), **geometry)
     squares = x.double().square().sum(1, keepdim=True)
     norm = (F.conv2d(squares, squares.new_ones(1, 1, size, size), **geometry) + 1e-6).sqrt()
-    y = ops.conv2d_forward(x, weight, (1 / norm).float(), None, *window)
+    y = op(ops, "conv2d_forward", suffix)(x, weight, (1 / norm).float(), None, *window)
     assert error(y, a * a.abs() / norm) < TYPES[dtype]
     reciprocal_weight_norm = 1 / weight.double().flatten(1).norm(dim=1)
-    y = ops.conv2d_forward(x, weight, (1 / norm).float(), reciprocal_weight_norm.float(), *window)
+    y = op(ops, "conv2d_forward", suffix)(x, weight, (1 / norm).float(), reciprocal_weight_norm.float(), *window)
     a = a * reciprocal_weight_norm[:, None, None]
     assert error(y, a * a.abs() / norm) < TYPES[dtype]
     if stride == 1:
         da = torch.randn_like(y)
         q = torch.randn(n, h, w, device="cuda")
-        dx = ops.conv2d_backward_dx(da, weight, x, q, *window)
+        dx = op(ops, "conv2d_backward_dx", suffix)(da, weight, x, q, *window)
         expected = F.conv_transpose2d(da.double(), weight.double(), **geometry)
         assert error(dx, expected + x.double() * q[:, None]) < TYPES[dtype]

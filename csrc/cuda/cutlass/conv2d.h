@@ -12,7 +12,7 @@
 #include "epilogue.h"
 #include "kernels.h"
 
-namespace bcos::hopper {
+namespace bcos::fused {
 
 using Conv2dTile = cute::Shape<cute::_128, cute::_128, cute::Shape<cute::_64>>;
 using Conv2dCluster = cute::Shape<cute::_1, cute::_1, cute::_1>;
@@ -59,4 +59,4 @@ Stride output_stride(const Shape& shape) {
   return stride;
 }
 
-}  // namespace bcos::hopper
+}  // namespace bcos::fused

@@ -13,16 +13,12 @@
 
 #include "conv2d.h"
 
-namespace bcos::hopper {
+namespace bcos::fused {
 namespace {
 
 constexpr auto kKind = cutlass::conv::Operator::kDgrad;
 
-using PlusScaledSource = fusion::Sm90EVT<
-    fusion::Sm90Compute<cutlass::homogeneous_multiply_add, Element, float, cutlass::FloatRoundStyle::round_to_nearest>,
-    PerRow<Conv2dTile>, fusion::Sm90SrcFetch<Element>, fusion::Sm90AccFetch>;
-
-using Epilogue = Conv2dEpilogue<Element, PlusScaledSource>;
+using Epilogue = Conv2dEpilogue<Element, PlusScaledSource<Conv2dTile>>;
 using Conv2dBackwardDxKernel = Conv2dKernel<kKind, Epilogue>;
 using Operator = cutlass::conv::device::ConvUniversalAdapter<Conv2dBackwardDxKernel>;
 
@@ -31,7 +27,7 @@ std::string conv2d_backward_dx(const Conv2dBackwardDx& p, const Place& place) {
   arguments.problem_shape = shape_of<kKind>(p.window);
   arguments.mainloop.ptr_A = static_cast<const Element*>(p.da);
   arguments.mainloop.ptr_B = static_cast<const Element*>(p.weight);
-  arguments.epilogue.thread = {{p.q}, {}, {}, {}};
+  arguments.epilogue.thread = plus_scaled_source<Conv2dTile>(p.q);
   arguments.epilogue.ptr_C = static_cast<const Element*>(p.x);
   arguments.epilogue.dC = output_stride<typename Epilogue::StrideC>(arguments.problem_shape);
   arguments.epilogue.ptr_D = static_cast<Element*>(p.dx);
@@ -44,4 +40,4 @@ std::string conv2d_backward_dx(const Conv2dBackwardDx& p, const Place& place) {
 const Kernel<Conv2dBackwardDx> BCOS_KERNEL_NAME(conv2d_backward_dx) =
     kernel_of<Conv2dBackwardDx, Conv2dBackwardDxKernel>(conv2d_backward_dx);
 
-}  // namespace bcos::hopper
+}  // namespace bcos::fused

@@ -12,7 +12,7 @@
 
 #include "conv2d.h"
 
-namespace bcos::hopper {
+namespace bcos::fused {
 namespace {
 
 constexpr auto kKind = cutlass::conv::Operator::kFprop;
@@ -36,4 +36,4 @@ std::string conv2d_forward(const Conv2dForward& p, const Place& place) {
 
 const Kernel<Conv2dForward> BCOS_KERNEL_NAME(conv2d_forward) = kernel_of<Conv2dForward, Conv2dForwardKernel>(conv2d_forward);
 
-}  // namespace bcos::hopper
+}  // namespace bcos::fused

@@ -1,15 +1,15 @@
 // What ops.cpp hands to the kernels and what it knows of them: no torch, CUDA or CUTLASS header, so that either side
 // compiles without the other's.
 //
-// Every kernel is an instance of one translation unit for one element type, and a library holds those that were asked
-// for: the others' declarations are weak and stay null.
+// Every kernel is an instance of one translation unit for one element type and one architecture, and a library holds those
+// that were asked for: the others' declarations are weak and stay null.
 #pragma once
 
 #include <cstdint>
 #include <functional>
 #include <string>
 
-namespace bcos::hopper {
+namespace bcos::fused {
 
 // Where a kernel is launched. allocate gives bytes of device memory that live until the launch is enqueued.
 struct Place {
@@ -23,6 +23,13 @@ struct LinearForward {
   const void *x, *weight;               // (M, K), (N, K)
   const float* reciprocal_n;            // (M,); linear_norm_forward computes its own
   const float* reciprocal_weight_norm;  // (N,) or null: 1
+  int64_t m, n, k;
+};
+
+struct LinearBackwardDx {
+  void* dx;                     // (M, K)
+  const void *da, *weight, *x;  // (M, N), (N, K), (M, K)
+  const float* q;               // (M,)
   int64_t m, n, k;
 };
 
@@ -57,10 +64,17 @@ struct Kernel {
 #define BCOS_DECLARE_KERNEL(stem, Problem)                            \
   extern const Kernel<Problem> stem##_bfloat16 __attribute__((weak)); \
   extern const Kernel<Problem> stem##_float16 __attribute__((weak));
+// for compute capability 9.0
 BCOS_DECLARE_KERNEL(linear_forward, LinearForward)
 BCOS_DECLARE_KERNEL(linear_norm_forward, LinearForward)
+BCOS_DECLARE_KERNEL(linear_backward_dx, LinearBackwardDx)
 BCOS_DECLARE_KERNEL(conv2d_forward, Conv2dForward)
 BCOS_DECLARE_KERNEL(conv2d_backward_dx, Conv2dBackwardDx)
+// from compute capability 8.0 on
+BCOS_DECLARE_KERNEL(linear_forward_sm80, LinearForward)
+BCOS_DECLARE_KERNEL(linear_backward_dx_sm80, LinearBackwardDx)
+BCOS_DECLARE_KERNEL(conv2d_forward_sm80, Conv2dForward)
+BCOS_DECLARE_KERNEL(conv2d_backward_dx_sm80, Conv2dBackwardDx)
 #undef BCOS_DECLARE_KERNEL
 
-}  // namespace bcos::hopper
+}  // namespace bcos::fused

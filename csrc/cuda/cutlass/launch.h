@@ -1,4 +1,4 @@
-// From a kernel's arguments to its launch, saying what went wrong.
+// From the arguments of a kernel for Hopper to its launch, saying what went wrong.
 #pragma once
 
 #include "tensor_maps.h"
@@ -8,23 +8,15 @@
 
 #include <string>
 
+#include "devices.h"
 #include "kernels.h"
 
-namespace bcos::hopper {
-
-inline std::string wrong_device(int32_t device) {
-  int major = 0, minor = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (error != cudaSuccess) return std::string("the device cannot be asked: ") + cudaGetErrorString(error);
-  if (major == 9 && minor == 0) return {};
-  return "expected a device of compute capability 9.0, got " + std::to_string(major) + "." + std::to_string(minor);
-}
+namespace bcos::fused {
 
 // Enqueues Operator (a device adapter of CUTLASS) on the place's stream; what went wrong, or nothing.
 template <class Operator>
 std::string launch(typename Operator::Arguments& arguments, const Place& place) {
-  const std::string wrong = wrong_device(place.device);
+  const std::string wrong = wrong_device(place.device, 9, /*or_newer*/ false);
   if (!wrong.empty()) return wrong;
   arguments.hw_info.device_id = place.device;
   arguments.hw_info.sm_count = cutlass::KernelHardwareInfo::query_device_multiprocessor_count(place.device);
@@ -51,4 +43,4 @@ constexpr Kernel<Problem> kernel_of(std::string (*launcher)(const Problem&, cons
       Device::SharedStorageSize};
 }
 
-}  // namespace bcos::hopper
+}  // namespace bcos::fused

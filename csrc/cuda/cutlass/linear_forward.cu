@@ -11,16 +11,16 @@
 
 #include "linear.h"
 
-namespace bcos::hopper {
+namespace bcos::fused {
 namespace {
 
-using Epilogue = LinearEpilogue<ScaledByNorms<LinearTile>>;
-using LinearForwardKernel =
-    cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, LinearMainLoop<Epilogue>, Epilogue>;
+using Epilogue = LinearEpilogue<void, ScaledByNorms<LinearTile>>;
+using MainLoop = LinearMainLoop<cutlass::layout::ColumnMajor, Epilogue>;
+using LinearForwardKernel = LinearKernel<MainLoop, Epilogue>;
 using Operator = cutlass::gemm::device::GemmUniversalAdapter<LinearForwardKernel>;
 
 std::string linear_forward(const LinearForward& p, const Place& place) {
-  auto arguments = linear_arguments<Operator>(p);
+  auto arguments = linear_arguments<Operator>(p.y, p.x, p.weight, p.m, p.n, p.k);
   arguments.epilogue.thread = scaled_by_norms<LinearTile>(p.reciprocal_n, p.reciprocal_weight_norm);
   return launch<Operator>(arguments, place);
 }
@@ -29,4 +29,4 @@ std::string linear_forward(const LinearForward& p, const Place& place) {
 
 const Kernel<LinearForward> BCOS_KERNEL_NAME(linear_forward) = kernel_of<LinearForward, LinearForwardKernel>(linear_forward);
 
-}  // namespace bcos::hopper
+}  // namespace bcos::fused

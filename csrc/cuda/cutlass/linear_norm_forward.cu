@@ -12,7 +12,7 @@
 #include "linear.h"
 #include "norm_main_loop.h"
 
-namespace bcos::hopper {
+namespace bcos::fused {
 namespace {
 
 // t |t|, t = accumulator / |w|.
@@ -27,17 +27,16 @@ struct SignedSquare {
 };
 
 using Squared = fusion::Sm90EVT<
-    fusion::Sm90Compute<SignedSquare, Element, float, cutlass::FloatRoundStyle::round_to_nearest>,
+    fusion::Sm90Compute<SignedSquare, Element, float, kRounding>,
     fusion::Sm90AccFetch, PerColumn<LinearTile>>;
 
-using Epilogue = LinearEpilogue<Squared>;
-using MainLoop = NormMainLoop<LinearMainLoop<Epilogue>>;
-using LinearNormForwardKernel =
-    cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, MainLoop, Epilogue>;
+using Epilogue = LinearEpilogue<void, Squared>;
+using MainLoop = NormMainLoop<LinearMainLoop<cutlass::layout::ColumnMajor, Epilogue>>;
+using LinearNormForwardKernel = LinearKernel<MainLoop, Epilogue>;
 using Operator = cutlass::gemm::device::GemmUniversalAdapter<LinearNormForwardKernel>;
 
 std::string linear_norm_forward(const LinearForward& p, const Place& place) {
-  auto arguments = linear_arguments<Operator>(p);
+  auto arguments = linear_arguments<Operator>(p.y, p.x, p.weight, p.m, p.n, p.k);
   arguments.epilogue.thread = {{}, {p.reciprocal_weight_norm, 1.f}, {}};
   return launch<Operator>(arguments, place);
 }
@@ -47,4 +46,4 @@ std::string linear_norm_forward(const LinearForward& p, const Place& place) {
 const Kernel<LinearForward> BCOS_KERNEL_NAME(linear_norm_forward) =
     kernel_of<LinearForward, LinearNormForwardKernel>(linear_norm_forward);
 
-}  // namespace bcos::hopper
+}  // namespace bcos::fused

@@ -6,7 +6,7 @@
 
 #include "../../math.h"
 
-namespace bcos::hopper {
+namespace bcos::fused {
 
 // A drop-in for Base, a main loop whose operands lie in shared memory: the accumulator comes out as a / sqrt(n) instead of
 // a, n the norm of the row, so that t |t| of what comes out is a |a| / n.
@@ -104,4 +104,4 @@ struct NormMainLoop : Base {
   }
 };
 
-}  // namespace bcos::hopper
+}  // namespace bcos::fused

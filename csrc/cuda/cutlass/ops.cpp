@@ -1,4 +1,5 @@
-// The CUTLASS kernels for Hopper as private ops bcos_kernels_cutlass::*, against the LibTorch stable ABI.
+// The CUTLASS kernels as private ops bcos_kernels_cutlass::*, against the LibTorch stable ABI. Ops of the same arguments
+// with _sm80 behind their names call the kernels for that architecture; the others are Hopper's.
 //
 // An op checks its tensors, allocates its output and enqueues one kernel on the current stream; nothing waits. On the
 // meta device it checks and allocates alone.
@@ -17,16 +18,18 @@
 
 #include "kernels.h"
 
-namespace bcos::hopper {
+namespace bcos::fused {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kLimit = int64_t{1} << 31;  // CUTLASS counts rows, columns and pixels in 32 bits
-constexpr int64_t kAlignment = 8;             // elements in the 16 bytes that the tensor memory accelerator moves
-constexpr int64_t kMaximalStride = 8;         // of its im2col mode
+constexpr int64_t kLimit = int64_t{1} << 31;  // CUTLASS counts rows, columns and pixels in 32 bits, sm_80's offsets too
+constexpr int64_t kAlignment = 8;             // elements in the 16 bytes that copies to shared memory move
+constexpr int64_t kElementBytes = 2;
+constexpr int64_t kMaximalStride = 8;         // of the tensor memory accelerator's im2col mode
+constexpr int64_t kMaximalWindow = 32;        // bits of the masks with which sm_80's convolutions predicate their loads
 
 std::string shape(const Tensor& t) {
   std::ostringstream text;
@@ -52,6 +55,13 @@ bool is_packed(const Tensor& t, bool channels_last) {
   return true;
 }
 
+// Kernels copy 16 bytes at a time.
+void check_address(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(
+      !t.is_cuda() || reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, op, ": expected ", name,
+      " at an address that is a multiple of 16, got one at storage offset ", t.storage_offset());
+}
+
 // A matrix, or an image or weight with its channels innermost, of x's type and device.
 void check_operand(const char* op, const char* name, const Tensor& t, const Tensor& x, int64_t dims) {
   STD_TORCH_CHECK(t.dim() == dims, op, ": expected ", name, " of ", dims, " dimensions, got ", shape(t));
@@ -68,9 +78,7 @@ void check_operand(const char* op, const char* name, const Tensor& t, const Tens
   for (int64_t d = 0; d < dims; d++) {
     STD_TORCH_CHECK(t.size(d) < kLimit, op, ": expected sizes of ", name, " below 2^31, got ", shape(t));
   }
-  STD_TORCH_CHECK(
-      !t.is_cuda() || reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, op, ": expected ", name,
-      " at an address that is a multiple of 16, got one at storage offset ", t.storage_offset());
+  check_address(op, name, t);
 }
 
 // A value per row, pixel or output.
@@ -78,6 +86,7 @@ void check_vector(const char* op, const char* name, const Tensor& t, const Tenso
   STD_TORCH_CHECK(
       t.scalar_type() == ScalarType::Float && t.device() == x.device() && is_packed(t, false), op, ": expected ", name,
       " in float32, contiguous, on the operands' device, got ", torch::headeronly::toString(t.scalar_type()), " ", shape(t));
+  check_address(op, name, t);
   STD_TORCH_CHECK(t.numel() == elements, op, ": expected ", elements, " elements of ", name, ", got ", shape(t));
 }
 
@@ -104,12 +113,20 @@ Tensor new_channels_last(const Tensor& like, int64_t n, int64_t c, int64_t h, in
   return Tensor(handle);
 }
 
+// An op's name and the kernels behind it, null where the library was built without one.
 template <class Problem>
-void enqueue(
-    const char* op, const Kernel<Problem>* bfloat16, const Kernel<Problem>* float16, const Tensor& x, const Tensor& weight,
-    const Problem& problem) {
+struct Kernels {
+  const char* op;
+  const Kernel<Problem>*bfloat16, *float16;
+};
+#define BCOS_KERNELS_OF(name, Problem) Kernels<Problem>{#name, &name##_bfloat16, &name##_float16}
+#define BCOS_KERNELS(stem, Problem) (is_sm80 ? BCOS_KERNELS_OF(stem##_sm80, Problem) : BCOS_KERNELS_OF(stem, Problem))
+
+template <class Problem>
+void enqueue(const Kernels<Problem>& kernels, const Tensor& x, const Tensor& weight, const Problem& problem) {
+  const char* op = kernels.op;
   const bool is_bfloat16 = x.scalar_type() == ScalarType::BFloat16;
-  const Kernel<Problem>* kernel = is_bfloat16 ? bfloat16 : float16;
+  const Kernel<Problem>* kernel = is_bfloat16 ? kernels.bfloat16 : kernels.float16;
   STD_TORCH_CHECK(
       kernel != nullptr, op, ": expected a library built with ", op, is_bfloat16 ? "_bfloat16" : "_float16",
       ", got one without it");
@@ -149,32 +166,49 @@ LinearForward linear_problem(
       x.size(1)};
 }
 
+template <bool is_sm80>
 Tensor linear_forward(
     const Tensor& x, const Tensor& weight, const Tensor& reciprocal_n, const OptionalTensor& reciprocal_weight_norm) {
-  constexpr const char* op = "linear_forward";
-  check_linear(op, x, weight, reciprocal_weight_norm);
-  check_vector(op, "reciprocal_n", reciprocal_n, x, x.size(0));
+  const auto kernels = BCOS_KERNELS(linear_forward, LinearForward);
+  check_linear(kernels.op, x, weight, reciprocal_weight_norm);
+  check_vector(kernels.op, "reciprocal_n", reciprocal_n, x, x.size(0));
   const Tensor y = new_tensor(x, {x.size(0), weight.size(0)});
   if (!x.is_cuda() || x.size(0) == 0) return y;
-  const LinearForward problem = linear_problem(y, x, weight, reciprocal_n, reciprocal_weight_norm);
-  enqueue(op, &linear_forward_bfloat16, &linear_forward_float16, x, weight, problem);
+  enqueue(kernels, x, weight, linear_problem(y, x, weight, reciprocal_n, reciprocal_weight_norm));
   return y;
 }
 
 Tensor linear_norm_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& reciprocal_weight_norm) {
-  constexpr const char* op = "linear_norm_forward";
-  check_linear(op, x, weight, reciprocal_weight_norm);
+  const auto kernels = BCOS_KERNELS_OF(linear_norm_forward, LinearForward);
+  check_linear(kernels.op, x, weight, reciprocal_weight_norm);
   const Tensor y = new_tensor(x, {x.size(0), weight.size(0)});
   if (!x.is_cuda() || x.size(0) == 0) return y;
-  const LinearForward problem = linear_problem(y, x, weight, std::nullopt, reciprocal_weight_norm);
-  enqueue(op, &linear_norm_forward_bfloat16, &linear_norm_forward_float16, x, weight, problem);
+  enqueue(kernels, x, weight, linear_problem(y, x, weight, std::nullopt, reciprocal_weight_norm));
   return y;
+}
+
+template <bool is_sm80>
+Tensor linear_backward_dx(const Tensor& da, const Tensor& weight, const Tensor& x, const Tensor& q) {
+  const auto kernels = BCOS_KERNELS(linear_backward_dx, LinearBackwardDx);
+  const char* op = kernels.op;
+  check_linear(op, x, weight, std::nullopt);
+  check_operand(op, "da", da, x, 2);
+  STD_TORCH_CHECK(
+      da.size(0) == x.size(0) && da.size(1) == weight.size(0), op, ": expected da (", x.size(0), ", ", weight.size(0),
+      "), got ", shape(da));
+  check_vector(op, "q", q, x, x.size(0));
+  const Tensor dx = new_tensor(x, {x.size(0), x.size(1)});
+  if (!x.is_cuda() || x.size(0) == 0) return dx;
+  enqueue(
+      kernels, x, weight,
+      LinearBackwardDx{dx.data_ptr(), data(da), data(weight), data(x), vector(q), x.size(0), weight.size(0), x.size(1)});
+  return dx;
 }
 
 // Of images x and a weight, both checked here.
 Window window_of(
-    const char* op, const Tensor& x, const Tensor& weight, int64_t s0, int64_t s1, int64_t p0, int64_t p1, int64_t d0,
-    int64_t d1) {
+    const char* op, bool is_sm80, const Tensor& x, const Tensor& weight, int64_t s0, int64_t s1, int64_t p0, int64_t p1,
+    int64_t d0, int64_t d1) {
   check_operand(op, "x", x, x, 4);
   check_operand(op, "weight", weight, x, 4);
   Window w{
@@ -186,8 +220,9 @@ Window window_of(
   check_multiple(op, "x.size(1) (in_channels)", w.c);
   check_multiple(op, "weight.size(0) (out_channels)", w.o);
   for (int i = 0; i < 2; i++) {
+    STD_TORCH_CHECK(w.stride[i] >= 1, op, ": expected strides >= 1, got ", pair(w.stride));
     STD_TORCH_CHECK(
-        w.stride[i] >= 1 && w.stride[i] <= kMaximalStride, op, ": expected strides from 1 to ", kMaximalStride, ", got ",
+        is_sm80 || w.stride[i] <= kMaximalStride, op, ": expected strides from 1 to ", kMaximalStride, ", got ",
         pair(w.stride));
     STD_TORCH_CHECK(w.padding[i] >= 0, op, ": expected padding >= 0, got ", pair(w.padding));
     STD_TORCH_CHECK(w.dilation[i] >= 1, op, ": expected dilation >= 1, got ", pair(w.dilation));
@@ -201,32 +236,44 @@ Window window_of(
   STD_TORCH_CHECK(
       w.n * w.h * w.w < kLimit && w.n * w.p * w.q < kLimit, op, ": expected fewer than 2^31 pixels, got ",
       std::max(w.n * w.h * w.w, w.n * w.p * w.q));
+  if (!is_sm80) return w;
+  STD_TORCH_CHECK(
+      w.r <= kMaximalWindow && w.s <= kMaximalWindow, op, ": expected a window of up to ", kMaximalWindow, " x ",
+      kMaximalWindow, ", got weight ", shape(weight));
+  const int64_t elements = std::max({w.n * w.h * w.w * w.c, w.n * w.p * w.q * w.o, w.o * w.r * w.s * w.c});
+  STD_TORCH_CHECK(
+      elements < kLimit / kElementBytes, op, ": expected tensors of less than 2^31 bytes, got one of ",
+      elements * kElementBytes);
   return w;
 }
 
+template <bool is_sm80>
 Tensor conv2d_forward(
     const Tensor& x, const Tensor& weight, const Tensor& reciprocal_n, const OptionalTensor& reciprocal_weight_norm,
     int64_t s0, int64_t s1, int64_t p0, int64_t p1, int64_t d0, int64_t d1) {
-  constexpr const char* op = "conv2d_forward";
-  const Window w = window_of(op, x, weight, s0, s1, p0, p1, d0, d1);
+  const auto kernels = BCOS_KERNELS(conv2d_forward, Conv2dForward);
+  const char* op = kernels.op;
+  const Window w = window_of(op, is_sm80, x, weight, s0, s1, p0, p1, d0, d1);
   check_vector(op, "reciprocal_n", reciprocal_n, x, w.n * w.p * w.q);
   if (reciprocal_weight_norm.has_value()) check_vector(op, "reciprocal_weight_norm", *reciprocal_weight_norm, x, w.o);
 
   const Tensor y = new_channels_last(x, w.n, w.o, w.p, w.q);
   if (!x.is_cuda() || w.n == 0) return y;
-  const Conv2dForward problem{
-      y.data_ptr(), data(x), data(weight), vector(reciprocal_n), vector(reciprocal_weight_norm), w};
-  enqueue(op, &conv2d_forward_bfloat16, &conv2d_forward_float16, x, weight, problem);
+  enqueue(
+      kernels, x, weight,
+      Conv2dForward{y.data_ptr(), data(x), data(weight), vector(reciprocal_n), vector(reciprocal_weight_norm), w});
   return y;
 }
 
+template <bool is_sm80>
 Tensor conv2d_backward_dx(
     const Tensor& da, const Tensor& weight, const Tensor& x, const Tensor& q, int64_t s0, int64_t s1, int64_t p0,
     int64_t p1, int64_t d0, int64_t d1) {
-  constexpr const char* op = "conv2d_backward_dx";
-  const Window w = window_of(op, x, weight, s0, s1, p0, p1, d0, d1);
+  const auto kernels = BCOS_KERNELS(conv2d_backward_dx, Conv2dBackwardDx);
+  const char* op = kernels.op;
+  const Window w = window_of(op, is_sm80, x, weight, s0, s1, p0, p1, d0, d1);
   STD_TORCH_CHECK(
-      s0 == 1 && s1 == 1, op, ": expected stride (1, 1), which alone CUTLASS's kernel computes, got ", pair(w.stride));
+      s0 == 1 && s1 == 1, op, ": expected stride (1, 1), which alone the kernel computes, got ", pair(w.stride));
   check_operand(op, "da", da, x, 4);
   STD_TORCH_CHECK(
       da.size(0) == w.n && da.size(1) == w.o && da.size(2) == w.p && da.size(3) == w.q, op, ": expected da (", w.n, ", ",
@@ -235,8 +282,7 @@ Tensor conv2d_backward_dx(
 
   const Tensor dx = new_channels_last(x, w.n, w.c, w.h, w.w);
   if (!x.is_cuda() || w.n == 0) return dx;
-  const Conv2dBackwardDx problem{dx.data_ptr(), data(da), data(weight), data(x), vector(q), w};
-  enqueue(op, &conv2d_backward_dx_bfloat16, &conv2d_backward_dx_float16, x, weight, problem);
+  enqueue(kernels, x, weight, Conv2dBackwardDx{dx.data_ptr(), data(da), data(weight), data(x), vector(q), w});
   return dx;
 }
 
@@ -249,46 +295,56 @@ void describe(std::ostringstream& text, const char* name, const Kernel<Problem>*
 // The kernels that this library was built with, a line each: name, threads, stages, bytes of shared memory.
 std::string kernels() {
   std::ostringstream text;
-  describe(text, "linear_forward_bfloat16", &linear_forward_bfloat16);
-  describe(text, "linear_forward_float16", &linear_forward_float16);
-  describe(text, "linear_norm_forward_bfloat16", &linear_norm_forward_bfloat16);
-  describe(text, "linear_norm_forward_float16", &linear_norm_forward_float16);
-  describe(text, "conv2d_forward_bfloat16", &conv2d_forward_bfloat16);
-  describe(text, "conv2d_forward_float16", &conv2d_forward_float16);
-  describe(text, "conv2d_backward_dx_bfloat16", &conv2d_backward_dx_bfloat16);
-  describe(text, "conv2d_backward_dx_float16", &conv2d_backward_dx_float16);
+#define BCOS_DESCRIBE(name)                            \
+  describe(text, #name "_bfloat16", &name##_bfloat16); \
+  describe(text, #name "_float16", &name##_float16);
+  BCOS_DESCRIBE(linear_forward)
+  BCOS_DESCRIBE(linear_norm_forward)
+  BCOS_DESCRIBE(linear_backward_dx)
+  BCOS_DESCRIBE(conv2d_forward)
+  BCOS_DESCRIBE(conv2d_backward_dx)
+  BCOS_DESCRIBE(linear_forward_sm80)
+  BCOS_DESCRIBE(linear_backward_dx_sm80)
+  BCOS_DESCRIBE(conv2d_forward_sm80)
+  BCOS_DESCRIBE(conv2d_backward_dx_sm80)
+#undef BCOS_DESCRIBE
   return text.str();
 }
 
 }  // namespace
 
+// Of an op and its twin for sm_80.
+#define BCOS_DEFINE(stem, schema)        \
+  m.def(#stem "(" schema ") -> Tensor"); \
+  m.def(#stem "_sm80(" schema ") -> Tensor");
+#define BCOS_IMPLEMENT(stem)              \
+  m.impl(#stem, TORCH_BOX(&stem<false>)); \
+  m.impl(#stem "_sm80", TORCH_BOX(&stem<true>));
 #define BCOS_WINDOW "int s0, int s1, int p0, int p1, int d0, int d1"
 
 STABLE_TORCH_LIBRARY(bcos_kernels_cutlass, m) {
-  m.def("linear_forward(Tensor x, Tensor weight, Tensor reciprocal_n, Tensor? reciprocal_weight_norm) -> Tensor");
+  BCOS_DEFINE(linear_forward, "Tensor x, Tensor weight, Tensor reciprocal_n, Tensor? reciprocal_weight_norm")
   m.def("linear_norm_forward(Tensor x, Tensor weight, Tensor? reciprocal_weight_norm) -> Tensor");
-  m.def("conv2d_forward(Tensor x, Tensor weight, Tensor reciprocal_n, Tensor? reciprocal_weight_norm, " BCOS_WINDOW
-        ") -> Tensor");
-  m.def("conv2d_backward_dx(Tensor da, Tensor weight, Tensor x, Tensor q, " BCOS_WINDOW ") -> Tensor");
+  BCOS_DEFINE(linear_backward_dx, "Tensor da, Tensor weight, Tensor x, Tensor q")
+  BCOS_DEFINE(
+      conv2d_forward, "Tensor x, Tensor weight, Tensor reciprocal_n, Tensor? reciprocal_weight_norm, " BCOS_WINDOW)
+  BCOS_DEFINE(conv2d_backward_dx, "Tensor da, Tensor weight, Tensor x, Tensor q, " BCOS_WINDOW)
   m.def("kernels() -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(bcos_kernels_cutlass, CUDA, m) {
-  m.impl("linear_forward", TORCH_BOX(&linear_forward));
-  m.impl("linear_norm_forward", TORCH_BOX(&linear_norm_forward));
-  m.impl("conv2d_forward", TORCH_BOX(&conv2d_forward));
-  m.impl("conv2d_backward_dx", TORCH_BOX(&conv2d_backward_dx));
-}
+#define BCOS_IMPLEMENT_ALL                                        \
+  BCOS_IMPLEMENT(linear_forward)                                  \
+  m.impl("linear_norm_forward", TORCH_BOX(&linear_norm_forward)); \
+  BCOS_IMPLEMENT(linear_backward_dx)                              \
+  BCOS_IMPLEMENT(conv2d_forward)                                  \
+  BCOS_IMPLEMENT(conv2d_backward_dx)
 
-STABLE_TORCH_LIBRARY_IMPL(bcos_kernels_cutlass, Meta, m) {
-  m.impl("linear_forward", TORCH_BOX(&linear_forward));
-  m.impl("linear_norm_forward", TORCH_BOX(&linear_norm_forward));
-  m.impl("conv2d_forward", TORCH_BOX(&conv2d_forward));
-  m.impl("conv2d_backward_dx", TORCH_BOX(&conv2d_backward_dx));
-}
+STABLE_TORCH_LIBRARY_IMPL(bcos_kernels_cutlass, CUDA, m) { BCOS_IMPLEMENT_ALL }
+
+STABLE_TORCH_LIBRARY_IMPL(bcos_kernels_cutlass, Meta, m) { BCOS_IMPLEMENT_ALL }
 
 STABLE_TORCH_LIBRARY_IMPL(bcos_kernels_cutlass, CompositeExplicitAutograd, m) {
   m.impl("kernels", TORCH_BOX(&kernels));
 }
 
-}  // namespace bcos::hopper
+}  // namespace bcos::fused

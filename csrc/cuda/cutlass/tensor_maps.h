@@ -5,7 +5,7 @@
 
 #include <cutlass/cuda_host_adapter.hpp>
 
-namespace bcos::hopper {
+namespace bcos::fused {
 
 // Of this thread's latest launch: the first refusal.
 inline thread_local CUresult tensor_map_result = CUDA_SUCCESS;
@@ -23,7 +23,7 @@ CUresult record_cuTensorMapEncodeIm2col(Arguments... arguments) {
   return record(cutlass::call_cuTensorMapEncodeIm2col(arguments...));
 }
 
-}  // namespace bcos::hopper
+}  // namespace bcos::fused
 
 #undef CUTLASS_CUDA_DRIVER_WRAPPER_CALL
-#define CUTLASS_CUDA_DRIVER_WRAPPER_CALL(function) ::bcos::hopper::record_##function
+#define CUTLASS_CUDA_DRIVER_WRAPPER_CALL(function) ::bcos::fused::record_##function

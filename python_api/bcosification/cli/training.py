@@ -81,8 +81,8 @@ def add_distill(commands) -> argparse.ArgumentParser:
     group = command.add_argument_group("what")
     add(group, "--model", f"open_clip:NAME/TAG; or {FOLDER_HELP}", metavar="MODEL")
     add(
-        group, "--data", f"{EMBEDDED_HELP}, or a folder of images, with train/ and val/ in it or without",
-        metavar="DATA",
+        group, "--data", f"{EMBEDDED_HELP}, a folder of images, with train/ and val/ in it or without, or tar shards: "
+        "a folder of them, or 'DIR/{00000..00331}.tar'", metavar="DATA",
     )  # fmt: skip
     add_shared(group, "--out", add=add)
     add_shared(group, "--resume")
