@@ -18,7 +18,6 @@ Written to --out: table.md, results.json, and for each tower its runs and pictur
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -31,6 +30,7 @@ from bcosification.convert.clip import StandardCLIP
 from bcosification.evaluation import energy_pointing_game, evaluate_zero_shot, grid_pointing_game
 from bcosification.evaluation.measuring import machine
 from bcosification.explanation import bcos_contributions, grad_cam, input_x_gradient, save_figure
+from bcosification.json_files import json_text
 from bcosification.train.data import build_datamodule, scenes
 from bcosification.train.distillation import DistillConfig, distill
 from bcosification.train.lightning_module import TrainedModule
@@ -304,7 +304,7 @@ def main(argv=None) -> int:
     text = table(results, options)
     out = Path(options.out)
     (out / "table.md").write_text(text, encoding="utf-8")
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (out / "results.json").write_text(json_text(results), encoding="utf-8")
     print(f"\n{text}\n{elapsed(start)}; table, numbers, runs and pictures are in {out}/")
     return 0
 

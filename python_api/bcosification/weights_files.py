@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bcosification.names import shortened
+
 __all__ = ["load_state", "misfits", "read_file", "read_weights", "safetensors_library", "shortened", "tensors_of"]
 
 
@@ -30,30 +32,63 @@ def read_file(path: str | os.PathLike) -> Any:
     """What a weights file holds: safetensors, or tensors and plain values in a file of ``torch.save``.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: a pickle that needs more than tensors and plain values (what, is
-            told), or a truncated file.
+        FileNotFoundError: no such file. ValueError: another kind of file (which, is told), a pickle that needs more
+            than tensors and plain values (what, is told), or a truncated file.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"expected a weights file, found none at {str(path)!r}")
-    if path.suffix == ".safetensors":
+    with open(path, "rb") as file:
+        head = file.read(200)
+    if path.suffix == ".safetensors" or _begins_as_safetensors(head):
         library = safetensors_library()
         try:
             return library.torch.load_file(str(path))
         except (library.SafetensorError, ValueError, RuntimeError, OSError) as error:
+            _refuse_other_kinds(path, head)
             raise ValueError(f"{path}: expected a safetensors file, got one that cannot be read: {error}") from None
     try:
         with warnings.catch_warnings():  # of protocols, and how to have them supported; what cannot be read is refused
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # whose text goes on to tell how to switch the check off
+        _refuse_other_kinds(path, head)
         raise ValueError(
             f"{path}: expected a file of tensors (safetensors, or torch.save(model.state_dict())), got another format "
             f"or a pickle with other objects (a whole model){_what_it_needs(path)}, which could run code when it is "
             "read, so it is refused"
         ) from None
     except (RuntimeError, EOFError, OSError, KeyError, zipfile.BadZipFile, UnicodeDecodeError) as error:
+        _refuse_other_kinds(path, head)
         raise ValueError(f"{path}: expected a file of tensors, got one that cannot be read: {error}") from None
+
+
+def _begins_as_safetensors(head: bytes) -> bool:
+    """Its first 8 bytes are the length of a JSON object, which follows."""
+    return len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000
+
+
+def _refuse_other_kinds(path: Path, head: bytes) -> None:
+    """Raises ValueError if a file that could not be read is, by how it begins, something else than weights."""
+    if not head:
+        kind = "an empty file"
+    elif head.startswith(b"version https://git-lfs"):
+        kind = "a pointer of Git LFS, whose file was not fetched (git lfs pull)"
+    elif head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        kind = "a web page"
+    elif head.startswith(b"\x89HDF"):
+        kind = "an HDF5 file"
+    elif head.startswith((b"\x93NUMPY", b"\x1f\x8b", b"7z\xbc\xaf", b"\xfd7zXZ")):
+        kind = "a NumPy array" if head[1:6] == b"NUMPY" else "a compressed archive"
+    else:
+        text = head.decode("utf-8", errors="ignore")
+        if len(text.encode()) < len(head) - 3 or not all(c.isprintable() or c in "\t\r\n" for c in text):
+            return
+        kind = f"a text file, which begins {(text.split(chr(10))[0].strip() or text.strip())[:40]!r}"
+    raise ValueError(
+        f"{path}: expected a file of tensors (safetensors, or torch.save(model.state_dict()): .safetensors, .pt, .pth, "
+        f".ckpt, .bin), got {kind}"
+    )
 
 
 def _what_it_needs(path: Path) -> str:
@@ -132,9 +167,3 @@ def misfits(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str:
         ("other shape", shapes),
     ]
     return "\n".join(f"  {label} ({len(names)}): {shortened(names)}" for label, names in problems if names)
-
-
-def shortened(names: list[str], most: int = 6) -> str:
-    """The first names of a list and how many more there are."""
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 from bcosification.cli import converting, explaining, measuring, training
 from bcosification.cli.messages import in_options
+from bcosification.cli.options import Parser
 
 __all__ = ["main", "parser"]
 
@@ -35,7 +36,7 @@ exit codes: 0 done; 1 not all of it (a check failed, a named image could not be 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
-    whole = argparse.ArgumentParser(
+    whole = Parser(
         prog="bcosify", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Turn pretrained vision models into B-cos models: convert, fine-tune, explain, measure.",
         epilog=f"""\

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import textwrap
 
 from bcosification.cli.files import output_file, output_folder, random_images
@@ -30,6 +29,7 @@ from bcosification.cli.options import (
     add_model,
     add_shared,
 )
+from bcosification.json_files import json_text
 
 
 def add_convert(commands) -> argparse.ArgumentParser:
@@ -93,8 +93,9 @@ def add_verify(commands) -> argparse.ArgumentParser:
         "  bcosify verify converted/r18\n"
         "  bcosify verify runs/mine --original my_resnet50.pth --arch resnet50\n"
         "  bcosify verify timm:vit_tiny_patch16_224 --html report.html --json report.json\n\n"
-        "The original is given its own library's preprocessing of the same pictures. The exit code is 1 if a check\n"
-        "fails.",
+        "The original is given its own library's preprocessing of the same pictures. Of a model that was made of\n"
+        "random weights (--no-pretrained), which are kept nowhere, layers are compared on newly drawn ones. The exit\n"
+        "code is 1 if a check fails.",
         usage="bcosify verify [options] MODEL",
     )  # fmt: skip
     add_model(command, f"a standard model: {STANDARD_HELP}; or {FOLDER_HELP}")
@@ -121,14 +122,18 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.images < 1:
         raise ValueError(f"expected --images >= 1, got {arguments.images}")
     files = [output_file("--json", arguments.json), output_file("--html", arguments.html)]
+    drawn = False
     if is_converted(spec):
-        original, converted = with_original(arguments, run_folder(spec))
+        original, converted, drawn = with_original(arguments, run_folder(spec))
     elif arguments.original is not None:
         raise ValueError(f"--original: expected {FOLDER_HELP} as MODEL, got {spec}, which is converted here")
     else:
         original, converted = original_and_converted(arguments, spec)
     images, normalized = random_images(arguments.images, original, converted)
     report = bcosification.verify(original, converted, images, normalized=normalized)
+    if drawn:  # all tensors differ from a conversion of other random weights, which says nothing
+        report.weights_changed = []
+        report.about["weights"] = "random ones, kept nowhere; compared with newly drawn ones"
     print(report)
     report.save(json=files[0], html=files[1])
     return 0 if report.ok else 1
@@ -173,5 +178,5 @@ def _families(arguments: argparse.Namespace) -> int:
             print(textwrap.fill(text, 110, initial_indent=f"  {label:<10}", subsequent_indent=" " * 12))
     if file is not None:
         content = {"machine": machine(), "families": [report.to_dict() for report in reports]}
-        file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        file.write_text(json_text(content, ensure_ascii=False), encoding="utf-8")
     return 1 if any(report.ok is False for report in reports) else 0

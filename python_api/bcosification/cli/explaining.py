@@ -15,6 +15,7 @@ from bcosification.cli.files import (
 )
 from bcosification.cli.models import bcos_folder, needs, templates_told, texts_to_explain, usable_device
 from bcosification.cli.options import FOLDER_HELP, add_command, add_common, add_texts
+from bcosification.names import did_you_mean, meant, shortened
 
 
 def add_explain(commands) -> argparse.ArgumentParser:
@@ -103,8 +104,9 @@ def _explain(arguments: argparse.Namespace) -> int:
         smooth = max(1, 15 * min(height, width) // 224)
         smooth -= smooth % 2 == 0
     drawn = dict(class_names=names, smooth=smooth, percentile=arguments.percentile)
-    explanation.save(out, names=distinct_names([path.stem for path in read]), size=arguments.size, **drawn)
-    save_figure(explanation.figure(indices=range(min(len(read), 64)), **drawn), out / "overview.png")
+    before = set(out.glob("*.png"))
+    written = explanation.save(out, names=distinct_names([path.stem for path in read]), size=arguments.size, **drawn)
+    written.append(save_figure(explanation.figure(indices=range(min(len(read), 64)), **drawn), out / "overview.png"))
     for i, path in enumerate(read) if texts is not None else ():
         cosines = ", ".join(f"{text!r} {float(value):.3f}" for text, value in zip(
             texts, explanation.logits[i], strict=True))  # fmt: skip
@@ -125,6 +127,9 @@ def _explain(arguments: argparse.Namespace) -> int:
         f"{out}: {counted(len(read), 'image')}, each as NAME_image.png, NAME_{each}explanation.png and "
         f"NAME_{each}contributions.png, {pixels}; all in overview.png, numbers in explanations.json"
     )
+    older = sorted(path.name for path in before.difference(written))
+    if older:
+        print(f"{out} had other pictures before, which are no part of these: {shortened(older)}")
     list_unreadable(unreadable, len(files))
     named = {path for path, by_name in files if by_name}
     return 1 if any(path in named for path, _ in unreadable) else 0
@@ -135,5 +140,6 @@ def class_number(target: str, names: Sequence[str] | None, classes: int) -> int:
         return list(names).index(target)
     if target.isdecimal() and int(target) < classes:
         return int(target)
-    known = f"a class number below {classes}" + (f" or one of {', '.join(names[:10])}" if names else "")
-    raise ValueError(f"expected --target to be {known}, got {target!r}")
+    near = did_you_mean(meant(target, map(str, names or ())))
+    listed = f" or one of {shortened(names)}" if names and not near else " or the name of a class" if names else ""
+    raise ValueError(f"expected --target to be a class number below {classes}{listed}, got {target!r}{near}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from bcosification.cli.models import (
     usable_device,
 )
 from bcosification.cli.options import (
+    EMBEDDED_HELP,
     FOLDER_HELP,
     SOURCE,
     STANDARD_HELP,
@@ -32,6 +32,7 @@ from bcosification.cli.options import (
     add_shared,
     add_texts,
 )
+from bcosification.json_files import json_text
 
 
 def add_evaluate(commands) -> argparse.ArgumentParser:
@@ -47,8 +48,11 @@ def add_evaluate(commands) -> argparse.ArgumentParser:
         usage="bcosify evaluate [options] MODEL --data DATA",
     )  # fmt: skip
     add_model(command, f"{FOLDER_HELP}, or a standard model: {STANDARD_HELP}")
-    command.add_argument("--data", metavar="DATA", required=True, help="digits, scenes, or a folder of class folders")
-    command.add_argument("--image-size", type=int, metavar="PIXELS", help="edge of the images (default: the model's)")
+    command.add_argument("--data", metavar="DATA", required=True, help=f"{EMBEDDED_HELP}, or a folder of class folders")
+    command.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="edge of the images (default: the model's, to which digits "
+        "and scenes are enlarged)",
+    )  # fmt: skip
     command.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once (default: 64)")
     add_shared(command, "--num-workers")
     group = command.add_argument_group("CLIP models")
@@ -188,5 +192,5 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     )
     print(f"{spec}, {result}")
     if file is not None:
-        file.write_text(json.dumps({"model": spec, **result.to_dict()}, indent=1) + "\n", encoding="utf-8")
+        file.write_text(json_text({"model": spec, **result.to_dict()}), encoding="utf-8")
     return 1 if any("failed" in row for row in result.rows) else 0

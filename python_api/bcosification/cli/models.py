@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bcosification.cli.options import CONVERSION, FOLDER_HELP, STANDARD_HELP
+from bcosification.folders import best_of_run
 
 # Families of image towers, whose models have no classes.
 CLIP_FAMILIES = ("open_clip_resnet", "open_clip_vit", "open_clip_timm", "huggingface_clip")
@@ -39,12 +40,7 @@ def is_converted(spec: str) -> bool:
 
 def run_folder(spec: str) -> str:
     """The folder of a run stands for its best model."""
-    folder = Path(spec)
-    if (folder / "config.yaml").is_file():
-        if not (folder / "best" / "config.json").is_file():
-            raise FileNotFoundError(f"MODEL: expected a run with at least one complete epoch, found none in {folder}")
-        return str(folder / "best")
-    return spec
+    return str(best_of_run(spec)) if Path(spec).is_dir() else spec
 
 
 def original_and_converted(arguments: argparse.Namespace, spec: str):
@@ -67,7 +63,8 @@ def refuse_conversion(arguments: argparse.Namespace, folder: str) -> None:
 
 
 def with_original(arguments: argparse.Namespace, folder: str):
-    """The converted model in `folder`, and the standard model that it was made of."""
+    """The standard model that the converted one in `folder` was made of, that one, and whether the original's weights
+    were random ones, which nobody kept: the standard model then has newly drawn ones."""
     import bcosification
     from bcosification.convert.resolver import resolve
 
@@ -75,6 +72,7 @@ def with_original(arguments: argparse.Namespace, folder: str):
     converted = bcosification.load(folder)
     config = converted.config
     options = dict(arch=arguments.arch, pretrained=arguments.pretrained, weights=arguments.weights)
+    drawn = False
     if arguments.original is not None:
         spec = arguments.original
     elif not config.get("source"):
@@ -86,14 +84,22 @@ def with_original(arguments: argparse.Namespace, folder: str):
         spec, options["num_classes"] = config["source"], config.get("source_num_classes")
         weights = config.get("source_weights")
         if weights is None and "source_weights" in config:
-            options["pretrained"] = False
+            options["pretrained"], drawn = False, options["weights"] is None
         elif weights is not None and spec.startswith("torchvision:") and options["weights"] is None:
             options["weights"] = weights
         elif weights is not None and Path(weights).is_file() and options["weights"] is None:
             options["weights"] = weights
     original, info = resolve(spec, **options)
-    print(f"{folder}, compared with {info['spec']}, weights: {info['weights'] or 'random'}\n")
-    return original, converted
+    if drawn:
+        print(
+            f"{folder} was made of {spec} with random weights, which are kept nowhere.\n"
+            f"Layers and logits at B = 1 are compared with {spec} with newly drawn weights: that checks the\n"
+            "conversion, not the weights in the folder. Completeness, explanations and biases are those of the model\n"
+            "in the folder. --weights FILE compares with the weights that it was made of, if you have them.\n"
+        )
+    else:
+        print(f"{folder}, compared with {info['spec']}, weights: {info['weights'] or 'random'}\n")
+    return original, converted, drawn
 
 
 def any_model(arguments: argparse.Namespace, spec: str):

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from bcosification.names import did_you_mean, meant
+
 STANDARD_HELP = (
     "torchvision:NAME or just NAME (resnet18), timm:NAME, open_clip:NAME/TAG, bcosification:NAME "
     "(simple_vit_s_patch16_224), or a weights file together with --arch"
 )
 FOLDER_HELP = "a folder that finetune, distill or convert wrote (a run stands for its best epoch)"
+
+EMBEDDED_HELP = "digits, scenes (both come with scikit-learn: nothing is downloaded)"
 
 # Options of bcosify that finetune, convert and verify share; --b and --bias are apart: finetune has their schedules.
 CONVERSION = ("pool", "head", "activation", "normalize_weight", "mean", "std", "on_unknown")
@@ -32,7 +36,8 @@ SHARED: dict[str, tuple[str, dict]] = {
     "--batch-size": ("images per step and device", {"type": int, "metavar": "N"}),
     "--lr": ("peak learning rate; a cosine takes it to 0", {"type": float, "metavar": "RATE"}),
     "--image-size": (
-        "edge of the images (default: the data set's, or the model's for folders)", {"type": int, "metavar": "PIXELS"},
+        "edge of the images (default: of digits 32, of scenes 64, enlarged for models that take one size only; of "
+        "folders the model's)", {"type": int, "metavar": "PIXELS"},
     ),
     "--limit-batches": ("batches per epoch and part, for a trial (default: all)", {"type": int, "metavar": "N"}),
     "--num-workers": (
@@ -44,6 +49,31 @@ SHARED: dict[str, tuple[str, dict]] = {
     "--debug": ("on an error, show the Python traceback", {"action": "store_true"}),
 }  # fmt: skip
 SOURCE = ("--arch", "--weights", "--no-pretrained")
+
+
+# What other programs call our options.
+OTHER_WORDS = {"--learning-rate": "--lr", "--gpus": "--devices", "--workers": "--num-workers", "--n-epochs": "--epochs"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, which says what a misspelt command, choice or option may have been meant to be."""
+
+    def _check_value(self, action: argparse.Action, value: str) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            near = did_you_mean(meant(str(value), known))
+            raise argparse.ArgumentError(action, f"expected one of {', '.join(known)}, got {value!r}{near}")
+
+    def parse_args(self, args=None, namespace=None):
+        arguments, rest = self.parse_known_args(args, namespace)
+        if rest:
+            command = getattr(arguments, "parser", None) or self
+            known = {name: name for action in command._actions for name in action.option_strings}
+            known |= {other: name for other, name in OTHER_WORDS.items() if name in known}
+            unknown = [word.partition("=")[0] for word in rest if word.startswith("-")]
+            near = [known[name] for word in unknown for name in meant(word, known, most=1)]
+            command.error(f"expected options that --help tells, got {' '.join(rest)}{did_you_mean(near)}")
+        return arguments
 
 
 def add_command(commands, name: str, run: Callable, text: str, description: str, epilog: str, usage: str):

@@ -11,6 +11,7 @@ from bcosification.cli.files import counted
 from bcosification.cli.models import given_options, is_converted, needs, run_folder
 from bcosification.cli.options import (
     CONVERSION,
+    EMBEDDED_HELP,
     FOLDER_HELP,
     SOURCE,
     STANDARD_HELP,
@@ -43,7 +44,7 @@ def add_finetune(commands) -> argparse.ArgumentParser:
     group = command.add_argument_group("what")
     add(group, "--model", f"{STANDARD_HELP}; or {FOLDER_HELP}", metavar="MODEL")
     add(
-        group, "--data", "digits, scenes, or a folder with train/ and val/, one sub-folder per class in each",
+        group, "--data", f"{EMBEDDED_HELP}, or a folder with train/ and val/, one sub-folder per class in each",
         metavar="DATA",
     )  # fmt: skip
     add_shared(group, "--out", add=add)
@@ -80,8 +81,8 @@ def add_distill(commands) -> argparse.ArgumentParser:
     group = command.add_argument_group("what")
     add(group, "--model", f"open_clip:NAME/TAG; or {FOLDER_HELP}", metavar="MODEL")
     add(
-        group, "--data", "digits, scenes, a folder of images, with train/ and val/ in it or without, or tar shards: a "
-        "folder of them, or 'DIR/{00000..00331}.tar'", metavar="DATA",
+        group, "--data", f"{EMBEDDED_HELP}, a folder of images, with train/ and val/ in it or without, or tar shards: "
+        "a folder of them, or 'DIR/{00000..00331}.tar'", metavar="DATA",
     )  # fmt: skip
     add_shared(group, "--out", add=add)
     add_shared(group, "--resume")
@@ -213,7 +214,7 @@ def add_sweep(commands) -> argparse.ArgumentParser:
     add = adder(FinetuneConfig())
     group = command.add_argument_group("what")
     add(group, "--model", f"{STANDARD_HELP}; or small, the demo's network", metavar="MODEL")
-    add(group, "--data", "digits, scenes, or a folder with train/ and val/", metavar="DATA")
+    add(group, "--data", f"{EMBEDDED_HELP}, or a folder with train/ and val/", metavar="DATA")
     group.add_argument("--out", dest="output", metavar="DIR", required=True, help="output folder, or that of a sweep")
     add_shared(group, "--recipe")
     group.add_argument(

@@ -18,6 +18,8 @@ from bcosification.convert.families import FAMILIES, family_of
 from bcosification.convert.preprocessing import Preprocessing
 from bcosification.convert.rules import Options
 from bcosification.convert.wrapper import BcosifiedModel, reset_head
+from bcosification.folders import best_of_run
+from bcosification.json_files import json_text
 from bcosification.weights_files import load_state, read_weights, safetensors_library, shortened
 
 WEIGHTS_NAME = "model.safetensors"
@@ -69,7 +71,7 @@ def save_pretrained(model: BcosifiedModel, folder: str | os.PathLike, *, card: s
     parameter = next(model.parameters(), None)
     if parameter is not None:
         config["dtype"] = str(parameter.dtype).removeprefix("torch.")
-    texts = {CONFIG_NAME: json.dumps(config, indent=2) + "\n"}
+    texts = {CONFIG_NAME: json_text(config, indent=2)}
     if card is not None and not (folder / CARD_NAME).exists():
         texts[CARD_NAME] = card
     state: dict[str, Tensor] = {}
@@ -118,7 +120,8 @@ def load(folder: str | os.PathLike, model: nn.Module | None = None) -> Bcosified
     """Read a B-cosified model that ``save_pretrained`` wrote.
 
     Args:
-        folder: with model.safetensors and config.json.
+        folder: with model.safetensors and config.json; that of a run of ``finetune`` or ``distill`` stands for its
+            best epoch.
         model: needed only where config.json does not tell how to build the network (own classes): the *standard*
             network of the same architecture, whatever its weights; it is not changed. A whole open_clip model also
             gives its text tower where that was not stored.
@@ -134,7 +137,7 @@ def load(folder: str | os.PathLike, model: nn.Module | None = None) -> Bcosified
         >>> model.save_pretrained("resnet18-bcos")
         >>> model = bcosification.load("resnet18-bcos")
     """
-    folder, own = Path(folder), model
+    folder, own = best_of_run(folder), model
     config = read_config(folder)
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():

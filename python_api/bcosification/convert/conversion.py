@@ -55,6 +55,8 @@ _WRAPPERS = {
     "ScriptModule": "the model before it was scripted",
 }
 """Torch's classes around a model -> what to convert instead."""
+_FEATURES_ONLY = "timm.models._features."
+"""Module of timm's classes whose forward returns feature maps (create_model(…, features_only=True))."""
 
 
 def bcosify(
@@ -184,6 +186,11 @@ def check_convertible(model: nn.Module) -> None:
         raise TypeError(f"bcosify: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, BcosifiedModel):
         raise ValueError("bcosify: expected a standard model, got one that is already B-cosified")
+    if type_name(type(model)).startswith(_FEATURES_ONLY):
+        raise ValueError(
+            f"bcosify: expected a model that gives logits, which are what W(x) explains, got timm's "
+            f"{type(model).__name__}, which gives a list of feature maps: create it without features_only=True"
+        )
     for name, module in model.named_modules():
         place = f"submodule {name!r} is" if name else "got"
         kind = type_name(type(module))
@@ -193,6 +200,11 @@ def check_convertible(model: nn.Module) -> None:
                 raise TypeError(f"bcosify: expected a plain model, {place} {base.__name__}; convert {instead}")
         if hasattr(module, "set_explanation_mode"):
             raise ValueError(f"bcosify: expected a standard model, {place} {kind}, which is B-cos already")
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+            raise ValueError(
+                f"bcosify: expected layers whose parameters are there, {place} {type(module).__name__}, which makes "
+                "them in its first call: call the model once, model(images), and convert it then"
+            )
     owners: dict[Any, str] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module._parameters.items():

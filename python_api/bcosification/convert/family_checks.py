@@ -13,6 +13,7 @@ from bcosification.convert.conversion import bcosify
 from bcosification.convert.families import FAMILIES, Family
 from bcosification.convert.families.base import enlarged
 from bcosification.convert.verification import verify
+from bcosification.names import did_you_mean, meant
 
 __all__ = ["FamilyReport", "family_reports", "randomized"]
 
@@ -69,7 +70,11 @@ def family_reports(names: Sequence[str] = (), *, check: bool = False) -> list[Fa
     ordered[Family.name] = (Family(), [])
     unknown = [name for name in names if name not in ordered]
     if unknown:
-        raise ValueError(f"families: expected names among {', '.join(ordered)}; got {', '.join(unknown)}")
+        near = did_you_mean(name for one in unknown for name in meant(one, ordered, most=2))
+        raise ValueError(
+            f"families: expected names among the {len(ordered)} that `bcosify families` lists, got "
+            f"{', '.join(unknown)}{near}"
+        )
     reports = []
     for name, (family, classes) in ordered.items():
         if not names or name in names:

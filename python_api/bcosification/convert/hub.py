@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from torch import nn
 
@@ -28,6 +31,8 @@ __all__ = ["HubMixin", "model_card"]
 
 REPOSITORY_FILES = ("config.json", "model.safetensors")
 """What is read from a repository. Nothing else is downloaded, so no pickle and no code."""
+CONNECTION_TIMEOUT = 5.0
+_INSTEAD = "weights=FILE takes a file that is here, pretrained=False random weights"
 DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
@@ -37,6 +42,54 @@ def _require_hub(what: str) -> None:
             f"{what}: needs huggingface_hub ({_missing}): pip install huggingface_hub; folders are saved and read "
             "without it"
         )
+
+
+def check_hub(repository: str, what: str, instead: str = _INSTEAD) -> None:
+    """Raises at once where a repository's files are neither in the cache nor to be had.
+
+    huggingface_hub tries for most of a minute before it says so. Nothing is checked without huggingface_hub, without a
+    repository (""), or behind a proxy, where only a download can tell.
+
+    Raises:
+        RuntimeError: offline (HF_HUB_OFFLINE), or no connection within CONNECTION_TIMEOUT seconds; beginning with
+            ``what``, and ending with what to do ``instead``.
+    """
+    if not repository or _missing is not None or _is_cached(repository):
+        return
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        reason = "HF_HUB_OFFLINE is set"
+    else:
+        problem = unreachable(constants.ENDPOINT)
+        if problem is None:
+            return
+        reason = f"{constants.ENDPOINT} cannot be reached ({problem})"
+    raise RuntimeError(
+        f"{what}: expected to download {repository} from the Hugging Face Hub, but {reason}, and its files are not in "
+        f"{constants.HF_HUB_CACHE}; {instead}"
+    )
+
+
+def _is_cached(repository: str) -> bool:
+    """Whether any file of a repository has been downloaded: which ones suffice is the library's to say."""
+    from huggingface_hub import constants
+
+    snapshots = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "snapshots"
+    return snapshots.is_dir() and any(snapshots.iterdir())
+
+
+def unreachable(address: str) -> str | None:
+    """Why no connection to an address can be made, or None: it can, or a proxy stands between."""
+    parts = urlsplit(address)
+    if getproxies().get(parts.scheme) or getproxies().get("all"):
+        return None
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname, port), timeout=CONNECTION_TIMEOUT).close()
+    except OSError as error:
+        return str(error) or type(error).__name__
+    return None
 
 
 class HubMixin(ModelHubMixin):
@@ -74,6 +127,8 @@ class HubMixin(ModelHubMixin):
             if not os.path.isdir(name):
                 _require_hub(f"from_pretrained({str(name)!r})")
             return cls._from_pretrained(model_id=str(name), model=model)
+        if not os.path.isdir(name) and not {"cache_dir", "local_files_only"} & set(options):
+            check_hub(str(name), f"from_pretrained({str(name)!r})", "a folder is read without a connection")
         return super().from_pretrained(name, model=model, **options)
 
     @classmethod
@@ -158,7 +213,7 @@ def model_card(
     Args:
         model: a B-cosified model.
         license: an identifier of the Hub ("apache-2.0", "mit"). Default: "other", as the licence of weights is that of
-            those they come from, which a model does not tell.
+            those they come from, which a model does not tell; none where it started from random weights.
         base_model: id of the Hub's repository with the weights that the model was made of. Default: timm's, where the
             model was converted from a timm model of that name.
         notes: a paragraph of one's own.
@@ -172,17 +227,20 @@ def model_card(
         "library_name": "bcosification",
         "pipeline_tag": "image-feature-extraction" if classes is None else "image-classification",
         "tags": ["b-cos", "b-cosification", "interpretability", "explainability", "pytorch"],
-        "license": license or "other",
     }
-    if license is None:
-        metadata["license_name"] = "that-of-the-base-model"
+    made_of = f"`{source}`" if source else f"a `{config['class']}`"
+    weights = config.get("source_weights")
+    # Of a network of one's own nobody told where its weights are from; "source_weights" is None where they were drawn.
+    drawn = bool(source) and weights is None
+    if license is not None:
+        metadata["license"] = license
+    elif not drawn:
+        metadata |= {"license": "other", "license_name": "that-of-the-base-model"}
     if base_model is not None:
         metadata["base_model"] = base_model
     # JSON's values are YAML's.
     head = "\n".join(f"{name}: {json.dumps(value)}" for name, value in metadata.items())
 
-    made_of = f"`{source}`" if source else f"a `{config['class']}`"
-    weights = config.get("source_weights")
     if source:
         made_of += f" (weights: {f'`{Path(weights).name}`' if weights else 'random'})"
     layers = sum(entry["was"] != entry["becomes"] for entry in model.conversion)
@@ -205,7 +263,12 @@ def model_card(
     if config.get("kept"):
         facts.append(f"{len(config['kept'])} layers without a conversion rule were kept: explanations may not be exact")
     origin = f"the licence of {f'`{base_model}`' if base_model else made_of}"
-    terms = f"`{license}`." if license else f"These weights start from others', so {origin} holds for them."
+    if license:
+        terms = f"`{license}`."
+    elif drawn:
+        terms = "These weights start from random ones, so nobody else's licence holds for them."
+    else:
+        terms = f"These weights start from others', so {origin} holds for them."
     name = base_model or source or config["class"]
     calls = ("logits = model(images)", "explanation = bcosification.explain(model, images)          # W(x) and more")
     of, axes = "logits", "(1, 2)"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from bcosification.names import shortened
 from bcosification.nn import explanation_mode
 from bcosification.nn.evaluation_mode import evaluation_mode
 from bcosification.nn.modes import constant_modules, per_sample
@@ -57,7 +58,7 @@ def dynamic_linear_map(model: nn.Module, x6: Tensor, targets: Tensor | None = No
     """
     model = bare_model(model)
     if not isinstance(x6, Tensor) or not x6.is_floating_point():
-        raise TypeError(f"dynamic_linear_map: expected floating point images, got {getattr(x6, 'dtype', type(x6))}")
+        raise TypeError(f"explain: expected floating point images, got {getattr(x6, 'dtype', type(x6))}")
     with _locks_guard:  # classifiers made of one CLIP model share its layers, so they share its lock
         lock = _locks.setdefault(getattr(model, "explained", model), threading.RLock())
     with lock, torch.inference_mode(False), torch.enable_grad(), evaluation_mode(model), explanation_mode(model):
@@ -68,7 +69,7 @@ def dynamic_linear_map(model: nn.Module, x6: Tensor, targets: Tensor | None = No
         index = _target_index(logits, x6.shape[0], targets)
         chosen = logits.gather(1, index).sum(0)
         if not chosen.requires_grad:
-            raise ValueError("dynamic_linear_map: expected logits that depend on the images, got constant ones")
+            raise ValueError("explain: expected logits that depend on the images, got constant ones")
         parts = []
         for i, column in enumerate(chosen):
             more = i + 1 < chosen.numel()
@@ -106,19 +107,20 @@ def additive_parameters(model: nn.Module) -> list[str]:
 def _target_index(logits: Tensor, samples: int, targets: Tensor | None) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != samples:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"dynamic_linear_map: expected the model to return logits ({samples}, classes), got {got}")
+        raise ValueError(f"explain: expected the model to return logits ({samples}, classes), got {got}")
     if targets is None:
         return logits.detach().argmax(1, keepdim=True)
     targets = torch.as_tensor(targets, device=logits.device)
     shaped = targets.dim() in (1, 2) and targets.shape[0] == samples and (targets.dim() == 1 or targets.shape[1] > 0)
     if not shaped or targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(
-            f"dynamic_linear_map: expected targets ({samples},) or ({samples}, T) of integers, got "
+            f"explain: expected targets ({samples},) or ({samples}, T) of integers, got "
             f"{tuple(targets.shape)} {targets.dtype}"
         )
     # One host read, before anything is computed from the targets: gather on CUDA would end in a device assertion.
     if samples and not bool(((targets >= 0) & (targets < logits.shape[1])).all()):
-        raise ValueError(f"dynamic_linear_map: expected targets in [0, {logits.shape[1] - 1}], got {targets.tolist()}")
+        wrong = [str(value) for value in targets.unique().tolist() if not 0 <= value < logits.shape[1]]
+        raise ValueError(f"explain: expected targets in [0, {logits.shape[1] - 1}], got {shortened(wrong)}")
     return targets.long() if targets.dim() == 2 else targets.long().unsqueeze(1)
 
 
@@ -146,7 +148,7 @@ def _gained(model: nn.Module, gain: Tensor) -> Iterator[dict[str, Tensor]]:
             parameter = model.get_parameter(name)
             if parameter.shape[0] != 1:
                 raise ValueError(
-                    f"dynamic_linear_map: expected additive parameter {name!r} of shape (1, ...), "
+                    f"explain: expected additive parameter {name!r} of shape (1, ...), "
                     f"got {tuple(parameter.shape)}"
                 )
             values[name] = parameter.detach() * gain.view(-1, *[1] * (parameter.dim() - 1))

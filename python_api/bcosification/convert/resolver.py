@@ -11,7 +11,6 @@ FILE (with arch=SPEC)       weights of a standard model
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,11 +21,14 @@ from torch import Tensor, nn
 
 from bcosification.convert.checkpoints import CONFIG_NAME, load
 from bcosification.convert.families import family_of
+from bcosification.convert.hub import check_hub
 from bcosification.convert.preprocessing import detect, from_torchvision
+from bcosification.convert.published import list_pretrained
 from bcosification.convert.published import pretrained as published_network
 from bcosification.convert.wrapper import BcosifiedModel, reset_head
 from bcosification.models import CONSTRUCTORS
-from bcosification.weights_files import load_state, read_weights
+from bcosification.names import did_you_mean, meant
+from bcosification.weights_files import load_state, read_weights, shortened
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
@@ -83,7 +85,7 @@ def resolve(
         return _from_folder(path, num_classes, model, {"arch": arch, "weights": weights})
     if kind == "file":
         if not path.exists():
-            raise FileNotFoundError(f"resolve: expected a folder or file, found none at {spec!r}")
+            raise FileNotFoundError(f"resolve: expected a folder or file, found none at {spec!r}{_no_path(spec)}")
         return _from_file(path, arch, num_classes, model)
     if not separator and path.is_dir() and not _is_torchvision(spec):
         return _from_folder(path, num_classes, model, {})  # which says what it lacks
@@ -160,22 +162,44 @@ def _new_head(network: nn.Module, num_classes: int, what: str) -> None:
         network.set_submodule(place, fresh.to(old.weight))
 
 
-def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=5)
-    return f"; near: {', '.join(near)}" if near else ""
-
-
 def _unknown(library: str, name: str, known: Iterable[str]) -> ValueError:
     article = "an" if library[0] in "aeiou" else "a"
-    return ValueError(f"resolve: expected the name of {article} {library} model, got {name!r}{_near(name, known)}")
+    error = f"resolve: expected the name of {article} {library} model ({_LISTS[library]} has them all), got {name!r}"
+    if name == "small":
+        return ValueError(f"{error}; small is the network of sweep's demo, and sweep's alone (try resnet18)")
+    head, separator, rest = re.sub(r"^(\w+)\.models\.", r"\1.", name).partition(".")
+    if separator and head in LIBRARIES:  # as in Python
+        return ValueError(error + did_you_mean([f"{head}:{rest}"]))
+    return ValueError(error + did_you_mean(_elsewhere(name) or meant(name, known)))
 
 
 def _unknown_prefix(prefix: str, spec: str) -> ValueError:
     known = ", ".join(f"{library}:" for library in LIBRARIES)
+    near = [f"{library}:{spec.partition(':')[2]}" for library in meant(prefix, LIBRARIES, most=1)]
     return ValueError(
         f"resolve: expected a name with a prefix among {known} (or none, which is torchvision:), got {spec!r} with "
-        f"{prefix + ':'!r}{_near(prefix, LIBRARIES)}"
+        f"{prefix + ':'!r}{did_you_mean(near)}"
     )
+
+
+def _elsewhere(name: str) -> list[str]:
+    """The specs under which a model of this very name is found, in whichever library."""
+    found = [f"{library}:{name}" for library, here in _NAMES.items() if here(name.partition(".")[0], name)]
+    return [f"{spec}/TAG" if spec.startswith("open_clip:") and "/" not in spec else spec for spec in found]
+
+
+def _no_path(spec: str) -> str:
+    """What may have been meant by what looks like a path and is none."""
+    head, _, rest = spec.partition("/")
+    if spec in list_pretrained():
+        return f"; bcosification.pretrained({spec!r}) in Python gives the published model of that name"
+    if not rest:
+        return ""
+    library = head.replace("-", "_").lower()
+    library = {"openclip": "open_clip"}.get(library, library)
+    if library in LIBRARIES:
+        return did_you_mean([f"{library}:{rest}"])
+    return did_you_mean([f"open_clip:{spec}"] if _NAMES["open_clip"](head, spec) else [])
 
 
 def _needs(library: str, package: str, error: ImportError) -> RuntimeError:
@@ -241,6 +265,8 @@ def _timm(
     if not timm.is_model(name.partition(".")[0]):
         raise _unknown("timm", name, timm.list_models())
     arguments = {} if num_classes is None else {"num_classes": num_classes}
+    if pretrained:
+        check_hub(_timm_repository(timm, name), f"resolve: timm:{name}")
     try:
         network = timm.create_model(name, pretrained=pretrained, **arguments)
     except (URLError, OSError) as error:
@@ -250,6 +276,15 @@ def _timm(
             raise ValueError(f"resolve: timm:{name}: expected weights, or pretrained=False: {error}") from None
         raise
     return network, {"library": "timm", "name": name, "weights": name if pretrained else None}
+
+
+def _timm_repository(timm: Any, name: str) -> str:
+    """The repository of a model's weights on the Hugging Face Hub, "" where there is none."""
+    try:
+        told = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # an unknown tag: create_model tells
+        return ""
+    return (told and told.hf_hub_id) or ""
 
 
 def _open_clip(
@@ -269,9 +304,14 @@ def _open_clip(
         raise _unknown("open_clip", architecture, open_clip.list_models())
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if pretrained and tag not in tags:
+        hint = did_you_mean(f"open_clip:{architecture}/{near}" for near in meant(tag, tags))
         raise ValueError(
-            f"resolve: open_clip:{name}: expected {architecture}/TAG with TAG one of {', '.join(tags)}, got {tag!r}"
+            f"resolve: open_clip:{name}: expected {architecture}/TAG with TAG one of {shortened(tags)}, got {tag!r}"
+            f"{hint}"
         )
+    if pretrained:
+        repository = open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub") or ""
+        check_hub("/".join(repository.split("/")[:2]), f"resolve: open_clip:{name}")
     try:
         network = open_clip.create_model(architecture, pretrained=tag if pretrained else None)
     except (URLError, OSError, RuntimeError) as error:
@@ -313,6 +353,37 @@ LIBRARIES: dict[str, Callable[..., tuple[nn.Module, dict[str, Any]]]] = {
     "bcosification": _own,
 }
 """Prefix of a spec -> function (name, num_classes, pretrained, weights) -> (model, info)."""
+_LISTS = {
+    "torchvision": "torchvision.models.list_models()",
+    "timm": "timm.list_models()",
+    "open_clip": "open_clip.list_models()",
+    "bcosification": "bcosification.models.CONSTRUCTORS",
+}
+
+
+def _in_timm(architecture: str, name: str) -> bool:
+    try:
+        import timm
+    except ImportError:
+        return False
+    return timm.is_model(architecture)
+
+
+def _in_open_clip(architecture: str, name: str) -> bool:
+    try:
+        import open_clip
+    except ImportError:
+        return False
+    return name.partition("/")[0] in open_clip.list_models()
+
+
+_NAMES: dict[str, Callable[[str, str], bool]] = {
+    "torchvision": lambda architecture, name: _is_torchvision(name),
+    "bcosification": lambda architecture, name: name in CONSTRUCTORS,
+    "timm": _in_timm,
+    "open_clip": _in_open_clip,
+}
+"""Prefix of a spec -> whether the library has a model (name up to the first point, whole name)."""
 
 
 def _from_folder(

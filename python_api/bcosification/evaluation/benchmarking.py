@@ -231,7 +231,8 @@ class Benchmark:
 
     def __str__(self) -> str:
         settings, machine = self.settings, self.machine
-        threads = f", {machine['threads']} threads" if settings["device"] == "cpu" else ""
+        threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+        threads = f", {threads}" if settings["device"] == "cpu" else ""
         found = {(row["task"], row["contender"]): row for row in self.rows}
         head = [""]
         for task in TASKS:
@@ -253,8 +254,8 @@ class Benchmark:
                 "",
                 *lines,
                 "",
-                f"Images per second, and the time relative to {CONTENDERS[settings['baseline']]} [quartiles of "
-                f"{settings['rounds']} rounds].",
+                f"Images per second, and the time relative to {CONTENDERS[settings['baseline']]}"
+                f"{_spread_told(settings['rounds'])}.",
                 "Explanations: of plain the input gradient; peer-style one image after the other, as the peers do.",
                 *([f"An image tower: its embeddings are compared with {settings['texts']:,} random directions, in "
                    "place of texts."] if settings.get("texts") else []),
@@ -275,7 +276,7 @@ class Benchmark:
                 ops = sorted({op for row in rows for op in row["fallback_ops"]})
                 told = f" ({', '.join(ops)})" if ops else ""
                 lines.append(
-                    f"Share of the time in {CONTENDERS[name]}'s B-cos layers and norms that ran on the fallback, plain "
+                    f"{CONTENDERS[name]}: share of the time in B-cos layers and norms that ran on the fallback, plain "
                     f"PyTorch: {shares}{told}."
                 )
         return lines
@@ -292,11 +293,18 @@ def _cells(row: dict | None) -> list[str]:
     """Rate, and time relative to the baseline's with its spread."""
     if row is None or "failed" in row:
         return ["–" if row is None else "failed", ""]
-    same = row["ratio"] == 1 == row["ratio_q3"]
+    same = row["ratio"] == row["ratio_q1"] == row["ratio_q3"]  # the baseline, or a single round
     return [
         _rounded(row["images_per_s"]),
         f"{row['ratio']:.2f}" + ("" if same else f" [{row['ratio_q1']:.2f}, {row['ratio_q3']:.2f}]"),
     ]
+
+
+def _spread_told(rounds: int) -> str:
+    """What the brackets behind a ratio hold."""
+    if rounds == 1:
+        return ", of one round: --rounds 5 would tell how far it scatters"
+    return f" [{'quartiles' if rounds > 3 else 'smallest and largest'} of {rounds} rounds]"
 
 
 def _rounded(value: float) -> str:

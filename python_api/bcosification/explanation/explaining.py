@@ -11,7 +11,6 @@ and `contributions` are the summands, added over the channels.
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from bcosification.convert.clip import BcosifiedCLIP, Templates
 from bcosification.convert.linear_map import dynamic_linear_map
 from bcosification.explanation import pictures
+from bcosification.json_files import json_text
 from bcosification.nn import LogitBias, Normalize, explanation_mode
 from bcosification.nn.evaluation_mode import evaluation_mode
 
@@ -130,7 +130,7 @@ class Explanation:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         summary = folder / "explanations.json"
-        summary.write_text(json.dumps(self._summary(names, class_names), indent=2) + "\n", encoding="utf-8")
+        summary.write_text(json_text(self._summary(names, class_names), indent=2), encoding="utf-8")
         files = [
             pictures.save_picture(pictures.enlarged(picture, size), folder / f"{name}_{kind}.png")
             for name, by_kind in zip(names, pictures_of, strict=True)

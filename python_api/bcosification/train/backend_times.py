@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 
 import bcos_kernels
 from bcosification.evaluation.measuring import fallback_share
+from bcosification.json_files import json_text
 
 from .run_folder import write
 
@@ -96,7 +97,7 @@ class BackendTimes(Callback):
             "reasons": {name: usable[name] for name in kernels if usable[name] is not None},
         }
         if self.output is not None:
-            write(self.output / FILE, json.dumps(self.found, indent=1, allow_nan=False) + "\n")
+            write(self.output / FILE, json_text(self.found))
         if self.found["fallback_ops"] and len(self.found["reasons"]) < len(kernels):
             warnings.warn(
                 f"ops ran without a kernel on {device}, where there are kernels: "

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
+from bcosification.names import did_you_mean, meant
+
 __all__ = ["FinetuneConfig", "load_recipe", "recipes"]
 
 
@@ -142,7 +144,11 @@ def typed(values: dict, source: str, config: type[FinetuneConfig] = FinetuneConf
     fields = {f.name: f for f in dataclasses.fields(config)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
-        raise ValueError(f"{source}: expected options among {', '.join(fields)}; got {', '.join(map(repr, unknown))}")
+        near = did_you_mean(name for one in unknown for name in meant(str(one), fields, most=2))
+        raise ValueError(
+            f"{source}: expected options of {config.__name__} (bcosify {config.COMMAND} --help tells them), got "
+            f"{', '.join(map(repr, unknown))}{near}"
+        )
     result = {}
     for name, value in values.items():
         kind = str(fields[name].type)
@@ -190,7 +196,10 @@ def load_recipe(name_or_file: str) -> dict:
     elif Path(name_or_file).is_file():
         text = Path(name_or_file).read_text()
     if text is None:
-        raise FileNotFoundError(f"recipe: expected a YAML file or one of {', '.join(recipes())}; got {name_or_file!r}")
+        raise FileNotFoundError(
+            f"recipe: expected a YAML file or one of {', '.join(recipes())}; got {name_or_file!r}"
+            + did_you_mean(meant(name_or_file, recipes()))
+        )
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from bcosification.names import did_you_mean, meant
 from bcosification.train.image_files import load_image
 from bcosification.train.shards import ShardImages, is_shards, split_shards
 
@@ -552,7 +553,10 @@ def check_source(data, *, evaluation_only: bool = False, labelled: bool = True) 
     else:
         names = ", ".join(EMBEDDED)
         shards = "" if labelled else ", or shards (*.tar)"
-        raise FileNotFoundError(f"data: expected one of {names}, or a folder of images{shards}, got {str(data)!r}")
+        near = did_you_mean(meant(str(data), EMBEDDED))
+        raise FileNotFoundError(
+            f"data: expected one of {names}, or a folder of images{shards}, got {str(data)!r}{near}"
+        )
 
 
 def build_datamodule(

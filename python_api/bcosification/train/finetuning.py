@@ -87,10 +87,10 @@ def run(config: FinetuneConfig, prepare, *, model=None, resume: bool = False) ->
     torch.manual_seed(config.seed)
     module, datamodule = prepare(config, model, output / "last" if earlier else None)
     from .backend_times import BackendTimes, saved
-    from .schedules import BiasDecay, LinearB
+    from .schedules import BiasDecay, FreshStatistics, LinearB
 
     times = BackendTimes(output)
-    callbacks = [times]
+    callbacks = [times, FreshStatistics()]
     if config.b_epochs > 0:
         callbacks.append(LinearB(config.b_epochs, end=config.b))
     if config.bias == "decay":

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import json
 import math
 import os
 import statistics
@@ -39,6 +38,7 @@ from bcosification import explanation as xp
 from bcosification.convert.blocks import unfuse_blocks
 from bcosification.evaluation import energy_pointing_game, grid_pointing_game
 from bcosification.evaluation.measuring import machine
+from bcosification.json_files import json_text
 from bcosification.train.data import ImageDataModule, ImageTensors, _Resized, scenes
 from bcosification.train.lightning_module import ClassificationModule
 from bcosification.train.run_folder import check_writable
@@ -500,7 +500,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = print) -> dict
     draw_curves(studies, out / "training_curves.png")
     numbers["total_seconds"] = time.perf_counter() - start
     (out / "table.md").write_text(text, encoding="utf-8")
-    (out / "results.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    (out / "results.json").write_text(json_text(numbers), encoding="utf-8")
     say("\n" + text)
     say(f"{_elapsed(start)} in all; table, numbers and pictures are in {out}{os.sep}")
     return numbers

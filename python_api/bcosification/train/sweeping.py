@@ -37,6 +37,7 @@ from bcosification.evaluation import grid_pointing_game
 from bcosification.evaluation.benchmarking import aligned
 from bcosification.evaluation.measuring import machine
 from bcosification.explanation import bcos_contributions
+from bcosification.json_files import json_text
 from bcosification.nn import Normalize
 from bcosification.nn.evaluation_mode import evaluation_mode
 from bcosification.train.configuration import FinetuneConfig
@@ -135,7 +136,8 @@ class Sweep:
     Attributes:
         rows: one per variant and seed: variant, seed, labels (question → label), options, top1 (after the last epoch),
             best_top1, gridpg (None: too few confident images for a grid), grids, gridpg_chance, change (of the logits
-            by the conversion, before training, relative), same_class (share of images), seconds.
+            by the conversion, before training, relative; None: the standard network's are all 0, or one of them is no
+            number), same_class (share of images), seconds.
         standard: of the standard network: top1 (absent: it has other classes than the data), and alone: what each
             choice does to it by itself, before any training: choice, change, same_class.
         settings: what decides the rows. machine: see `measuring.machine`.
@@ -149,11 +151,14 @@ class Sweep:
     output: Path
 
     def __str__(self) -> str:
-        return "\n".join(aligned([_HEAD, *_cells(self.rows)]) + ["", *aligned([_ALONE_HEAD, *self._alone()])])
+        lines = [*aligned([_HEAD, *_cells(self.rows)]), "", *aligned([_ALONE_HEAD, *self._alone()])]
+        if any(row["gridpg"] is None for row in self.rows):
+            lines += ["", "GridPG –: too few validation images are classified with confidence to make a grid of."]
+        return "\n".join(lines)
 
     def _alone(self) -> list[list[str]]:
         alone = self.standard.get("alone", [])
-        return [[row["choice"], f"{row['change']:.2g}", f"{100 * row['same_class']:.0f}"] for row in alone]
+        return [[row["choice"], _short(row["change"]), f"{100 * row['same_class']:.0f}"] for row in alone]
 
     def markdown(self) -> str:
         """The table and what it was measured with, as Markdown."""
@@ -200,11 +205,15 @@ def _cells(rows: Sequence[dict]) -> list[list[str]]:
                 name,
                 _spread([row["top1"] for row in of], 100, 1),
                 _spread([row["gridpg"] for row in of], 1, 2),
-                f"{of[0]['change']:.2g}",
+                _short(of[0]["change"]),
                 f"{100 * of[0]['same_class']:.0f}",
             ]
         )
     return cells
+
+
+def _short(change: float | None) -> str:
+    return "–" if change is None else f"{change:.2g}"
 
 
 def _spread(values: Sequence[float | None], scale: float, digits: int) -> str:
@@ -304,7 +313,7 @@ def _earlier(output: Path, settings: dict) -> Sweep | None:
 
 def _save(result: Sweep) -> None:
     content = {name: getattr(result, name) for name in ("settings", "machine", "standard", "rows")}
-    write(result.output / "sweep.json", json.dumps(content, indent=1) + "\n")
+    write(result.output / "sweep.json", json_text(content))
     if result.rows:
         write(result.output / "sweep.md", result.markdown())
         result.draw(result.output / "sweep.png")
@@ -381,7 +390,7 @@ def _run_all(config, network, missing, grids: int, result: Sweep, say) -> None:
             _save(result)
             bar.update()
             gridpg = "–" if row["gridpg"] is None else f"{row['gridpg']:.2f}"
-            text = f"{variant.name}: accuracy {_percent(row['top1'])}, GridPG {gridpg}, change {row['change']:.2g}"
+            text = f"{variant.name}: accuracy {_percent(row['top1'])}, GridPG {gridpg}, change {_short(row['change'])}"
             bar.clear()
             say(f"{number} of {len(missing)}: {text}  [{_since(start)}]")
 
@@ -430,9 +439,10 @@ def _validation(datamodule, most: int) -> tuple[Tensor, Tensor]:
     return torch.cat(images)[:most], torch.cat(labels)[:most]
 
 
-def _changes(network: nn.Module, images: Tensor, options: dict) -> tuple[float, float]:
+def _changes(network: nn.Module, images: Tensor, options: dict) -> tuple[float | None, float]:
     """How far a conversion with these options is from the standard network: relative change of the logits, and the
-    share of images with the same class. The constant that is added to all logits is left out: it changes no class."""
+    share of images with the same class. The constant that is added to all logits is left out: it changes no class. The
+    change is None where it has no value: of logits that are 0, or no numbers."""
     converted = bcosification.bcosify(network, **options, logit_bias=None)
     known = Preprocessing.from_dict(converted.config)
     plain = nn.Sequential(Normalize(known.mean, known.std), network)
@@ -441,7 +451,7 @@ def _changes(network: nn.Module, images: Tensor, options: dict) -> tuple[float, 
     with torch.no_grad(), evaluation_mode(plain), evaluation_mode(converted):
         expected, got = plain(images), converted(images)
     change = float((got - expected).norm() / expected.norm())
-    return change, float((got.argmax(1) == expected.argmax(1)).double().mean())
+    return (change if math.isfinite(change) else None), float((got.argmax(1) == expected.argmax(1)).double().mean())
 
 
 def _percent(share: float) -> str:

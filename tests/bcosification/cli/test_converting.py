@@ -84,7 +84,23 @@ def test_verify_of_a_folder(tmp_path, capsys):
     assert "holds a converted one; finetune, explain, evaluate and verify take it" in capsys.readouterr().err
 
 
-def test_verify_of_a_run(run_folder, capsys):
-    assert main(["verify", str(run_folder), "--images", "1"]) == 0
+def test_verify_of_a_run(run_folder, tmp_path, capsys):
+    """Of random weights, which are kept nowhere: that is said, and nothing is told of what they were."""
+    file = tmp_path / "r.json"
+    assert main(["verify", str(run_folder), "--images", "1", "--json", str(file)]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"{run_folder / 'best'}, compared with torchvision:resnet18, weights: random\n")
+    assert out.startswith(
+        f"{run_folder / 'best'} was made of torchvision:resnet18 with random weights, which are kept nowhere.\n"
+    )
+    assert "with newly drawn weights: that checks the\nconversion" in out and "verified: ok" in out
+    assert "differ from a fresh conversion" not in out
+    written = json.loads(file.read_text())
+    assert written["weights_changed"] == [] and "newly drawn" in written["about"]["weights"]
+    # With the weights at hand, they are what it is compared with.
+    torch.manual_seed(1)
+    weights = tmp_path / "weights.pth"
+    torch.save(resnet18(num_classes=10).state_dict(), weights)
+    assert main(["verify", str(run_folder), "--images", "1", "--weights", str(weights)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{run_folder / 'best'}, compared with torchvision:resnet18, weights: {weights}\n")
+    assert "differ from a fresh conversion" in out

@@ -70,6 +70,23 @@ def test_explain_enlarges_small_pictures(run_folder, digit_files, tmp_path, caps
     assert ("the network sees 32 x 32, each drawn" in out) == (factor > 1)
 
 
+def test_explain_beside_older_pictures(run_folder, digit_files, tmp_path, capsys):
+    """They stay, whosever they are, and it is said that they are not of these images."""
+    out = tmp_path / "out"
+    assert main(["explain", str(run_folder), *map(str, digit_files[:2]), "--out", str(out)]) == 0
+    assert "before" not in capsys.readouterr().out
+    (out / "mine.png").write_bytes(b"mine")
+    kept = {path.name: path.read_bytes() for path in out.glob("digit0*.png")}
+    assert main(["explain", str(run_folder), str(digit_files[1]), "--out", str(out)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"{out} had other pictures before, which are no part of these: " + ", ".join(
+        ["digit0_contributions.png", "digit0_explanation.png", "digit0_image.png", "mine.png"]
+    )
+    assert (out / "mine.png").read_bytes() == b"mine"
+    assert {path.name: path.read_bytes() for path in out.glob("digit0*.png")} == kept
+    assert [entry["name"] for entry in json.loads((out / "explanations.json").read_text())] == ["digit1"]
+
+
 def test_explain_two_files_of_one_name(run_folder, digit_files, tmp_path):
     other = tmp_path / "other" / digit_files[0].name
     other.parent.mkdir()

@@ -55,6 +55,7 @@ def test_benchmark_prints_a_table_and_writes_it(tmp_path, capsys):
 def test_benchmark_of_a_run(run_folder, tmp_path, capsys):
     assert main(["benchmark", str(run_folder), "--contenders", "ours, ours-low", "--rounds", "1", "--batch", "2"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"{run_folder}, batch 2 of 32 x 32 pixels") and "relative to ours [" in out
+    assert out.startswith(f"{run_folder}, batch 2 of 32 x 32 pixels")
+    assert "relative to ours, of one round: --rounds 5" in out
     assert main(["benchmark", str(run_folder), "--b", "2"]) == 2
     assert "converted already, got --b" in capsys.readouterr().err

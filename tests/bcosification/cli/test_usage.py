@@ -200,3 +200,41 @@ def test_debug_shows_the_traceback(tmp_path, monkeypatch, capsys):
 def test_without_a_command_the_help_is_printed(capsys):
     assert main([]) == 2
     assert "finetune" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["finetun", "--model", "x"], "expected one of finetune, distill, .*, got 'finetun'; did you mean finetune?"),
+        (["finetune", "--optimizer", "adan"], "expected one of adam, adamw, got 'adan'; did you mean adam or adamw?"),
+        (["finetune", "--lerning-rate", "1"], "got --lerning-rate 1; did you mean --lr?"),
+        (["finetune", "--wieghts=a", "--pol", "keep"], "got --wieghts=a --pol keep; did you mean --weights or --pool?"),
+        (["verify", "resnet18", "--qqq"], "expected options that --help tells, got --qqq$"),
+        (["verify", "resnet18", "resnet34"], "expected options that --help tells, got resnet34$"),
+    ],
+)  # fmt: skip
+def test_misspelt_commands_and_options(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert re.search(message.replace("?", r"\?"), last), last
+    command = arguments[0] if arguments[0] in COMMANDS else ""
+    assert last.startswith(f"bcosify {command}: error: " if command else "bcosify: error: ")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["convert", "timm/resnet18", "--out", "x"], "found none at 'timm/resnet18'; did you mean timm:resnet18?"),
+        (["finetune", "--model", "small", "--data", "digits", "--out", "x"], "small is the network of sweep's demo"),
+        (["finetune", "--model", "resnet18", "--data", "digit", "--out", "x"], "got 'digit'; did you mean digits?"),
+        (["finetune", "--recipe", "digts", "--out", "x"], "got 'digts'; did you mean digits?"),
+        (["families", "torchvision_resnt"], "lists, got torchvision_resnt; did you mean torchvision_resnet or"),
+        (["verify", "vit_tiny_patch16_224"], "got 'vit_tiny_patch16_224'; did you mean timm:vit_tiny_patch16_224?"),
+    ],
+)
+def test_misspelt_names(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []

@@ -529,3 +529,20 @@ def test_public_names():
         assert callable(getattr(bcosification, name)), name
     with pytest.raises(AttributeError, match="no attribute 'bcosifi'"):
         _ = bcosification.bcosifi
+
+
+def test_layers_that_wait_for_their_first_input_are_named():
+    network = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(5))
+    with pytest.raises(ValueError, match=r"parameters are there, submodule '0' is LazyConv2d, .* call the model once"):
+        bcosify(network, mean=0.5, std=0.5)
+    images = torch.rand(2, 3, 8, 8)
+    network.eval()(images)
+    assert bcosify(network, mean=0.5, std=0.5)(images).shape == (2, 5)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "test_vit"])
+def test_models_without_logits_are_refused(name):
+    timm = pytest.importorskip("timm")
+    network = timm.create_model(name, features_only=True)
+    with pytest.raises(ValueError, match="gives logits, .* got timm's Feature.*Net, .* without features_only=True"):
+        bcosify(network)

@@ -22,7 +22,7 @@ def test_every_family_is_told_once():
     assert [report.name for report in reports] == [*FOUND, "generic"]
     assert all(report.title and report.converts and report.keeps and report.ok is None for report in reports)
     assert sorted(name for report in reports for name in report.classes) == sorted(FAMILIES)
-    with pytest.raises(ValueError, match="expected names among .*torchvision_vit.*; got nothing"):
+    with pytest.raises(ValueError, match="expected names among the .* that `bcosify families` lists, got nothing$"):
         family_reports(["nothing"])
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ from bcosification import BcosifiedModel, bcosify
 from bcosification.convert import hub
 from bcosification.convert.hub import model_card
 from tests.bcosification.convert.standard_networks import MEAN, STD, make, sequential, vit
+
+UNREACHABLE = hub.unreachable  # conftest.py replaces it for all tests
 
 
 @pytest.fixture
@@ -139,6 +142,11 @@ def test_the_card_tells_what_the_model_is(monkeypatch):
     assert "the licence of a `torchvision.models.vision_transformer.VisionTransformer` holds" in card.text
     changed = sum(entry["was"] != entry["becomes"] for entry in model.conversion)
     assert f"{changed} layers became" in card.text and "B = 2; biases: remove" in card.text
+    model.config |= {"source": "torchvision:vit_b_16", "source_weights": None}
+    card = ModelCard(model_card(model))
+    assert card.data.license is None and "license" not in card.text.partition("---\n\n")[0]
+    assert "(weights: random)" in card.text and "start from random ones, so nobody else's licence" in card.text
+    assert ModelCard(model_card(model, license="mit")).data.license == "mit"
     model.config |= {"source": "timm:vit_tiny_patch16_224.augreg_in21k", "source_weights": "vit"}
     model.config |= {"finetuned_on": "birds", "class_names": ["jay", "wren"]}
     card = ModelCard(model.generate_model_card().content)
@@ -196,3 +204,21 @@ print("done")
 
 def test_only_weights_and_configuration_are_read():
     assert hub.REPOSITORY_FILES == ("config.json", "model.safetensors")
+
+
+def test_what_can_be_reached(monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert UNREACHABLE(f"http://127.0.0.1:{port}/models") is None
+    told = UNREACHABLE(f"http://127.0.0.1:{port}")
+    assert told and "refused" in told.lower()
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")  # who knows what it can reach
+    assert UNREACHABLE(f"http://127.0.0.1:{port}") is None
+
+
+def test_a_repository_out_of_reach_is_told_at_once(monkeypatch):
+    monkeypatch.setattr(hub, "unreachable", lambda address: "no route to host")
+    with pytest.raises(RuntimeError, match=r"from_pretrained\('me/none'\): expected to download me/none .*no route"):
+        BcosifiedModel.from_pretrained("me/none")

@@ -185,7 +185,7 @@ def test_bad_arguments_are_named():
     x6 = model.encode(images)
     with pytest.raises(TypeError, match="expected floating point images, got torch.uint8"):
         dynamic_linear_map(model, torch.zeros(1, 6, 16, 16, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"expected targets in \[0, 4\], got \[0, 5\]"):
+    with pytest.raises(ValueError, match=r"expected targets in \[0, 4\], got 5$"):
         dynamic_linear_map(model, x6, torch.tensor([0, 5]))
     with pytest.raises(ValueError, match=r"expected targets \(2,\) or \(2, T\) of integers, got \(3,\)"):
         dynamic_linear_map(model, x6, torch.tensor([0, 1, 2]))

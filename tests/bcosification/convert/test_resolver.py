@@ -1,14 +1,19 @@
 """The resolver: what every kind of name stands for, and what it says when a name stands for nothing."""
 
+import re
 from urllib.error import URLError
 
+import huggingface_hub
+import open_clip
 import pytest
+import timm
 import torch
 from torch import nn
 from torchvision.models import ResNet18_Weights, resnet18
 from torchvision.models.resnet import ResNet
 
 from bcosification import bcosify, load, resolve
+from bcosification.convert import hub
 from bcosification.convert.preprocessing import IMAGENET_MEAN
 from tests.bcosification.convert.standard_networks import sequential, vit
 
@@ -66,7 +71,7 @@ def test_timm():
 def test_open_clip_names_are_checked():
     with pytest.raises(ValueError, match="ViT-B-32/TAG with TAG one of .*openai.*, got 'nothing'"):
         resolve("open_clip:ViT-B-32/nothing")
-    with pytest.raises(ValueError, match="expected the name of an open_clip model, got 'ViT-B-33'; near: .*ViT-B-32"):
+    with pytest.raises(ValueError, match=r"\(open_clip.list_models\(\) has .*, got 'ViT-B-33'; .*ViT-B-32"):
         resolve("open_clip:ViT-B-33/openai")
     with pytest.raises(ValueError, match="neither num_classes"):
         resolve("open_clip:ViT-B-32/openai", num_classes=3)
@@ -74,7 +79,7 @@ def test_open_clip_names_are_checked():
 
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
 def test_unknown_names_come_with_near_ones(library):
-    with pytest.raises(ValueError, match=f"name of a {library} model, got 'resnet188'; near: .*resnet18"):
+    with pytest.raises(ValueError, match=rf"of a {library} model \(.*, got 'resnet188'; did you mean .*resnet18\b"):
         resolve(f"{library}:resnet188")
 
 
@@ -99,10 +104,10 @@ def test_bad_arguments_are_named(tmp_path):
     "spec, error, message",
     [
         ("foo:bar", ValueError, "among torchvision:, timm:, open_clip:, bcosification: .*, got 'foo:bar' with 'foo:'$"),
-        ("torchvison:resnet18", ValueError, "got 'torchvison:resnet18' with 'torchvison:'; near: torchvision"),
-        ("torchvision:", ValueError, "expected the name of a torchvision model, got ''"),
+        ("torchvison:resnet18", ValueError, "with 'torchvison:'; did you mean torchvision:resnet18"),
+        ("torchvision:", ValueError, "expected the name of a torchvision model .*, got ''"),
         ("runs/r18/best", FileNotFoundError, "expected a folder or file, found none at 'runs/r18/best'"),
-        ("nothing", ValueError, "expected the name of a torchvision model, got 'nothing'"),
+        ("nothing", ValueError, "expected the name of a torchvision model .*, got 'nothing'$"),
         ("bare", FileNotFoundError, r"expected config.json in bare \(save_pretrained, .*\), found an empty folder"),
         ("full", FileNotFoundError, "expected config.json in full .*, found only a.txt"),
         ("run", FileNotFoundError, "expected config.json in run .*, found none there, but in run/best, run/last"),
@@ -211,3 +216,51 @@ def test_a_converted_models_file_asks_for_its_folder(tmp_path):
     bcosify(sequential(), mean=0.5, std=0.5).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="expected a standard model's weights, got a converted one's: give its folder"):
         resolve(str(tmp_path / "model.safetensors"), model=sequential())
+
+
+@pytest.mark.parametrize(
+    "spec, meant",
+    [
+        ("timm/resnet18", "timm:resnet18"),
+        ("open_clip/RN50/openai", "open_clip:RN50/openai"),
+        ("RN50/openai", "open_clip:RN50/openai"),
+        ("ViT-B-32", "open_clip:ViT-B-32/TAG"),
+        ("timm.resnet18", "timm:resnet18"),
+        ("torchvision.models.resnet18", "torchvision:resnet18"),
+        ("resnet18.a1_in1k", "timm:resnet18.a1_in1k"),
+        ("torchvision:simple_vit_s_patch16_224", "bcosification:simple_vit_s_patch16_224"),
+        ("Resnet34", "resnet34"),
+    ],
+)
+def test_what_was_meant(spec, meant):
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"; did you mean {re.escape(meant)}( or |,|\?$)"):
+        resolve(spec)
+
+
+def test_names_of_published_models_are_told():
+    with pytest.raises(FileNotFoundError, match=r"bcosification.pretrained\('bcos/resnet50'\) in Python"):
+        resolve("bcos/resnet50")
+    with pytest.raises(ValueError, match="TAG one of openai, .* and [0-9]+ more, got 'opena'; did you mean .*/openai"):
+        resolve("open_clip:ViT-B-32/opena")
+
+
+@pytest.mark.parametrize("spec, repository", [
+    ("timm:resnet10t", "timm/resnet10t.c3_in1k"), ("open_clip:RN50/openai", "timm/resnet50_clip.openai"),
+])  # fmt: skip
+def test_a_hub_out_of_reach_is_told_at_once(spec, repository, monkeypatch, tmp_path):
+    """Not after the retries of huggingface_hub, which take most of a minute; a cached file is the library's to find."""
+    asked = []
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: asked.append(a) or resnet18())
+    monkeypatch.setattr(open_clip, "create_model", lambda *a, **k: asked.append(a) or resnet18())
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "unreachable", lambda address: "no route to host")
+    with pytest.raises(RuntimeError, match=f"{spec}: expected to download {repository} .* cannot be reached .no route"):
+        resolve(spec)
+    monkeypatch.setattr(hub, "unreachable", lambda address: pytest.fail("offline: nothing is looked for"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RuntimeError, match="HF_HUB_OFFLINE is set.* pretrained=False random weights"):
+        resolve(spec)
+    assert asked == []
+    (tmp_path / f"models--{repository.replace('/', '--')}" / "snapshots" / "1").mkdir(parents=True)
+    resolve(spec)
+    assert len(asked) == 1

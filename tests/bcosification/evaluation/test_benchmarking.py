@@ -94,6 +94,26 @@ def test_the_share_of_the_fallback_is_told(pair, monkeypatch):
     assert f"training {100 * rows['training']['fallback_share']:.0f} %" in text and "(conv2d_backward)." in text
 
 
+@pytest.mark.parametrize(
+    "rounds, told",
+    [
+        (1, "time relative to plain, of one round: --rounds 5"),
+        (2, "time relative to plain [smallest and largest of 2 rounds]."),
+        (5, "time relative to plain [quartiles of 5 rounds]."),
+    ],
+)
+def test_the_table_tells_what_its_brackets_hold(pair, rounds, told):
+    network, converted = pair
+    result = benchmark(network, converted, IMAGES, contenders=("plain", "ours"), **(QUICK | {"rounds": rounds}))
+    text = str(result)
+    assert told in text
+    ours = next(line for line in text.splitlines() if line.startswith("ours "))
+    assert ours.count("[") == (3 if rounds > 1 else 0)
+    if rounds == 2:
+        row = next(row for row in result.rows if (row["task"], row["contender"]) == ("inference", "ours"))
+        assert f"[{row['ratio_q1']:.2f}, {row['ratio_q3']:.2f}]" in ours and row["ratio_q1"] <= row["ratio_q3"]
+
+
 def test_the_models_are_left_alone(pair):
     network, converted = pair
     before = [value.clone() for model in pair for value in model.state_dict().values()]

@@ -23,7 +23,8 @@ def test_own_recipe_and_its_errors(tmp_path):
     file.write_text("lr: 1e-4\nepochs: 5\nconversion:\n  pool: keep\n")  # YAML reads 1e-4 as a string
     assert load_recipe(str(file)) == {"lr": 1e-4, "epochs": 5, "conversion": {"pool": "keep"}}
     for text, message in (
-        ("learning_rate: 1", "expected options among .*got 'learning_rate'"),
+        ("learning_rate: 1", "expected options of FinetuneConfig .*, got 'learning_rate'$"),
+        ("batchsize: 1", "got 'batchsize'; did you mean batch_size"),
         ("epochs: many", "expected epochs to be int, got 'many'"),
         ("epochs: 1.5", "expected epochs to be int, got 1.5"),
         ("compile: 1", "expected compile to be bool, got 1"),

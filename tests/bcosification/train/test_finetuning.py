@@ -68,6 +68,13 @@ def test_a_run_leaves_what_it_says(tmp_path):
     batches = [batch for batch, _ in zip(val, range(3), strict=False)]
     assert evaluate(best, batches, progress=False)["top1"] == pytest.approx(result.best)
     assert result.best == max(row["val_top1"] for row in result.history)
+    # The folder of a run stands for its best epoch.
+    assert _equal(bcosification.load(folder, model=small_network(1)).state_dict(), best.state_dict())
+    assert bcosification.resolve(str(folder), model=small_network(1))[1]["converted"]
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "config.yaml").write_text("model: x\n")
+    with pytest.raises(FileNotFoundError, match="expected a run with at least one complete epoch, found none in .*ed$"):
+        bcosification.load(tmp_path / "killed")
 
 
 def test_training_improves_on_the_start(tmp_path):

@@ -7,8 +7,12 @@ import torch
 from lightning.pytorch import Callback
 
 import bcosification
+from bcosification import nn as bnn
+from bcosification.train.configuration import FinetuneConfig
+from bcosification.train.data import build_datamodule
+from bcosification.train.finetuning import finetune
 from bcosification.train.lightning_module import ClassificationModule
-from bcosification.train.schedules import BiasDecay, LinearB, linear_ramp, scale_biases
+from bcosification.train.schedules import BiasDecay, FreshStatistics, LinearB, linear_ramp, scale_biases
 from bcosification.train.training import train
 from tests.bcosification.train.small import STATISTICS, small_data, small_network
 
@@ -107,3 +111,81 @@ def test_errors():
     with pytest.raises(ValueError, match="found no bias in it"):
         model = bcosification.bcosify(small_network(), **STATISTICS)
         train(ClassificationModule(model, 10), small_data(), epochs=1, callbacks=[BiasDecay(1)], progress=False)
+
+
+class Statistics(Callback):
+    """The norms' running variances after every step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        norms = [module for module in pl_module.modules() if isinstance(module, bnn.BatchNormUncentered2d)]
+        self.seen.append([module.running_var.clone() for module in norms])
+
+
+def _statistics(momentum, callbacks, calls=1):
+    network = small_network()
+    network[1].momentum = momentum
+    network[1].running_var.fill_(1e4)  # what another network left there
+    model = bcosification.bcosify(network, **STATISTICS)
+    norm, x = model.model[1], []
+    norm.register_forward_hook(lambda module, inputs, _: x.append(inputs[0].detach()) if module.training else None)
+    module = ClassificationModule(model, 10, lr=1e-3)
+    if calls > 1:  # as recomputed activations do
+        step = module.training_step
+        module.training_step = lambda *a: [step(*a) for _ in range(calls)][-1]
+    after = Statistics()
+    train(module, small_data(), epochs=1, callbacks=[*callbacks, after], accelerator="cpu", progress=None)
+    return [seen[0] for seen in after.seen], x, model.state_dict()
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_statistics_begin_with_the_first_step(calls):
+    got, x, state = _statistics(0.1, [FreshStatistics()], calls)
+    variances = [entry.transpose(0, 1).flatten(1).var(1, correction=0) for entry in x]
+    expected = variances[0]
+    torch.testing.assert_close(got[0], expected)
+    for step in range(1, 4):
+        for variance in variances[calls * step : calls * step + calls]:
+            expected = 0.9 * expected + 0.1 * variance
+        torch.testing.assert_close(got[step], expected)
+    stale, _, other = _statistics(0.1, [], calls)
+    assert bool((stale[-1] > 1e3 * got[-1]).all())
+    # What is trained does not depend on it, to the bit.
+    assert state.keys() == other.keys()
+    for name in state:
+        assert name.endswith("running_var") or torch.equal(state[name], other[name]), name
+
+
+def test_statistics_without_momentum_are_left_alone():
+    for momentum in (None, 0.1):
+        got, x, _ = _statistics(momentum, [])
+        again, _, _ = _statistics(momentum, [FreshStatistics()])
+        assert all(map(torch.equal, got, again)) == (momentum is None)
+
+
+def test_norms_that_a_step_does_not_call_keep_their_statistics():
+    model = bcosification.bcosify(small_network(), **STATISTICS)
+    model.unused = bnn.BatchNormUncentered2d(3)
+    model.unused.running_var.fill_(7)
+    module = ClassificationModule(model, 10, lr=1e-3)
+    train(module, small_data(), epochs=1, callbacks=[FreshStatistics()], accelerator="cpu", progress=None)
+    assert model.unused.running_var.tolist() == [7, 7, 7]
+
+
+def test_validation_after_one_epoch_is_that_of_the_network(tmp_path):
+    """With the statistics of the standard network it was at chance on few steps."""
+    config = FinetuneConfig(
+        data="digits", output=str(tmp_path / "run"), epochs=1, batch_size=64, lr=1e-2, progress=None, augment=False,
+        conversion=STATISTICS, accelerator="cpu",
+    )  # fmt: skip
+    network = small_network()
+    network[1].running_var.fill_(1e4)
+    model = finetune(config, model=network).model
+    val = [images for images, _ in build_datamodule("digits", batch_size=359).val_dataloader()]
+    with torch.no_grad():
+        by_running = model.eval()(val[0])
+        model.model[1].train()
+        by_batch = model(val[0])
+    assert float((by_running - by_batch).norm() / (by_batch - model.config["logit_bias"]).norm()) < 0.5

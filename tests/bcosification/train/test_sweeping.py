@@ -301,3 +301,21 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     assert main(["sweep", "--out", str(tmp_path / "t"), "--b-values", "0.5"]) == 2
     assert "expected --b-values >= 1" in capsys.readouterr().err
     assert not (tmp_path / "t").exists()
+
+
+def test_logits_that_are_all_zero_have_no_change(tmp_path):
+    """0 / 0 is no JSON: null in sweep.json, a dash in the table, and the figure is drawn."""
+    network = small_network()
+    with torch.no_grad():
+        for parameter in network[-1].parameters():
+            parameter.zero_()
+    said = []
+    result = sweep(tiny(tmp_path / "sweep"), network=network, ask=["design"], grids=2, say=said.append)
+    text = (tmp_path / "sweep" / "sweep.json").read_text()
+    content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert {row["change"] for row in content["rows"]} == {None}
+    assert {row["change"] for row in content["standard"]["alone"]} == {None}
+    first = next(line for line in str(result).splitlines() if line.startswith("B-cosified "))
+    assert first.split()[-2:] == ["–", "100"] and "change –" in said[-1]
+    assert "| – | 100 |" in result.markdown()
+    assert Image.open(tmp_path / "sweep" / "sweep.png").size[0] > 500
