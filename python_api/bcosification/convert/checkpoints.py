@@ -144,7 +144,7 @@ def load(folder: str | os.PathLike, model: nn.Module | None = None) -> Bcosified
     state = read_weights(weights)
     try:
         options = Options(**{**config["options"], "logit_bias": config["logit_bias"]})
-        preprocessing = Preprocessing.from_dict(config)
+        preprocessing = None if "max_tokens" in config else Preprocessing.from_dict(config)  # None: it reads text
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"load: expected {folder / CONFIG_NAME} as save_pretrained writes it, got {error!r}") from None
     whole = model if model is not None else standard_network(config, folder)
@@ -169,6 +169,7 @@ def load(folder: str | os.PathLike, model: nn.Module | None = None) -> Bcosified
     converted.config = config
     if model is not whole and own is not None and converted.text is None:
         converted.attach_text(whole)
+    converted.loaded_from(folder)
     return converted.eval()
 
 

@@ -640,7 +640,7 @@ class FrozenReplay:
     """
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
-        if images.dim() != 4:
+        if images.dim() != getattr(model, "input_dims", 4):  # of texts: embeddings (N, T, D)
             raise ValueError(f"frozen_replay: expected images of shape (N, C, H, W), got {tuple(images.shape)}")
         self.model = copy.deepcopy(model).double().eval().requires_grad_(False)
         self.images = images.detach().clone().double()
