@@ -190,7 +190,9 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"load: expected {path} to be JSON, got {error}") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         got = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"load: expected {path} with format {FORMAT}, got {got!r}")
+        theirs = isinstance(config, dict) and "model_type" in config
+        hint = f", of a Hugging Face model: bcosify it as transformers:{folder}" if theirs else ""
+        raise ValueError(f"load: expected {path} with format {FORMAT}, got {got!r}{hint}")
     return config
 
 

@@ -300,8 +300,8 @@ def convert(
     """The conversion itself, on a copy of ``model``, with checked options.
 
     ``source`` tells how the resolver made the model ("spec", "num_classes", "weights"); ``blocks=False`` leaves blocks
-    unfused. ``problems`` is what is known to stand in the way (``preprocessing`` is None then, and of texts): it is told
-    together with what is found here. ``warn=False``: layers that are kept without a rule were told before.
+    unfused. ``problems`` is what is known to stand in the way (``preprocessing`` is None then, and of texts): it is
+    told together with what is found here. ``warn=False``: layers that are kept without a rule were told before.
     """
     problems = list(problems)
     family = family_of(model)
@@ -363,7 +363,7 @@ def convert(
         fuse_blocks(network)
 
     logit_bias = options.logit_bias
-    config |= {} if preprocessing is None else preprocessing.to_dict()
+    config |= {"input_size": None} if preprocessing is None else preprocessing.to_dict()
     config |= {
         "num_classes": classes,
         "head": head_name,

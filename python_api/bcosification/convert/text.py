@@ -32,9 +32,9 @@ class BcosifiedText(BcosifiedModel):
     would contribute nothing whatever its weight; the embedding of a word is a learnt vector of either sign, and 0 means
     nothing in it. Nor has it a mean and a std to subtract and divide by: the network's first layer is a LayerNorm.
 
-    Args and shapes of the forward: input_ids (N, T), integers, or inputs_embeds (N, T, D) in their place; attention_mask,
-    token_type_ids and position_ids (N, T), optional; labels, optional: (N,) integers, or (N, classes) numbers;
-    return_dict, output_attentions, output_hidden_states as transformers takes them.
+    Args and shapes of the forward: input_ids (N, T), integers, or inputs_embeds (N, T, D) in their place;
+    attention_mask, token_type_ids and position_ids (N, T), optional; labels, optional: (N,) integers, or (N, classes)
+    numbers; return_dict, output_attentions, output_hidden_states as transformers takes them.
 
     Returns transformers' SequenceClassifierOutput. The loss is the binary cross-entropy of each class (of integers: of
     their one-hot rows), which the logit bias is made for, where the original's is the softmax's cross-entropy; with
@@ -111,8 +111,8 @@ class BcosifiedText(BcosifiedModel):
         if labels.shape != logits.shape:
             if labels.is_floating_point() or labels.shape != logits.shape[:1]:
                 raise ValueError(
-                    f"BcosifiedText: expected labels {tuple(logits.shape[:1])} of integers or {tuple(logits.shape)}, got "
-                    f"{tuple(labels.shape)} {labels.dtype}"
+                    f"BcosifiedText: expected labels {tuple(logits.shape[:1])} of integers or {tuple(logits.shape)}, "
+                    f"got {tuple(labels.shape)} {labels.dtype}"
                 )
             labels = F.one_hot(labels.long(), classes)
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits))
@@ -157,12 +157,19 @@ class BcosifiedText(BcosifiedModel):
             value = given.get(name)
             if value is not None and tuple(value.shape) not in (shape, *([(1, shape[1])] * (name == "position_ids"))):
                 raise ValueError(f"BcosifiedText: expected {name} {shape}, got {tuple(value.shape)}")
-        if ids is not None and ids.device.type == "cpu" and not torch.compiler.is_compiling() and values_readable(ids):
-            size = self.word_embeddings.num_embeddings
-            low, high = torch.aminmax(ids)
+        sizes = {
+            "input_ids": self.word_embeddings.num_embeddings,
+            "token_type_ids": getattr(self.model.config, "type_vocab_size", None),
+        }
+        for name, size in sizes.items():
+            value = given.get(name)
+            # On other devices the values would have to be waited for.
+            if size is None or value is None or value.device.type != "cpu" or torch.compiler.is_compiling():
+                continue
+            low, high = torch.aminmax(value) if values_readable(value) else (0, 0)
             if low < 0 or high >= size:
                 raise ValueError(
-                    f"BcosifiedText: expected input_ids in [0, {size - 1}], got {int(low)} to {int(high)}: another "
+                    f"BcosifiedText: expected {name} in [0, {size - 1}], got {int(low)} to {int(high)}: another "
                     "model's tokenizer?"
                 )
 
@@ -183,7 +190,8 @@ class BcosifiedText(BcosifiedModel):
         if not isinstance(inputs, Mapping):
             got = f"a tensor {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
             raise TypeError(
-                f"BcosifiedText: expected the mapping that a tokenizer returns (input_ids, attention_mask, …), got {got}"
+                "BcosifiedText: expected the mapping that a tokenizer returns (input_ids, attention_mask, …), got "
+                f"{got}"
             )
         unknown = [name for name in inputs if name not in INPUTS]
         if unknown or inputs.get("input_ids") is None:
@@ -197,7 +205,7 @@ class BcosifiedText(BcosifiedModel):
         checked = {name: value.detach().to(device) for name, value in checked.items()}
         mask = checked.get("attention_mask")
         if checked["input_ids"].shape[0] == 0 or (mask is not None and not mask.bool().any(1).all()):
-            raise ValueError("BcosifiedText: expected texts of at least one token each, got none, or one that is masked")
+            raise ValueError("BcosifiedText: expected texts of at least one token each, got none, or a masked one")
         return checked
 
     def on_embeddings(self, inputs: Mapping[str, Tensor]) -> tuple[OnEmbeddings, Tensor]:
@@ -246,26 +254,32 @@ class BcosifiedText(BcosifiedModel):
         encoded = self.tokenizer(texts, return_tensors="pt", **options)
         return encoded.to(self.word_embeddings.weight.device)
 
+    def _tokenizer_at_hand(self) -> Any:
+        """The tokenizer as far as it is on this machine, else None: nothing is downloaded unasked."""
+        name = self._tokenizer_folder or self.config["tokenizer"]
+        if self._tokenizer is None and name is not None:
+            try:
+                self._tokenizer = read_tokenizer(name, local_files_only=True)
+            except (ValueError, RuntimeError):
+                return None
+        return self._tokenizer
+
     def tokens_of(self, input_ids: Tensor) -> list[list[str]]:
         """The tokens of numbers (N, T) in words; the numbers where no tokenizer is at hand."""
-        rows = input_ids.tolist()
-        try:
-            tokenizer = self.tokenizer
-        except (ValueError, RuntimeError):
+        rows, tokenizer = input_ids.tolist(), self._tokenizer_at_hand()
+        if tokenizer is None:
             return [[str(number) for number in row] for row in rows]
         return [tokenizer.convert_ids_to_tokens(row) for row in rows]
 
     # --- saving and loading ---
 
     def save_pretrained(self, folder: str | os.PathLike, **options: Any) -> str | None:
-        """As BcosifiedModel's; the tokenizer, where it can be read, goes into the folder's ``tokenizer/``."""
-        try:
-            tokenizer = self.tokenizer
-        except (ValueError, RuntimeError):
-            tokenizer = None  # config.json names it, if anybody knows it
+        """As BcosifiedModel's; the tokenizer, where it is on this machine, goes into the folder's ``tokenizer/``."""
+        address = super().save_pretrained(folder, **options)
+        tokenizer = self._tokenizer_at_hand()
         if tokenizer is not None:
             tokenizer.save_pretrained(str(Path(folder) / TOKENIZER_FOLDER))
-        return super().save_pretrained(folder, **options)
+        return address
 
     def loaded_from(self, folder: Path) -> None:
         if (folder / TOKENIZER_FOLDER).is_dir():
@@ -273,15 +287,22 @@ class BcosifiedText(BcosifiedModel):
 
     # --- what there is of images ---
 
-    @property
-    def transform(self) -> Any:
-        raise TypeError(
-            f"transform: expected a model of images, got {self.config['class']}, which reads texts (model.tokenize); "
-            "bcosify finetune, evaluate, benchmark and sweep are for image classifiers"
+    def _no_images(self, what: str) -> TypeError:
+        return TypeError(
+            f"{what}: expected a model of images, got {self.config['class']}, which reads texts (model.tokenize); "
+            "finetune, distill, evaluate, benchmark and sweep are for images"
         )
 
+    @property
+    def transform(self) -> Any:
+        raise self._no_images("transform")
+
+    @property
+    def channels(self) -> int:
+        raise self._no_images("channels")
+
     def encode(self, images: Tensor) -> Tensor:
-        raise TypeError(f"encode: expected a model of images, got {self.config['class']}, which reads texts")
+        raise self._no_images("encode")
 
 
 class OnEmbeddings(nn.Module):
@@ -307,14 +328,14 @@ class OnEmbeddings(nn.Module):
         return self.explained(inputs_embeds=embeddings, **self.inputs).logits
 
 
-def read_tokenizer(name: str) -> Any:
+def read_tokenizer(name: str, *, local_files_only: bool = False) -> Any:
     """The Hugging Face tokenizer in a folder or of a repository's name; no code of a repository is run."""
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise RuntimeError(f"tokenizer: needs transformers ({error}): pip install 'bcos-kernels[text]'") from None
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"tokenizer: expected one of transformers at {name!r}, got {reason}") from None

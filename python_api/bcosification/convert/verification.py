@@ -272,8 +272,8 @@ def verify(
     - Explanations: in a float64 copy of ``converted``, W(x) has to be the gradient of the frozen replay: the same
       forward pass with every scale, gate, variance and attention matrix held at its value, which knows nothing of
       explanation mode (frozen_replay.py); and that replay has to be affine.
-    - Of CLIP's image towers, what is explained are the cosines with four fixed directions. Of classifiers of texts, W is
-      a map of the words' embeddings.
+    - Of CLIP's image towers, what is explained are the cosines with four fixed directions. Of classifiers of texts, W
+      is a map of the words' embeddings.
 
     Args:
         original: the standard model that was converted. It may be in any mode, and is left as it is.
@@ -648,7 +648,7 @@ def _differing(converted: BcosifiedModel) -> list[tuple[str, str, dict[str, Any]
     if any("MaxPool" in entry["was"] and entry["was"] != entry["becomes"] for entry in converted.conversion):
         found.append(("average pooling", "max pooling became average pooling", {"pool": "average"}))
     bias = converted.config["logit_bias"]
-    if bias is not None:
+    if bias:  # of two classes it is 0
         found.append((f"logit bias {bias:.4g}", "a constant is added to all logits", {"logit_bias": bias}))
     return found
 

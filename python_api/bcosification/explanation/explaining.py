@@ -314,8 +314,8 @@ def explain(
 
         if text is not None or templates is not None or protocol != "paper":
             raise ValueError(
-                "explain: expected no text=, templates= and protocol= for a classifier of texts: the second argument is "
-                "what its tokenizer returns (model.tokenize)"
+                "explain: expected no text=, templates= and protocol= for a classifier of texts: the second argument "
+                "is what its tokenizer returns (model.tokenize)"
             )
         return explain_tokens(bare_model(model), images, targets, batch_size=batch_size)
     _check_images(images)

@@ -146,8 +146,9 @@ class TokenExplanation:
         )
         target, predicted = int(self.targets[i]), int(self.logits[i].argmax())
         note = "" if target == predicted else f" (predicted: {escape(self.class_name(predicted))})"
+        name = escape(self.class_name(target))
         return (
-            f'<section><p class="text">{words}</p>\n<p class="about"><b>{escape(self.class_name(target))}</b>{note}: logit '
+            f'<section><p class="text">{words}</p>\n<p class="about"><b>{name}</b>{note}: logit '
             f"{float(self.logits[i, target]):.3f} = contributions {float(self.contributions[i].double().sum()):+.3f} "
             f"and constant {float(self.constant[i]):+.3f}</p></section>"
         )
@@ -261,8 +262,7 @@ def explain_tokens(
         *tensors, sizes = (torch.cat(column).to(device) for column in zip(*parts, strict=True))
         mask = checked.get("attention_mask", torch.ones_like(ids))
     names = model.config.get("class_names")
-    explanation = TokenExplanation(
-        ids.to(device), mask.to(device), *tensors, tuple(map(tuple, model.tokens_of(ids))), tuple(names) if names else None
-    )
+    tokens, names = tuple(map(tuple, model.tokens_of(ids))), None if names is None else tuple(names)
+    explanation = TokenExplanation(ids.to(device), mask.to(device), *tensors, tokens, names)
     check_sum(explanation, sizes)
     return explanation

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from bcosification import nn as bnn
 from bcosification.convert.class_change import ChangedForward, change_class
 from bcosification.convert.families.base import SIBLINGS, TextFamily, register
-from bcosification.convert.rules import NoRule, Options, gelu, linear_as_it_is, rule, type_name
+from bcosification.convert.rules import (
+    NoRule,
+    Options,
+    gated_activation,
+    gelu,
+    linear_as_it_is,
+    rule,
+    type_name,
+)
 
 MODELS = "transformers.models"
 BERT, ROBERTA, XLM_ROBERTA, DISTILBERT = (
@@ -23,7 +31,7 @@ ATTENTION = ("eager", "sdpa")
 """Implementations of transformers' attention whose matrix is computed from q and k alone."""
 
 SIBLINGS |= {
-    f"{module.rpartition('.')[0]}.": "a Hugging Face encoder with a sequence classifier (BertForSequenceClassification, "
+    f"{module.rpartition('.')[0]}.": "an encoder with a sequence classifier (BertForSequenceClassification, "
     "RobertaForSequenceClassification, XLMRobertaForSequenceClassification, DistilBertForSequenceClassification)"
     for module in (*LIKE_BERT, DISTILBERT)
 }
@@ -55,7 +63,7 @@ class Encoder(TextFamily):
         if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
             raise ValueError(
                 f"bcosify: expected an encoder, got {type(model).__name__} with is_decoder={config.is_decoder} and "
-                f"add_cross_attention={config.add_cross_attention}: a token's explanation would be of the text before it"
+                f"add_cross_attention={config.add_cross_attention}"
             )
         implementation = config._attn_implementation
         if implementation not in ATTENTION:
@@ -282,3 +290,9 @@ def added_embeddings(layer: nn.Module, options: Options) -> nn.Module:
 def gelu_tanh(layer: nn.Module, options: Options) -> nn.Module:
     """Hugging Face's GELUs by tanh -> x times a gate that is a constant in explanation mode, or nothing."""
     return gelu(nn.GELU("tanh").train(layer.training), options)
+
+
+@rule("transformers.activations.SiLUActivation")
+def silu_activation(layer: nn.Module, options: Options) -> nn.Module:
+    """Hugging Face's SiLU -> the same with a gate that is a constant in explanation mode, or nothing."""
+    return gated_activation(nn.SiLU().train(layer.training), options)
