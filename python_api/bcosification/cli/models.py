@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from bcosification.cli.options import CONVERSION, FOLDER_HELP, STANDARD_HELP
 
 # Families of image towers, whose models have no classes.
 CLIP_FAMILIES = ("open_clip_resnet", "open_clip_vit", "huggingface_clip")
+
+# Families of classifiers of texts, which read no images.
+TEXT_FAMILIES = ("huggingface_bert", "huggingface_roberta", "huggingface_xlm_roberta", "huggingface_distilbert")
 
 
 def needs(*packages: str) -> None:
@@ -33,8 +37,17 @@ def model_spec(arguments: argparse.Namespace) -> str:
 
 
 def is_converted(spec: str) -> bool:
-    """Whether MODEL is a folder of ours, or of a run."""
-    return (Path(spec) / "config.json").is_file() or (Path(spec) / "config.yaml").is_file()
+    """Whether MODEL is a folder of ours, or of a run; not one of a Hugging Face model."""
+    config = Path(spec) / "config.json"
+    return (Path(spec) / "config.yaml").is_file() or (config.is_file() and not of_transformers(config))
+
+
+def of_transformers(config: Path) -> bool:
+    """Whether a config.json is that of a Hugging Face model."""
+    try:
+        return "model_type" in json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def run_folder(spec: str) -> str:

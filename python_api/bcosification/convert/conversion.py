@@ -141,7 +141,7 @@ def bcosify(
     source = getattr(whole, "bcosification_source", None) or {}
     if family.reads_text:
         if mean is not None or std is not None:
-            raise ValueError(f"bcosify: expected no mean and std for {type_name(type(model))}, which reads no images")
+            raise ValueError(f"bcosify: expected no mean= and std= for {type_name(type(model))}, which reads no images")
         return convert(model, replace(options, inverse=False, normalize_input=False), None, source=source)
     size = family.input_size(model)
     if source.get("preprocessing"):

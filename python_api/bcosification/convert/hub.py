@@ -26,8 +26,10 @@ else:
 
 __all__ = ["HubMixin", "model_card"]
 
-REPOSITORY_FILES = ("config.json", "model.safetensors", "tokenizer/*.json", "tokenizer/*.txt", "tokenizer/*.model")
+REPOSITORY_FILES = ("config.json", "model.safetensors")
 """What is read from a repository. Nothing else is downloaded, so no pickle and no code."""
+TOKENIZER_FILES = ("tokenizer/*.json", "tokenizer/*.txt")
+"""And of classifiers of texts."""
 DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
@@ -91,7 +93,7 @@ class HubMixin(ModelHubMixin):
             from huggingface_hub import snapshot_download
 
             download = {name: value for name, value in options.items() if name in DOWNLOAD_OPTIONS}
-            folder = snapshot_download(model_id, allow_patterns=list(REPOSITORY_FILES), **download)
+            folder = snapshot_download(model_id, allow_patterns=[*REPOSITORY_FILES, *TOKENIZER_FILES], **download)
         return load(folder, model=model)
 
     def save_pretrained(
