@@ -93,7 +93,7 @@ def wrong_inputs():
     yield {"inputs_embeds": torch.rand(2, 5, 15)}, ValueError, r"inputs_embeds \(N, T, 16\), .* got \(2, 5, 15\)"
 
 
-@pytest.mark.parametrize(("given", "kind", "message"), wrong_inputs())
+@pytest.mark.parametrize(("given", "kind", "message"), list(wrong_inputs()))
 def test_wrong_inputs_are_named(given, kind, message):
     with pytest.raises(kind, match=message):
         bcosify(classifier())(**given)
@@ -212,7 +212,7 @@ def test_names_that_stand_for_nothing(folder, tmp_path, monkeypatch):
             resolve("transformers:a/b")
     with pytest.raises(ValueError, match=f"of a Hugging Face model: bcosify it as transformers:{folder}"):
         load(folder)
-    transformers.CLIPVisionConfig(hidden_size=8, intermediate_size=8).save_pretrained(tmp_path / "clip")
+    transformers.CLIPVisionConfig(hidden_size=8, num_attention_heads=2).save_pretrained(tmp_path / "clip")
     with pytest.raises(ValueError, match="expected a model with a sequence classifier, got "):
         resolve(f"transformers:{tmp_path / 'clip'}")
 

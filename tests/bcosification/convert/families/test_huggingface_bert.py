@@ -241,6 +241,23 @@ def test_fused_and_low_memory_blocks_compute_the_same(name):
         torch.testing.assert_close(separate[parameter], gradient, rtol=1e-9, atol=1e-12)
 
 
+def test_the_librarys_switches_work_inside():
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model, x = bcosify(classifier(**off)).train(), inputs()
+    loss, expected = gradients(model, x)
+    model.model.gradient_checkpointing_enable()
+    layers, calls = model.model.bert.encoder.layer, []
+    for layer in layers:
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    again, got = gradients(model, x)
+    assert all(layer.gradient_checkpointing for layer in layers)
+    torch.testing.assert_close(again, loss, rtol=1e-12, atol=0)
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(got[parameter], gradient, rtol=1e-9, atol=1e-12)
+    model.model.set_attn_implementation("eager")
+    torch.testing.assert_close(gradients(model, x)[0], loss, rtol=1e-9, atol=0)
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
