@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from bcosification.cli.files import (
@@ -14,7 +13,14 @@ from bcosification.cli.files import (
     output_folder,
     read_images,
 )
-from bcosification.cli.models import bcos_folder, needs, templates_told, texts_to_explain, usable_device
+from bcosification.cli.models import (
+    bcos_folder,
+    class_number,
+    needs,
+    templates_told,
+    texts_to_explain,
+    usable_device,
+)
 from bcosification.cli.options import FOLDER_HELP, add_command, add_common, add_texts
 from bcosification.cli.texts import explain_texts, reads_text
 
@@ -136,12 +142,3 @@ def _explain(arguments: argparse.Namespace) -> int:
     list_unreadable(unreadable, len(files))
     named = {path for path, by_name in files if by_name}
     return 1 if any(path in named for path, _ in unreadable) else 0
-
-
-def class_number(target: str, names: Sequence[str] | None, classes: int) -> int:
-    if names and target in names:
-        return list(names).index(target)
-    if target.isdecimal() and int(target) < classes:
-        return int(target)
-    known = f"a class number below {classes}" + (f" or one of {', '.join(names[:10])}" if names else "")
-    raise ValueError(f"expected --target to be {known}, got {target!r}")

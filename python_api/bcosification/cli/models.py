@@ -217,6 +217,16 @@ def bcos_folder(spec: str) -> str:
     )
 
 
+def class_number(target: str, names: Sequence[str] | None, classes: int) -> int:
+    """The class that --target names or numbers."""
+    if names and target in names:
+        return list(names).index(target)
+    if target.isdecimal() and int(target) < classes:
+        return int(target)
+    known = f"a class number below {classes}" + (f" or one of {', '.join(names[:10])}" if names else "")
+    raise ValueError(f"expected --target to be {known}, got {target!r}")
+
+
 def usable_device(name: str):
     import torch
 

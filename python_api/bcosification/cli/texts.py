@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bcosification.cli.files import counted, output_folder
-from bcosification.cli.models import usable_device
+from bcosification.cli.models import class_number, usable_device
 
 
 def reads_text(folder: str) -> bool:
@@ -30,7 +30,6 @@ def explain_texts(arguments: argparse.Namespace, folder: str, images: Sequence[s
     out = output_folder(arguments.out)
 
     import bcosification
-    from bcosification.cli.explaining import class_number
 
     model = bcosification.load(folder).to(usable_device(arguments.device))
     names = model.config.get("class_names")

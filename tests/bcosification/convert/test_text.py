@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bcosification import BcosifiedModel, BcosifiedText, bcosify, load, resolve
+from bcosification import BcosifiedModel, BcosifiedText, bcosify, load, resolve, verify
 from bcosification.convert import text
 from bcosification.convert.hub import model_card
 
@@ -118,8 +118,20 @@ def test_copies_and_compiled():
         expected = model(**x).logits
         for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(copied(**x).logits, expected)
-        compiled = torch.compile(model, backend="eager", fullgraph=False)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(**x).logits, expected)
+
+
+def test_under_autocast_and_in_half_precision():
+    model, x = bcosify(classifier()).float().train(), inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**x, labels=torch.tensor([0, 1]))
+    output.loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    exact = model.eval()(**x).logits
+    half = copy.deepcopy(model).bfloat16()
+    torch.testing.assert_close(half(**x).logits.float(), exact, rtol=0.1, atol=0.05)
+    assert verify(classifier().bfloat16(), bcosify(classifier()).bfloat16(), x).ok
 
 
 # --- the tokenizer, names and folders -------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class Encoder(TextFamily):
     """Module that its classes come from."""
 
     keeps = "word embeddings, of which W is the map; q and k, held; attention matrices"
-    cannot = "attention other than eager and sdpa; decoders; be fine-tuned by bcosify finetune (a Trainer does it)"
+    cannot = "hold attentions other than eager and sdpa; convert decoders; be fine-tuned by bcosify finetune"
 
     def _encoder(self, model: nn.Module) -> nn.Module:
         return getattr(model, self.body)
