@@ -16,11 +16,11 @@ def family(name):
 
 def classifier(name="bert", seed=0, attention="sdpa", **config):
     """In float64 and eval mode, of 2 layers, width 16, 40 tokens and 3 classes."""
-    kind, with_random_weights = family(name), randomized
+    kind = family(name)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         labels = {str(i): f"LABEL_{i}" for i in range(3)}
-        model = with_random_weights(kind.build({**kind.sizes, "id2label": labels, **config}), seed)
+        model = randomized(kind.build({**kind.sizes, "id2label": labels, **config}), seed)
     model.set_attn_implementation(attention)
     return model
 

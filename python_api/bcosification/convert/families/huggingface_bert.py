@@ -101,7 +101,7 @@ class Encoder(TextFamily):
         told = model.config.to_diff_dict()
         for name in ("transformers_version", "model_type", "dtype", "architectures", "_name_or_path", "label2id"):
             told.pop(name, None)  # label2id is made from id2label, whose numbers JSON makes words of
-        return {**told, "id2label": {str(i): label for i, label in told["id2label"].items()}}
+        return {**told, "id2label": {str(i): label for i, label in model.config.id2label.items()}}
 
     def configuration(self) -> type:
         """The library's class of configurations."""
