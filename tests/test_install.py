@@ -387,7 +387,7 @@ def test_metadata(compiled):
     assert set(runtime) == {"torch", "triton", "numpy"}
     assert runtime["torch"].specifier.contains("2.11.0")
     assert not runtime["torch"].specifier.contains("2.10.1")
-    assert set(metadata["provides_extra"]) == {"train", "explain", "app", "clip", "dev"}
+    assert set(metadata["provides_extra"]) == {"train", "explain", "app", "clip", "text", "dev"}
     assert metadata["license_expression"] == "Apache-2.0"
     assert "bcosify = bcosification.cli:main" in entry_points
 

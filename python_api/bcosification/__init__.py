@@ -15,6 +15,7 @@ _HOMES = {
     "nn": None,
     "BcosifiedCLIP": "bcosification.convert.clip",
     "BcosifiedModel": "bcosification.convert.wrapper",
+    "BcosifiedText": "bcosification.convert.text",
     "DistillConfig": "bcosification.train.distillation",
     "Explanation": "bcosification.explanation.explaining",
     "FinetuneConfig": "bcosification.train.finetuning",

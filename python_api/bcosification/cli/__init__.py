@@ -28,6 +28,7 @@ EXTRAS = {
     name: "train" for name in ("lightning", "torchmetrics", "torchvision", "timm", "open_clip", "sklearn", "tqdm")
 }
 EXTRAS |= {"yaml": "train", "safetensors": "train", "matplotlib": "explain", "captum": "explain", "PIL": "explain"}
+EXTRAS |= {"transformers": "text"}
 
 EXIT_CODES = """\
 exit codes: 0 done; 1 not all of it (a check failed, a named image could not be read, a package is missing);

@@ -8,6 +8,7 @@ import textwrap
 from bcosification.cli.files import output_file, output_folder, random_images
 from bcosification.cli.models import (
     CLIP_FAMILIES,
+    TEXT_FAMILIES,
     expect_clip,
     is_converted,
     model_spec,
@@ -18,9 +19,9 @@ from bcosification.cli.models import (
     with_original,
 )
 from bcosification.cli.options import (
+    CONVERTIBLE_HELP,
     FOLDER_HELP,
     SOURCE,
-    STANDARD_HELP,
     add_attention_pool,
     add_b_and_bias,
     add_command,
@@ -29,6 +30,7 @@ from bcosification.cli.options import (
     add_model,
     add_shared,
 )
+from bcosification.cli.texts import random_tokens
 from bcosification.json_files import json_text
 
 
@@ -39,10 +41,11 @@ def add_convert(commands) -> argparse.ArgumentParser:
         "bcosification.load and BcosifiedModel.from_pretrained read, and push_to_hub uploads.",
         "examples:\n"
         "  bcosify convert resnet18 --out converted/r18\n"
-        "  bcosify convert my_resnet50.pth --arch resnet50 --b 1.5 --out converted/r50",
+        "  bcosify convert my_resnet50.pth --arch resnet50 --b 1.5 --out converted/r50\n"
+        "  bcosify convert transformers:textattack/bert-base-uncased-SST-2 --out converted/bert",
         usage="bcosify convert [options] MODEL --out DIR",
     )  # fmt: skip
-    add_model(command, STANDARD_HELP)
+    add_model(command, CONVERTIBLE_HELP)
     command.add_argument("--out", metavar="DIR", required=True, help="where to; new or empty")
     add_shared(command.add_argument_group("standard model"), *SOURCE)
     group = command.add_argument_group("conversion")
@@ -63,8 +66,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     spec = model_spec(arguments)
     if is_converted(spec):
         raise ValueError(
-            f"expected a standard model ({STANDARD_HELP}), got {spec}, which holds a converted one; finetune, explain, "
-            "evaluate and verify take it"
+            f"expected a standard model ({CONVERTIBLE_HELP}), got {spec}, which holds a converted one; finetune, "
+            "explain, evaluate and verify take it"
         )
     original, converted = original_and_converted(arguments, spec)
     switch_attention_pool(arguments, converted, spec)
@@ -78,6 +81,9 @@ def _convert(arguments: argparse.Namespace) -> int:
         f"{type(original).__name__}: {len(changed)} of {len(converted.conversion)} layers converted, "
         f"{sum('Bcos' in entry['becomes'] for entry in changed)} of them to B-cos layers"
     )
+    if converted.config["family"] in TEXT_FAMILIES:
+        print(f"written to {out}; it wants fine-tuning, by a loop or a Trainer on model(**inputs, labels=labels).loss")
+        return 0
     train = "finetune" if converted.config["family"] not in CLIP_FAMILIES else "distill"
     print(f"written to {out}; it wants fine-tuning: bcosify {train} --model {out} --data DIR --out RUN")
     return 0
@@ -98,12 +104,12 @@ def add_verify(commands) -> argparse.ArgumentParser:
         "code is 1 if a check fails.",
         usage="bcosify verify [options] MODEL",
     )  # fmt: skip
-    add_model(command, f"a standard model: {STANDARD_HELP}; or {FOLDER_HELP}")
+    add_model(command, f"a standard model: {CONVERTIBLE_HELP}; or {FOLDER_HELP}")
     command.add_argument(
         "--original", metavar="MODEL", help="what a folder is compared with (default: what it was made of, if it tells)"
     )
     command.add_argument(
-        "--images", type=int, default=2, metavar="N", help="number of random images to compare on (default: 2)"
+        "--images", type=int, default=2, metavar="N", help="number of random images or texts to compare on (default: 2)"
     )
     command.add_argument("--json", metavar="FILE", help="write the report there, too")
     command.add_argument("--html", metavar="FILE", help="write the report there as a page that needs nothing else")
@@ -129,7 +135,10 @@ def _verify(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--original: expected {FOLDER_HELP} as MODEL, got {spec}, which is converted here")
     else:
         original, converted = original_and_converted(arguments, spec)
-    images, normalized = random_images(arguments.images, original, converted)
+    if converted.config["family"] in TEXT_FAMILIES:
+        images, normalized = random_tokens(arguments.images, converted), None
+    else:
+        images, normalized = random_images(arguments.images, original, converted)
     report = bcosification.verify(original, converted, images, normalized=normalized)
     if drawn:  # all tensors differ from a conversion of other random weights, which says nothing
         report.weights_changed = []

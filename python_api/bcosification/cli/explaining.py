@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from pathlib import Path
 
 from bcosification.cli.files import (
     counted,
@@ -13,31 +13,43 @@ from bcosification.cli.files import (
     output_folder,
     read_images,
 )
-from bcosification.cli.models import bcos_folder, needs, templates_told, texts_to_explain, usable_device
+from bcosification.cli.models import (
+    bcos_folder,
+    class_number,
+    needs,
+    templates_told,
+    texts_to_explain,
+    usable_device,
+)
 from bcosification.cli.options import FOLDER_HELP, add_command, add_common, add_texts
-from bcosification.names import did_you_mean, meant, shortened
+from bcosification.cli.texts import explain_texts, reads_text
+from bcosification.names import shortened
 
 
 def add_explain(commands) -> argparse.ArgumentParser:
     command = add_command(
         commands, "explain", _explain, "write pictures of explanations",
-        "Write for every image its picture, its explanation W(x) and its contribution map, as PNG.",
+        "Write for every image its picture, its explanation W(x) and its contribution map, as PNG; for every text its\n"
+        "tokens in the colours of their contributions, as HTML.",
         "examples:\n"
         "  bcosify explain runs/r18 photo.jpg other.png --out pictures\n"
         "  bcosify explain runs/r18/last photos/ --out pictures --target 207\n"
-        "  bcosify explain runs/clip photo.jpg --out pictures --text 'a dog' 'a cat' --attention-pool unpool\n\n"
+        "  bcosify explain runs/clip photo.jpg --out pictures --text 'a dog' 'a cat' --attention-pool unpool\n"
+        "  bcosify explain converted/bert --text 'a gripping film' 'a dull one' --out pictures\n\n"
         "An image that cannot be read is left out and listed; the exit code is then 1 if it was named itself, and 0\n"
         "if it lies in a folder that was named.",
-        usage="bcosify explain [options] MODEL IMAGE [IMAGE ...] --out DIR",
+        usage="bcosify explain [options] MODEL IMAGE [IMAGE ...] --out DIR\n"
+        "       bcosify explain [options] MODEL --text TEXT [TEXT ...] --out DIR",
     )  # fmt: skip
     command.add_argument("--model", metavar="MODEL", help=f"{FOLDER_HELP}; may also come first, before the images")
     command.add_argument("images", metavar="IMAGE", nargs="+", help="image files, or folders of them")
     command.add_argument("--out", metavar="DIR", required=True, help="where to; made if it is missing")
     command.add_argument("--target", metavar="CLASS", help="class to explain, number or name (default: the predicted)")
-    group = command.add_argument_group("CLIP models")
+    group = command.add_argument_group("CLIP models, and --text of classifiers of texts")
     group.add_argument(
-        "--text", nargs="+", metavar="TEXT", help="texts to explain, each with pictures of its own (put it after IMAGE)"
-    )
+        "--text", nargs="+", metavar="TEXT", help="texts to explain, with images each with pictures of its own (put it "
+        "after IMAGE or MODEL)",
+    )  # fmt: skip
     add_texts(group, "none")
     group.add_argument(
         "--protocol", choices=("paper", "peer"), default="paper",
@@ -69,6 +81,8 @@ def _explain(arguments: argparse.Namespace) -> int:
     images, spec = list(arguments.images), arguments.model
     if spec is None:
         spec, images = images[0], images[1:]
+    if Path(spec).is_dir() and reads_text(bcos_folder(spec)):
+        return explain_texts(arguments, bcos_folder(spec), images)
     if not images:
         raise ValueError(f"expected MODEL and at least one IMAGE, got {spec!r} alone")
     out = output_folder(arguments.out)
@@ -133,13 +147,3 @@ def _explain(arguments: argparse.Namespace) -> int:
     list_unreadable(unreadable, len(files))
     named = {path for path, by_name in files if by_name}
     return 1 if any(path in named for path, _ in unreadable) else 0
-
-
-def class_number(target: str, names: Sequence[str] | None, classes: int) -> int:
-    if names and target in names:
-        return list(names).index(target)
-    if target.isdecimal() and int(target) < classes:
-        return int(target)
-    near = did_you_mean(meant(target, map(str, names or ())))
-    listed = f" or one of {shortened(names)}" if names and not near else " or the name of a class" if names else ""
-    raise ValueError(f"expected --target to be a class number below {classes}{listed}, got {target!r}{near}")

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from bcosification.cli.options import CONVERSION, FOLDER_HELP, STANDARD_HELP
 from bcosification.folders import best_of_run
+from bcosification.names import did_you_mean, meant, shortened
 
 # Families of image towers, whose models have no classes.
 CLIP_FAMILIES = ("open_clip_resnet", "open_clip_vit", "open_clip_timm", "huggingface_clip")
+
+# Families of classifiers of texts, which read no images.
+TEXT_FAMILIES = ("huggingface_bert", "huggingface_roberta", "huggingface_xlm_roberta", "huggingface_distilbert")
 
 
 def needs(*packages: str) -> None:
@@ -34,8 +39,17 @@ def model_spec(arguments: argparse.Namespace) -> str:
 
 
 def is_converted(spec: str) -> bool:
-    """Whether MODEL is a folder of ours, or of a run."""
-    return (Path(spec) / "config.json").is_file() or (Path(spec) / "config.yaml").is_file()
+    """Whether MODEL is a folder of ours, or of a run; not one of a Hugging Face model."""
+    config = Path(spec) / "config.json"
+    return (Path(spec) / "config.yaml").is_file() or (config.is_file() and not of_transformers(config))
+
+
+def of_transformers(config: Path) -> bool:
+    """Whether a config.json is that of a Hugging Face model."""
+    try:
+        return "model_type" in json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def run_folder(spec: str) -> str:
@@ -224,6 +238,17 @@ def bcos_folder(spec: str) -> str:
     raise ValueError(
         f"MODEL: expected {FOLDER_HELP}, got {got}; of a standard network, finetune or convert make a B-cos model"
     )
+
+
+def class_number(target: str, names: Sequence[str] | None, classes: int) -> int:
+    """The class that --target names or numbers."""
+    if names and target in names:
+        return list(names).index(target)
+    if target.isdecimal() and int(target) < classes:
+        return int(target)
+    near = did_you_mean(meant(target, map(str, names or ())))
+    listed = f" or one of {shortened(names)}" if names and not near else " or the name of a class" if names else ""
+    raise ValueError(f"expected --target to be a class number below {classes}{listed}, got {target!r}{near}")
 
 
 def usable_device(name: str):

@@ -297,6 +297,14 @@ def _sequential_forward(self: Any, x: Any) -> Any:
     return x
 
 
+def _distilbert_feed_forward(self: Any, x: Tensor) -> Tensor:
+    if _fusible_linear(self.lin1) and _fusible_gelu(self.activation):
+        x = self.activation.behind(self.lin1, x, "output" if recomputes(self) else None)
+    else:
+        x = self.activation(self.lin1(x))
+    return self.dropout(self.lin2(x))
+
+
 # --- what may be fused ----------------------------------------------------------------------------------------------
 
 
@@ -320,6 +328,10 @@ def _needs(relus: tuple[str, ...], norms: tuple[str, ...]) -> Callable[[nn.Modul
 _NOTHING_TO_FUSE = (
     "no BatchNormUncentered2d after a B-cos convolution or before a ReLU, no GELU after a B-cos linear layer"
 )
+
+
+def _has_feed_forward(module: nn.Module) -> str | None:
+    return None if isinstance(module.lin1, BcosLinear) and type(module.activation) is GELU else _NOTHING_TO_FUSE
 
 
 def _has_pair(module: nn.Module) -> str | None:
@@ -379,6 +391,17 @@ BLOCK_RULES: dict[str, BlockRule] = {
         "FusedResNetBcos", {"_forward_impl": _resnet_head_first_forward_impl}, _needs(("relu",), ("bn1",))
     ),
 }
+
+
+BLOCK_RULES |= {
+    f"transformers.models.{module}.modeling_{module}.{name}Intermediate": BlockRule(
+        f"Fused{name}Intermediate", _SEQUENTIAL, _has_pair
+    )
+    for module, name in (("bert", "Bert"), ("roberta", "Roberta"), ("xlm_roberta", "XLMRoberta"))
+}
+BLOCK_RULES["transformers.models.distilbert.modeling_distilbert.FFN"] = BlockRule(
+    "FusedDistilBertFFN", {"ff_chunk": _distilbert_feed_forward}, _has_feed_forward
+)
 
 
 def _qualified(cls: type) -> str:

@@ -147,7 +147,7 @@ def load(folder: str | os.PathLike, model: nn.Module | None = None) -> Bcosified
     state = read_weights(weights)
     try:
         options = Options(**{**config["options"], "logit_bias": config["logit_bias"]})
-        preprocessing = Preprocessing.from_dict(config)
+        preprocessing = None if "max_tokens" in config else Preprocessing.from_dict(config)  # None: it reads text
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"load: expected {folder / CONFIG_NAME} as save_pretrained writes it, got {error!r}") from None
     whole = model if model is not None else standard_network(config, folder)
@@ -172,6 +172,7 @@ def load(folder: str | os.PathLike, model: nn.Module | None = None) -> Bcosified
     converted.config = config
     if model is not whole and own is not None and converted.text is None:
         converted.attach_text(whole)
+    converted.loaded_from(folder)
     return converted.eval()
 
 
@@ -192,7 +193,9 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"load: expected {path} to be JSON, got {error}") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         got = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"load: expected {path} with format {FORMAT}, got {got!r}")
+        theirs = isinstance(config, dict) and "model_type" in config
+        hint = f", of a Hugging Face model: bcosify it as transformers:{folder}" if theirs else ""
+        raise ValueError(f"load: expected {path} with format {FORMAT}, got {got!r}{hint}")
     return config
 
 

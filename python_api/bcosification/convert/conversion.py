@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from bcosification.convert.blocks import fuse_blocks
 from bcosification.convert.clip import BcosifiedCLIP
 from bcosification.convert.families import FAMILIES, Family, family_of, original_class
+from bcosification.convert.families.base import SIBLINGS
 from bcosification.convert.preprocessing import Preprocessing, detect, with_statistics
 from bcosification.convert.rules import (
     COMPOSITES,
@@ -33,6 +34,7 @@ from bcosification.convert.rules import (
     remove_biases,
     type_name,
 )
+from bcosification.convert.text import BcosifiedText
 from bcosification.convert.wrapper import BcosifiedModel, auto_logit_bias
 
 FORMAT = 1
@@ -87,8 +89,9 @@ def bcosify(
 
     Args:
         model: a standard network; torchvision's classifiers, nn.Sequential, open_clip's CLIP models, their image towers
-            alone and Hugging Face's CLIPVisionModelWithProjection (these become a BcosifiedCLIP) are known whole
-            (`bcosify families` lists all), other classes are converted layer by layer with head="keep".
+            alone and Hugging Face's CLIPVisionModelWithProjection (these become a BcosifiedCLIP), and Hugging Face's
+            sequence classifiers of BERT's kind (these become a BcosifiedText) are known whole (`bcosify families`
+            lists all), other classes are converted layer by layer with head="keep".
         b: exponent of all B-cos layers, a number >= 1, default 2.
         bias: "remove" all biases (default), "keep" them, or "decay": kept now, to be removed during training
             (``BcosifiedModel.remove_biases``).
@@ -103,6 +106,8 @@ def bcosify(
         mean, std: per channel for images in [0, 1]; default: those of timm's pretrained_cfg, open_clip's preprocessing
             (OpenAI's for CLIP's bare towers) or ImageNet's for torchvision's models. Required for other models.
         on_unknown: layers without a rule: "error" (default) names them all, "keep" leaves them as they are.
+        Of texts, ``pool``, ``head``, ``inverse`` and ``normalize_input`` have nothing to act on; mean and std are an
+        error.
 
     Returns:
         A new BcosifiedModel on the same device, in the same dtype and train/eval mode. It takes images (N, 3, H, W) in
@@ -136,6 +141,10 @@ def bcosify(
     whole, model = model, family_of(model).tower(model)
     family = family_of(model)
     source = getattr(whole, "bcosification_source", None) or {}
+    if family.reads_text:
+        if mean is not None or std is not None:
+            raise ValueError(f"bcosify: expected no mean= and std= for {type_name(type(model))}, which reads no images")
+        return convert(model, replace(options, inverse=False, normalize_input=False), None, source=source)
     size = family.input_size(model)
     if source.get("preprocessing"):
         found = Preprocessing.from_dict(source["preprocessing"])
@@ -205,6 +214,9 @@ def check_convertible(model: nn.Module) -> None:
                 f"bcosify: expected layers whose parameters are there, {place} {type(module).__name__}, which makes "
                 "them in its first call: call the model once, model(images), and convert it then"
             )
+    known = next((known for prefix, known in SIBLINGS.items() if type_name(type(model)).startswith(prefix)), None)
+    if known is not None and type(family_of(model)) is Family:
+        raise ValueError(f"bcosify: expected {known}, got {type_name(type(model))}")
     owners: dict[Any, str] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module._parameters.items():
@@ -300,8 +312,8 @@ def convert(
     """The conversion itself, on a copy of ``model``, with checked options.
 
     ``source`` tells how the resolver made the model ("spec", "num_classes", "weights"); ``blocks=False`` leaves blocks
-    unfused. ``problems`` is what is known to stand in the way (``preprocessing`` is None then): it is told together
-    with what is found here. ``warn=False``: layers that are kept without a rule were told before.
+    unfused. ``problems`` is what is known to stand in the way (``preprocessing`` is None then, and of texts): it is
+    told together with what is found here. ``warn=False``: layers that are kept without a rule were told before.
     """
     problems = list(problems)
     family = family_of(model)
@@ -318,6 +330,8 @@ def convert(
     }
     input_name, head_name = family.input_layer(model), family.head(model)
     moves, classes = False, None
+    with _noted(problems):
+        family.check(model)
     if options.head == "before_pool" and (head_name is not None or family.embeds):
         with _noted(problems):
             moves = family.moves_head(model)
@@ -362,7 +376,7 @@ def convert(
         fuse_blocks(network)
 
     logit_bias = options.logit_bias
-    config |= preprocessing.to_dict()
+    config |= {"input_size": None} if preprocessing is None else preprocessing.to_dict()
     config |= {
         "num_classes": classes,
         "head": head_name,
@@ -371,7 +385,7 @@ def convert(
         "logit_bias": auto_logit_bias(options.bias, classes) if logit_bias == "auto" else logit_bias,
         "kept": [{"name": name, "type": kind, "reason": reason} for name, kind, reason in walk.unknown],
     }
-    kind = BcosifiedCLIP if family.embeds else BcosifiedModel
+    kind = BcosifiedText if family.reads_text else BcosifiedCLIP if family.embeds else BcosifiedModel
     return kind(network, config, conversion=walk.applied, additive_parameters=additive)
 
 

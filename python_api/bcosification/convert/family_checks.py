@@ -98,12 +98,10 @@ def _check(family: Family, report: FamilyReport) -> None:
     if model is None:
         report.problem = "not checked: the family has no example"
         return
-    size = family.example_size or family.input_size(model) or (32, 32)
     report.parameters = sum(parameter.numel() for parameter in model.parameters())
-    images = torch.rand(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     try:
         converted = bcosify(model, **family.example_options)
-        found = verify(model, converted, images)
+        found = verify(model, converted, family.example_inputs(model))
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         report.ok, report.problem = False, str(error)
         return

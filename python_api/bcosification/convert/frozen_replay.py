@@ -640,7 +640,7 @@ class FrozenReplay:
     """
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
-        if images.dim() != 4:
+        if images.dim() != getattr(model, "input_dims", 4):  # of texts: embeddings (N, T, D)
             raise ValueError(f"frozen_replay: expected images of shape (N, C, H, W), got {tuple(images.shape)}")
         self.model = copy.deepcopy(model).double().eval().requires_grad_(False)
         self.images = images.detach().clone().double()
@@ -727,13 +727,14 @@ def frozen_replay(model: nn.Module, x6: Tensor) -> FrozenReplay:
 
     Args:
         model: A B-cos model: converted by `bcosify`, made of the peers' layers, or fused. It is copied, not changed.
-        x6: Images as the model reads them, [x, 1 - x], (N, 6, H, W), in [0, 1].
+        x6: Images as the model reads them, [x, 1 - x], (N, 6, H, W), in [0, 1]; of a model with ``input_dims`` (that of
+            texts, a function of embeddings (N, T, D)) a tensor of so many dimensions.
 
     Returns:
         A `FrozenReplay`, with `.logits(x6)`, `.gradient(targets)`, `.constant(targets)` and `.is_affine()`.
 
     Raises:
-        ValueError: x6 is not four-dimensional.
+        ValueError: x6 is not four-dimensional (or of ``input_dims``).
         NotImplementedError: attention or pooling with an option that nobody wrote the frozen form of.
 
     Example:

@@ -31,6 +31,8 @@ __all__ = ["HubMixin", "model_card"]
 
 REPOSITORY_FILES = ("config.json", "model.safetensors")
 """What is read from a repository. Nothing else is downloaded, so no pickle and no code."""
+TOKENIZER_FILES = ("tokenizer/*.json", "tokenizer/*.txt")
+"""And of classifiers of texts."""
 CONNECTION_TIMEOUT = 5.0
 _INSTEAD = "weights=FILE takes a file that is here, pretrained=False random weights"
 DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
@@ -146,7 +148,7 @@ class HubMixin(ModelHubMixin):
             from huggingface_hub import snapshot_download
 
             download = {name: value for name, value in options.items() if name in DOWNLOAD_OPTIONS}
-            folder = snapshot_download(model_id, allow_patterns=list(REPOSITORY_FILES), **download)
+            folder = snapshot_download(model_id, allow_patterns=[*REPOSITORY_FILES, *TOKENIZER_FILES], **download)
         return load(folder, model=model)
 
     def save_pretrained(
@@ -222,10 +224,13 @@ def model_card(
     options, source = config["options"], config.get("source")
     if base_model is None and source and source.startswith("timm:") and "." in source and config.get("source_weights"):
         base_model = f"timm/{source.removeprefix('timm:')}"
-    classes = config["num_classes"]
+    if base_model is None and source and source.startswith("transformers:") and not Path(source[13:]).is_absolute():
+        base_model = source.removeprefix("transformers:")
+    classes, reads_text = config["num_classes"], "max_tokens" in config
+    task = "text-classification" if reads_text else "image-classification"
     metadata: dict[str, Any] = {
         "library_name": "bcosification",
-        "pipeline_tag": "image-feature-extraction" if classes is None else "image-classification",
+        "pipeline_tag": "image-feature-extraction" if classes is None else task,
         "tags": ["b-cos", "b-cosification", "interpretability", "explainability", "pytorch"],
     }
     made_of = f"`{source}`" if source else f"a `{config['class']}`"
@@ -255,7 +260,10 @@ def model_card(
         facts.append("not fine-tuned since the conversion: another B and missing biases change what it computes")
     size = config.get("input_size")
     pixels = f"{size[0]} × {size[1]} pixels" if size else "any size"
-    facts.append(f"images: values in [0, 1], {pixels}; encoded as [x, 1 − x] and normalised inside the model")
+    if reads_text:
+        facts.append(f"texts: up to {config['max_tokens']} tokens (tokenizer: `{config['tokenizer'] or 'not named'}`)")
+    else:
+        facts.append(f"images: values in [0, 1], {pixels}; encoded as [x, 1 − x] and normalised inside the model")
     if classes is not None:
         names = config.get("class_names")
         facts.append(f"classes: {classes}" + (f" ({', '.join(map(str, names[:10]))}{', …' if len(names) > 10 else ''})"
@@ -271,19 +279,25 @@ def model_card(
         terms = f"These weights start from others', so {origin} holds for them."
     name = base_model or source or config["class"]
     calls = ("logits = model(images)", "explanation = bcosification.explain(model, images)          # W(x) and more")
-    of, axes = "logits", "(1, 2)"
+    of, axes, mapped = "logits", "(1, 2)", "W(x) of the image"
     if "attention_pool" in config:  # an image tower of CLIP
         texts = 'text=["a dog", "a cat"]'
         calls = ("embeddings = model(images)", f"explanation = bcosification.explain(model, images, {texts})")
         of, axes = "similarities with a text", "(2, 3)"
-    called = "\n".join(calls)
+    imported = "from PIL import Image\n"
+    read = 'images = model.transform(Image.open("photo.jpg"))[None]     # (1, 3, H, W) in [0, 1], not normalised'
+    if reads_text:
+        imported, read = "", 'inputs = model.tokenize(["a gripping film"])'
+        calls = ("logits = model(**inputs).logits", "explanation = bcosification.explain(model, inputs)   # per token")
+        axes, mapped = "1", "W(x) of its words' embeddings"
+    called = "\n".join((read, *calls))
     return f"""---
 {head}
 ---
 
 # {name}, B-cosified
 
-A B-cos network: each of its {of} is a linear map W(x) of the image, which is its explanation. Made with
+A B-cos network: each of its {of} is a linear map {mapped}, which is its explanation. Made with
 `bcosification` after [B-cosification](https://arxiv.org/abs/2411.00715) (Arya, Rao, Böhle, Schiele, 2024).
 
 {chr(10).join(f"- {fact}" for fact in facts)}
@@ -292,10 +306,8 @@ A B-cos network: each of its {of} is a linear map W(x) of the image, which is it
 
 ```python
 import bcosification
-from PIL import Image
-
+{imported}
 model = bcosification.BcosifiedModel.from_pretrained("REPOSITORY_OR_FOLDER")
-images = model.transform(Image.open("photo.jpg"))[None]     # (1, 3, H, W) in [0, 1], not normalised
 {called}
 explanation.save("pictures")
 ```

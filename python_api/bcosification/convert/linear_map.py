@@ -39,7 +39,8 @@ def dynamic_linear_map(model: nn.Module, x6: Tensor, targets: Tensor | None = No
     Args:
         model: a B-cosified model, one made of this package's or the peers' modules, or any wrapper of DataParallel's
             or torch.compile's kind around one (which is run without the wrapper).
-        x6: images (N, C, H, W), floating point, passed to the model as they are (encoded, not normalised).
+        x6: images (N, C, H, W), floating point, passed to the model as they are (encoded, not normalised). Or whatever
+            a model of floating point reads, samples first: the embeddings (N, T, D) of a text.
         targets: (N,) integers, the logits to explain; None: the largest one of each image; (N, T): several of each,
             from one forward pass and T backward passes.
 

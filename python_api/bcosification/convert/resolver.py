@@ -4,6 +4,7 @@ torchvision:NAME, NAME      torchvision's classification models
 timm:NAME                   timm
 bcosification:NAME, NAME    SimpleViT and ViT_c of bcosification.models, with B-cos v2's standard weights
 open_clip:NAME/TAG          open_clip, weights TAG
+transformers:NAME           Hugging Face's sequence classifiers: a repository's name, or a folder of save_pretrained
 FOLDER                      written by save_pretrained: a B-cosified model
 FILE (with arch=SPEC)       weights of a standard model
 """
@@ -71,6 +72,8 @@ def resolve(
         raise ValueError(f"resolve: expected num_classes to be an int >= 1, got {num_classes!r}")
     path = Path(spec).expanduser()
     library, separator, name = spec.partition(":")
+    if library == "transformers" and Path(name).expanduser().is_dir():
+        name = str(Path(name).expanduser().absolute())  # config.json keeps it, and may be read from elsewhere
     if separator and library in LIBRARIES:
         kind = "name"
     elif path.is_dir() and ((path / CONFIG_NAME).is_file() or _looks_like_path(spec)):
@@ -202,8 +205,8 @@ def _no_path(spec: str) -> str:
     return did_you_mean([f"open_clip:{spec}"] if _NAMES["open_clip"](head, spec) else [])
 
 
-def _needs(library: str, package: str, error: ImportError) -> RuntimeError:
-    return RuntimeError(f"resolve: {library}: needs {package} ({error}): pip install 'bcos-kernels[train]'")
+def _needs(library: str, package: str, error: ImportError, extra: str = "train") -> RuntimeError:
+    return RuntimeError(f"resolve: {library}: needs {package} ({error}): pip install 'bcos-kernels[{extra}]'")
 
 
 def _undownloaded(spec: str, error: Exception) -> RuntimeError:
@@ -321,6 +324,46 @@ def _open_clip(
     return network, {"library": "open_clip", "name": name, "weights": tag if pretrained else None}
 
 
+def _transformers(
+    name: str, num_classes: int | None, pretrained: bool, weights: str | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    try:
+        import transformers
+    except ImportError as error:
+        raise _needs("transformers", "transformers", error, "text") from None
+    spec = f"transformers:{name}"
+    if weights is not None:
+        raise ValueError(f"resolve: {spec}: expected the weights to be those of the name or folder, got {weights!r}")
+    kind = transformers.AutoModelForSequenceClassification
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        another = num_classes not in (None, config.num_labels)
+        if another:
+            config.num_labels = num_classes
+        if not pretrained:
+            return kind.from_config(config), {"library": "transformers", "name": name, "weights": None}
+        network, loading = kind.from_pretrained(
+            name, config=config, ignore_mismatched_sizes=another, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        if isinstance(error, OSError):
+            raise RuntimeError(
+                f"resolve: {spec}: expected a folder of transformers' save_pretrained, or a repository that can be "
+                f"downloaded, got {type(error).__name__}: {reason}"
+            ) from None
+        raise ValueError(f"resolve: {spec}: expected a model with a sequence classifier, got {reason}") from None
+    # transformers draws what a file lacks at random, with no more than a warning.
+    missing = sorted(loading["missing_keys"])
+    if missing and num_classes is None:
+        saved = ", ".join(getattr(config, "architectures", None) or ["a model"])
+        raise ValueError(
+            f"resolve: {spec}: expected weights of a sequence classifier, got {saved}'s without {', '.join(missing)}; "
+            "num_classes= gives a new classifier with random weights"
+        )
+    return network, {"library": "transformers", "name": name, "weights": name}
+
+
 def _own(
     name: str, num_classes: int | None, pretrained: bool, weights: str | None
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -350,6 +393,7 @@ LIBRARIES: dict[str, Callable[..., tuple[nn.Module, dict[str, Any]]]] = {
     "torchvision": _torchvision,
     "timm": _timm,
     "open_clip": _open_clip,
+    "transformers": _transformers,
     "bcosification": _own,
 }
 """Prefix of a spec -> function (name, num_classes, pretrained, weights) -> (model, info)."""
@@ -403,7 +447,7 @@ def _from_folder(
         "weights": str(folder),
         "num_classes": converted.num_classes,
         "converted": True,
-        "preprocessing": converted.transform.preprocessing.to_dict(),
+        "preprocessing": None if "max_tokens" in config else converted.transform.preprocessing.to_dict(),
     }
 
 

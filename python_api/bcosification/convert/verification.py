@@ -6,7 +6,7 @@ import copy
 import datetime
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from bcosification.convert.frozen_replay import frozen_replay
 from bcosification.convert.linear_map import bare_model, dynamic_linear_map
 from bcosification.convert.preprocessing import Preprocessing
 from bcosification.convert.rules import Options, biases, type_name
+from bcosification.convert.text import BcosifiedText
 from bcosification.convert.wrapper import BcosifiedModel
 from bcosification.nn.evaluation_mode import evaluation_mode
 from bcosification.weights_files import shortened
@@ -249,8 +250,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+Inputs = Tensor | Mapping[str, Tensor]
+"""Images (N, C, H, W), or what a tokenizer gives: input_ids (N, T) and so on."""
+
+
 def verify(
-    original: nn.Module, converted: BcosifiedModel, images: Tensor, *, normalized: Tensor | None = None
+    original: nn.Module, converted: BcosifiedModel, images: Inputs, *, normalized: Tensor | None = None
 ) -> Report:
     """Check a conversion, layer by layer and end to end.
 
@@ -267,12 +272,14 @@ def verify(
     - Explanations: in a float64 copy of ``converted``, W(x) has to be the gradient of the frozen replay: the same
       forward pass with every scale, gate, variance and attention matrix held at its value, which knows nothing of
       explanation mode (frozen_replay.py); and that replay has to be affine.
-    - Of CLIP's image towers, what is explained are the cosines with four fixed directions.
+    - Of CLIP's image towers, what is explained are the cosines with four fixed directions. Of classifiers of texts, W
+      is a map of the words' embeddings.
 
     Args:
         original: the standard model that was converted. It may be in any mode, and is left as it is.
         converted: what ``bcosify`` made of it; fine-tuned is fine.
-        images: (N, C, H, W) in [0, 1], not normalised; verify normalises them for ``original``.
+        images: (N, C, H, W) in [0, 1], not normalised; verify normalises them for ``original``. Of a classifier of
+            texts: what its tokenizer returns, a mapping with input_ids (N, T).
         normalized: the same images as ``original``'s own preprocessing makes them, (N, C, H, W). They have to be what
             the converted model makes of ``images`` inside, and are what ``original`` is given in float32. Default:
             none, and ``converted``'s mean and std are believed.
@@ -289,12 +296,15 @@ def verify(
         >>> print(verify(network, bcosify(network), torch.rand(2, 3, 64, 64).double()))
     """
     original, converted = _check_models(original, converted)
-    images = _check_images(images, converted)
+    of_text = isinstance(converted, BcosifiedText)
+    images = converted.checked_inputs(images) if of_text else _check_images(images, converted)
+    if of_text and normalized is not None:
+        raise ValueError("verify: expected no normalized= with a classifier of texts, which reads tokens")
     if normalized is not None and (not isinstance(normalized, Tensor) or normalized.shape != images.shape):
         got = tuple(normalized.shape) if isinstance(normalized, Tensor) else type(normalized).__name__
         raise ValueError(f"verify: expected normalized= to be images {tuple(images.shape)}, got {got}")
     work = _work_dtype(original)
-    images = images.to(next(original.parameters()).device)
+    images = _moved(images, next(original.parameters()).device)
     layers, equivalence, changed = _compare(original, converted, images, work, normalized)
     if work != torch.float64:
         doubled, double, _ = _compare(original, converted, images, torch.float64, None)
@@ -305,7 +315,7 @@ def verify(
             if layer.ok and not other.ok:
                 layer.ok, layer.problem = False, f"in float64: {other.problem}"
     preprocessing = None if normalized is None else _preprocessing(converted, images, normalized)
-    completeness = _completeness(converted, images.to(work))
+    completeness = _completeness(converted, images if of_text else images.to(work))
     explanation = _explanation(converted, images)
     left = [f"model.{name}" for name in biases(converted.model)]
     checks = [equivalence, completeness, explanation, *layers, *([] if preprocessing is None else [preprocessing])]
@@ -325,35 +335,39 @@ def verify(
     )
 
 
-def _about(converted: BcosifiedModel, images: Tensor, work: torch.dtype) -> dict[str, Any]:
+def _about(converted: BcosifiedModel, images: Inputs, work: torch.dtype) -> dict[str, Any]:
     config = converted.config
     options = {name: value for name, value in config["options"].items() if name not in ("logit_bias", "on_unknown")}
+    what, first = ("images", images) if isinstance(images, Tensor) else ("tokens", images["input_ids"])
     return {
         "class": config["class"],
         "family": config["family"],
         "source": config.get("source"),
         "weights": config.get("source_weights"),
         "options": {**options, "logit_bias": config["logit_bias"]},
-        "images": list(images.shape),
+        what: list(first.shape),
         "dtype": str(work).removeprefix("torch."),
-        "device": images.device.type,
+        "device": first.device.type,
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }
 
 
 def _compare(
-    original: nn.Module, converted: BcosifiedModel, images: Tensor, work: torch.dtype, normalized: Tensor | None
+    original: nn.Module, converted: BcosifiedModel, images: Inputs, work: torch.dtype, normalized: Tensor | None
 ) -> tuple[list[LayerReport], Equivalence, list[str]]:
     """The original and its conversion at B = 1 in the dtype ``work``: layers, logits, and changed weights."""
     if next(original.parameters()).dtype != work:
         original = copy.deepcopy(original).to(work)
-    images = images.to(work)
-    preprocessing = Preprocessing.from_dict(converted.config)
-    mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
-    inputs = (images - mean) / std
-    if normalized is not None and work == torch.float32:  # in float64, its float32 would be the largest error
-        inputs = normalized.to(inputs)
+    preprocessing = None if isinstance(converted, BcosifiedText) else Preprocessing.from_dict(converted.config)
+    if preprocessing is None:
+        inputs: Inputs = images
+    else:
+        images = images.to(work)
+        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+        inputs = (images - mean) / std
+        if normalized is not None and work == torch.float32:  # in float64, its float32 would be the largest error
+            inputs = normalized.to(inputs)
     exact = replace(
         Options(**converted.config["options"]),
         b=1.0,
@@ -372,7 +386,7 @@ def _compare(
 
     def logits_of(model: BcosifiedModel) -> Tensor:
         with torch.no_grad(), evaluation_mode(model):
-            return model(images)
+            return _called(model, images) if preprocessing is not None else _called(model, images).logits
 
     twin = variant()
     changed = _compare_parameters(twin, converted)
@@ -382,7 +396,7 @@ def _compare(
     names = [entry["name"] for entry in twin.conversion if entry["name"] in modules]
     added = [entry["name"] for entry in twin.conversion if entry["name"] not in modules]
     with torch.no_grad(), evaluation_mode(reference), _recorded(reference, names) as expected:
-        logits = family.output(reference(inputs))
+        logits = family.output(_called(reference, inputs))
     if not isinstance(logits, Tensor):
         raise TypeError(f"verify: expected the models to return a tensor of logits, got {type(logits).__name__}")
     with _recorded(twin.model, names) as got, _recorded(twin.model, added) as of_added:
@@ -390,7 +404,7 @@ def _compare(
     differences: list[Difference] = []
     if left_out is not None:
         with torch.no_grad(), evaluation_mode(original):
-            change = _error(logits, family.output(original(inputs)))
+            change = _error(logits, family.output(_called(original, inputs)))
         differences.append(Difference(left_out, "conversions drop it", change))
     reason, moved = None, set()
     if converted.config["head_before_pool"]:
@@ -421,6 +435,16 @@ def _compare(
         change = _error(logits_of(variant(**{"head": head, **options})), twin_logits)
         differences.append(Difference(what, why, change))
     return layers, Equivalence(error, tolerance, error <= tolerance, differences), changed
+
+
+def _called(model: nn.Module, inputs: Inputs) -> Any:
+    return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
+
+
+def _moved(inputs: Inputs, device: torch.device) -> Inputs:
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    return {name: value.to(device) for name, value in inputs.items()}
 
 
 def _preprocessing(converted: BcosifiedModel, images: Tensor, normalized: Tensor) -> PreprocessingCheck:
@@ -615,6 +639,8 @@ def _differing(converted: BcosifiedModel) -> list[tuple[str, str, dict[str, Any]
     options = converted.config["options"]
     found = []
     for name, value in _EXACT.items():
+        if name == "normalize_input" and isinstance(converted, BcosifiedText):
+            continue  # there is none
         if options[name] != value:
             told = f"{name}={options[name]:g}" if name == "b" else f"{name}={options[name]!r}"
             why = _WHY[name] if isinstance(_WHY[name], str) else _WHY[name][options[name]]
@@ -622,43 +648,44 @@ def _differing(converted: BcosifiedModel) -> list[tuple[str, str, dict[str, Any]
     if any("MaxPool" in entry["was"] and entry["was"] != entry["becomes"] for entry in converted.conversion):
         found.append(("average pooling", "max pooling became average pooling", {"pool": "average"}))
     bias = converted.config["logit_bias"]
-    if bias is not None:
+    if bias:  # of two classes it is 0
         found.append((f"logit bias {bias:.4g}", "a constant is added to all logits", {"logit_bias": bias}))
     return found
 
 
-def _with_logits(model: BcosifiedModel, x6: Tensor) -> nn.Module:
-    """The model, or of an image tower the cosines with four directions that stand for texts."""
+def _explained(model: BcosifiedModel, inputs: Inputs) -> tuple[nn.Module, Tensor]:
+    """A function to logits, and its argument: the model and encoded images; of an image tower the cosines with four
+    directions that stand for texts; of a classifier of texts the function of its words' embeddings."""
+    parameter = next(model.parameters())
+    if isinstance(model, BcosifiedText):
+        return model.on_embeddings(inputs)
+    x6 = model.encode(inputs.to(parameter.device, parameter.dtype))
     if not isinstance(model, BcosifiedCLIP):
-        return model
+        return model, x6
     with torch.no_grad():
         size = model.encode_image(x6).shape[-1]
     directions = torch.randn(4, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return model.classifier(directions)
+    return model.classifier(directions), x6
 
 
-def _completeness(converted: BcosifiedModel, images: Tensor) -> Completeness:
-    parameter = next(converted.parameters())
+def _completeness(converted: BcosifiedModel, images: Inputs) -> Completeness:
     model = converted
-    if parameter.dtype not in TOLERANCE:
+    if next(converted.parameters()).dtype not in TOLERANCE:
         model = copy.deepcopy(converted).float()
-    dtype = next(model.parameters()).dtype
-    tolerance = TOLERANCE[dtype]
+    tolerance = TOLERANCE[next(model.parameters()).dtype]
     with evaluation_mode(model):
-        x6 = model.encode(images.to(parameter.device, dtype))
-        logits, weights, constant = dynamic_linear_map(_with_logits(model, x6), x6)
+        function, x6 = _explained(model, images)
+        logits, weights, constant = dynamic_linear_map(function, x6)
     chosen = logits.amax(1)
-    parts = (x6 * weights).double()
-    total, size = parts.sum((1, 2, 3)), parts.abs().sum((1, 2, 3)) + constant.double().abs()
+    parts = (x6 * weights).double().flatten(1)
+    total, size = parts.sum(1), parts.abs().sum(1) + constant.double().abs()
     error = float(((total + constant.double() - chosen.double()).abs() / size.clamp_min(1e-300)).max())
     return Completeness(error, tolerance, error <= tolerance, chosen.tolist(), total.tolist(), constant.tolist())
 
 
-def _explanation(converted: BcosifiedModel, images: Tensor) -> Explanation:
+def _explanation(converted: BcosifiedModel, images: Inputs) -> Explanation:
     tolerance = 1e-8
-    model = copy.deepcopy(converted).double().eval()
-    x6 = model.encode(images.to(next(model.parameters()).device, torch.float64))
-    model = _with_logits(model, x6)
+    model, x6 = _explained(copy.deepcopy(converted).double().eval(), images)
     try:
         replay = frozen_replay(model, x6)
         logits, weights, constant = dynamic_linear_map(model, x6)

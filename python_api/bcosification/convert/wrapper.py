@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,21 +48,24 @@ class BcosifiedModel(HubMixin, nn.Module):
         additive_parameters: list[str] | None = None,
     ) -> None:
         super().__init__()
-        options = config["options"]
-        preprocessing = Preprocessing.from_dict(config)
-        self.channels = len(preprocessing.mean)
-        self.add_inverse = bnn.AddInverse() if options["inverse"] else nn.Identity()
-        self.normalize = _normalize(preprocessing, options, model) if options["normalize_input"] else nn.Identity()
+        self._prepare_input(config, model)
         self.model = model
         bias = config["logit_bias"]
-        self.logit_bias = nn.Identity() if bias is None else bnn.LogitBias(bias)
+        self.logit_bias = (nn.Identity() if bias is None else bnn.LogitBias(bias)).train(model.training)
         self.config = config
         self.conversion = list(conversion or [])
         self.additive_parameters = [f"model.{name}" for name in additive_parameters or []]
-        self._range_checked = False
-        for part in (self.add_inverse, self.normalize, self.logit_bias):
-            part.train(model.training)
         self.training = model.training
+
+    def _prepare_input(self, config: dict[str, Any], model: nn.Module) -> None:
+        """Add what stands before the network: the encoding and the normalisation of images."""
+        options, preprocessing = config["options"], Preprocessing.from_dict(config)
+        self.channels = len(preprocessing.mean)
+        self._range_checked = False
+        self.add_inverse = bnn.AddInverse() if options["inverse"] else nn.Identity()
+        self.normalize = _normalize(preprocessing, options, model) if options["normalize_input"] else nn.Identity()
+        for part in (self.add_inverse, self.normalize):
+            part.train(model.training)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.logit_bias(self.model(self.normalize(self.encode(images))))
@@ -94,7 +98,7 @@ class BcosifiedModel(HubMixin, nn.Module):
             )
         if not images.is_floating_point():
             raise TypeError(f"BcosifiedModel: expected floating point images in [0, 1], got {images.dtype}")
-        if self._range_checked or torch.compiler.is_compiling() or not _values_readable(images):
+        if self._range_checked or torch.compiler.is_compiling() or not values_readable(images):
             return
         if images.device.type != "cpu":
             # Reading a value waits for the device, so only the first images are looked at.
@@ -132,6 +136,9 @@ class BcosifiedModel(HubMixin, nn.Module):
     def prepare_for(self, config: dict[str, Any], state: dict[str, Tensor]) -> None:
         """Called by ``load`` before ``state`` is loaded: for what a model has beside the converted network."""
 
+    def loaded_from(self, folder: Path) -> None:
+        """Called by ``load`` in the end: for what lies in the folder beside weights and config.json."""
+
     def extra_repr(self) -> str:
         c = self.config
         return f"num_classes={c['num_classes']}, b={c['options']['b']}, bias={c['options']['bias']!r}"
@@ -149,7 +156,8 @@ def _normalize(preprocessing: Preprocessing, options: dict[str, Any], model: nn.
     return normalize if parameter.is_meta else normalize.to(parameter.device)
 
 
-def _values_readable(images: Tensor) -> bool:
+def values_readable(images: Tensor) -> bool:
+    """Whether a tensor's values can be looked at without being waited for, or are there at all."""
     if images.numel() == 0 or images.is_meta or torch.jit.is_tracing():
         return False
     # Fake, functional and vmapped tensors have no values to look at; a stream being captured must not be waited for.

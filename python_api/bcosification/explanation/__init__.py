@@ -15,11 +15,13 @@ from bcosification.explanation.pictures import (
     save_figure,
     save_picture,
 )
+from bcosification.explanation.tokens import TokenExplanation
 from bcosification.nn.evaluation_mode import evaluation_mode
 
 __all__ = [
     "Explanation",
     "TextExplanation",
+    "TokenExplanation",
     "bcos_contributions",
     "color_picture",
     "contribution_picture",

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from bcosification.convert.clip import BcosifiedCLIP, Templates
-from bcosification.convert.linear_map import dynamic_linear_map
+from bcosification.convert.linear_map import bare_model, dynamic_linear_map
+from bcosification.convert.text import BcosifiedText
 from bcosification.explanation import pictures
 from bcosification.json_files import json_text
 from bcosification.nn import LogitBias, Normalize, explanation_mode
@@ -277,6 +278,8 @@ def explain(
             Calls from several threads are safe; their batches run one after the other.
         images: (N, 3, H, W) in [0, 1], or encoded [x, 1 - x] (N, 6, H, W). 3 channels are encoded here (a model of
             `bcosify` built with inverse=False takes them as they are). They may lie on another device than the model.
+            Of a classifier of texts (a BcosifiedText): what its tokenizer returns, a mapping with input_ids (N, T),
+            attention_mask and what else there is (`model.tokenize(texts)`).
         targets: Classes to explain: one int for all, N ints (list or tensor), or None for the predicted ones (default).
         text: Of B-cosified CLIP models: T texts, or their embeddings (T, D), whose cosines with the image are
             explained, from one forward pass for all of them.
@@ -287,7 +290,8 @@ def explain(
         batch_size: Images explained at once; default as many as 16 images of 224 x 224 have pixels.
 
     Returns:
-        An `Explanation`, with `text` a `TextExplanation`; its tensors lie on the device of `images`.
+        An `Explanation`, with `text` a `TextExplanation`, of a classifier of texts a `TokenExplanation` (contributions
+        per token); its tensors lie on the device of `images`.
 
     Warns:
         UserWarning: contributions + constant differs from the logit (by more than rounding): the model has a dynamic
@@ -305,6 +309,15 @@ def explain(
         >>> explanation.save("explanations")
         >>> picture = explanation.image(0)                # (224, 224, 4)
     """
+    if isinstance(bare_model(model), BcosifiedText):
+        from bcosification.explanation.tokens import explain_tokens  # which builds on this file
+
+        if text is not None or templates is not None or protocol != "paper":
+            raise ValueError(
+                "explain: expected no text=, templates= and protocol= for a classifier of texts: the second argument "
+                "is what its tokenizer returns (model.tokenize)"
+            )
+        return explain_tokens(bare_model(model), images, targets, batch_size=batch_size)
     _check_images(images)
     # Normalize and LogitBias can be switched too, but have nothing dynamic: plain networks are wrapped in them.
     if not any(
@@ -339,14 +352,14 @@ def explain(
     # An inference tensor cannot be part of a graph; outside inference mode inputs are copied into plain ones.
     whole = getattr(model, "explained", model)
     with torch.inference_mode(False), evaluation_mode(whole), evaluation_mode(model), explanation_mode(model):
-        targets = targets if texts else _targets(targets, images.size(0))
+        targets = targets if texts else checked_targets(targets, images.size(0))
         for start in range(0, images.size(0), batch_size):
             stop = start + batch_size
             parts.append(_explain_batch(model, images[start:stop], None if targets is None else targets[start:stop]))
     *tensors, sizes = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     explanation = TextExplanation(*tensors, texts) if texts else Explanation(*tensors)
     if getattr(model, "protocol", "paper") == "paper":
-        _check_sum(explanation, sizes)
+        check_sum(explanation, sizes)
     return explanation
 
 
@@ -397,7 +410,7 @@ def _check_images(images: Tensor) -> None:
         raise ValueError(f"explain: expected at least one image, got shape {tuple(images.shape)}")
 
 
-def _targets(targets: Targets, count: int) -> Tensor | None:
+def checked_targets(targets: Targets, count: int) -> Tensor | None:
     if targets is None:
         return None
     try:
@@ -413,10 +426,10 @@ def _targets(targets: Targets, count: int) -> Tensor | None:
     return tensor.to(torch.int64, copy=True)
 
 
-def _check_sum(explanation: Explanation, sizes: Tensor) -> None:
+def check_sum(explanation: Explanation, sizes: Tensor) -> None:
     """Warn where contributions + constant is not the logit: something adds to it that nobody accounts for. sizes (N,)
     or (N, T): Σ |x6 ⊙ W|, which rounding is measured against."""
-    contributions = explanation.contributions.double().sum((-2, -1)).flatten()
+    contributions = explanation.contributions.double().flatten(explanation.targets.dim()).sum(-1).flatten()
     targets = explanation.targets.view(len(explanation), -1)
     logit = explanation.logits.gather(1, targets).flatten().double()
     constant, sizes = explanation.constant.double().flatten(), sizes.flatten()

@@ -3,6 +3,7 @@
 from .attention_pool2d import AttentionPool2d
 from .batch_norm_uncentered import BatchNormUncentered2d, SyncBatchNormUncentered2d
 from .cond_conv2d import BcosCondConv2d
+from .constant_embedding import ConstantEmbedding
 from .conv2d import BcosConv2d
 from .conv2d_same import BcosConv2dSame
 from .cosine import L2Norm, PositionMean
@@ -31,6 +32,7 @@ __all__ = [
     "BcosConv2d",
     "BcosConv2dSame",
     "BcosLinear",
+    "ConstantEmbedding",
     "DetachableModule",
     "GELU",
     "GatedActivation",

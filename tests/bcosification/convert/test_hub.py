@@ -104,8 +104,8 @@ def test_what_push_to_hub_uploads_is_what_from_pretrained_reads(converted, tmp_p
         asked.append((repo_id, options.get("revision")))
         folder = tmp_path / f"cache{len(asked)}"
         folder.mkdir()
-        for name in allow_patterns:
-            shutil.copy(repository / name, folder)
+        for file in (file for pattern in allow_patterns for file in repository.glob(pattern)):
+            shutil.copy(file, folder)
         return str(folder)
 
     (repository / "pytorch_model.bin").write_bytes(b"a pickle")
@@ -204,6 +204,7 @@ print("done")
 
 def test_only_weights_and_configuration_are_read():
     assert hub.REPOSITORY_FILES == ("config.json", "model.safetensors")
+    assert hub.TOKENIZER_FILES == ("tokenizer/*.json", "tokenizer/*.txt")
 
 
 def test_what_can_be_reached(monkeypatch):

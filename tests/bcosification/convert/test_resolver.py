@@ -103,7 +103,7 @@ def test_bad_arguments_are_named(tmp_path):
 @pytest.mark.parametrize(
     "spec, error, message",
     [
-        ("foo:bar", ValueError, "among torchvision:, timm:, open_clip:, bcosification: .*, got 'foo:bar' with 'foo:'$"),
+        ("foo:bar", ValueError, "among torchvision:, .* transformers:, bcosification: .*, got 'foo:bar' with 'foo:'$"),
         ("torchvison:resnet18", ValueError, "with 'torchvison:'; did you mean torchvision:resnet18"),
         ("torchvision:", ValueError, "expected the name of a torchvision model .*, got ''"),
         ("runs/r18/best", FileNotFoundError, "expected a folder or file, found none at 'runs/r18/best'"),

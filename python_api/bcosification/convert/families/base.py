@@ -37,6 +37,11 @@ class Family:
     """"imagenet", "openai": the library's weights were trained with ImageNet's, with OpenAI's CLIP's mean and std."""
     embeds: bool = False
     """Whether the model is an image tower of CLIP's kind: it returns embeddings to be compared with those of texts."""
+    reads_text: bool = False
+    """Whether the model reads tokens of a text instead of images: a ``TextFamily``."""
+
+    def check(self, model: nn.Module) -> None:
+        """ValueError for a model of the class that cannot be converted all the same, saying why."""
 
     def tower(self, model: nn.Module) -> nn.Module:
         """The part of the model that is converted: of an image and text model the image tower, else all of it."""
@@ -125,6 +130,29 @@ class Family:
             return None
         return _AnyNetwork()
 
+    def example_inputs(self, model: nn.Module) -> Any:
+        """What ``verify`` is given for the example: two images."""
+        size = self.example_size or self.input_size(model) or (32, 32)
+        return torch.rand(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+class TextFamily(Family):
+    """Base of the families of classifiers of texts, which read tokens (N, T) and become a BcosifiedText."""
+
+    reads_text = True
+
+    def word_embeddings(self, model: nn.Module) -> nn.Embedding:
+        """The embedding of tokens, whose outputs (N, T, D) are what W is a map of."""
+        raise NotImplementedError(f"{self.name}: a family of texts has to define word_embeddings")
+
+    def max_tokens(self, model: nn.Module) -> int:
+        """The most tokens of a text that the model has positions for."""
+        raise NotImplementedError(f"{self.name}: a family of texts has to define max_tokens")
+
+    def position_ids(self, model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """Positions (N, T) that the model gives to tokens (N, T) where embeddings alone do not tell them. None: do."""
+        return None
+
 
 class _AnyNetwork(nn.Module):
     """A network of no family: layers that have rules, in a forward of its own."""
@@ -154,6 +182,10 @@ def enlarged(model: nn.Module) -> nn.Module:
 
 FAMILIES: dict[str, Family] = {}
 """Dotted class name -> its family."""
+
+
+SIBLINGS: dict[str, str] = {}
+"""Beginning of dotted class names (a library's) -> what of these classes can be converted; the others are refused."""
 
 
 def register(*class_names: str) -> Callable[[type[Family]], type[Family]]:
