@@ -55,6 +55,8 @@ NETWORKS = {
     "relative positions": ("vit_relpos_small_patch16_224", {**_VIT, "rel_pos_dim": 8}, 16),
     "convnext": ("convnext_atto", _CONVNEXT, 64),
     "swin": ("swin_tiny_patch4_window7_224", _SWIN, 32),
+    "swin v2": ("swinv2_tiny_window8_256", _SWIN, 32),
+    "swin v2, cr": ("swinv2_cr_tiny_ns_224", _SWIN, 32),
     "efficientnet": (_narrow(_gen_efficientnet, "efficientnet_b0", depth_multiplier=0.2), {}, 64),
     "mobilenetv3": (_narrow(_gen_mobilenet_v3, "mobilenetv3_large_100"), {}, 64),
     "mixer": (partial(_create_mixer, "mixer_s16_224"), _MIXER, 16),
@@ -73,6 +75,7 @@ VARIANTS = {
     "resnet v2, basic": ("resnetv2_18d", {**_RESNET_V2, "channels": (8, 16, 16, 16)}, 64),
     "resnet v2, BiT": ("resnetv2_50x1_bit", {"channels": (128, 128, 128, 128), "stem_chs": 32}, 64),
     "resnet v2, EvoNorm": ("resnetv2_50d_evos", {**_RESNET_V2, "channels": (128, 128, 128, 128), "stem_chs": 64}, 64),
+    "resnet v2, filter response": ("resnetv2_50d_frn", _RESNET_V2, 64),
     "byobnet, mlp head": ("resnet50_mlp", {**_BYOB, "head_hidden_size": 12}, 64),
     "byobnet, edge": ("resnet61q", {"width_factor": 1 / 4}, 32),
     "vit, mean without fc_norm": ("vit_tiny_patch16_224", {**_VIT, "global_pool": "avg", "fc_norm": False}, 16),
@@ -103,6 +106,8 @@ VARIANTS = {
     "convnext, rms": ("convnext_atto_rms", _CONVNEXT, 64),
     "convnext, simple norm": ("convnext_zepto_rms", _CONVNEXT, 64),
     "swin, s3": ("swin_s3_tiny_224", {**_SWIN, "window_size": (4, 4)}, 32),
+    "swin v2, other sizes": ("swinv2_tiny_window8_256", {**_SWIN, "pretrained_window_sizes": (6, 6)}, 32),
+    "swin v2, cr, few norms": ("swinv2_cr_tiny_224", {**_SWIN, "img_size": (32, 40), "init_values": None}, (32, 40)),
     "efficientnet v2": (_narrow(_gen_efficientnetv2_s, "efficientnetv2_s", depth_multiplier=0.2), {}, 64),
     "efficientnet, lite": (_narrow(_gen_efficientnet_lite, "efficientnet_lite0", depth_multiplier=0.2), {}, 64),
     "efficientnet, edge": (_narrow(_gen_efficientnet_edge, "efficientnet_es", depth_multiplier=0.2), {}, 64),
@@ -136,4 +141,5 @@ def make(label, seed=0):
     for name, parameter in network.named_parameters():
         if name.rpartition(".")[2] in ("gamma", "gamma_1", "gamma_2"):  # layer scales of 1e-6 would hide their blocks
             parameter.data.uniform_(0.5, 1.5, generator=generator)
-    return network, torch.rand(2, 3, size, size, dtype=torch.float64, generator=generator)
+    size = (size, size) if isinstance(size, int) else size
+    return network, torch.rand(2, 3, *size, dtype=torch.float64, generator=generator)

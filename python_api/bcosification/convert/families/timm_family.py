@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bcosification.convert import timm_layers
+from bcosification.convert import timm_attention, timm_layers, timm_norms  # noqa: F401  (they register rules)
 from bcosification.convert.class_change import ChangedForward, change_class
 from bcosification.convert.families.base import Family, HeadBeforePool
 from bcosification.convert.rules import Options, type_name

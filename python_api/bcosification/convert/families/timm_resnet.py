@@ -64,7 +64,7 @@ class TimmResNetV2(ClassifierHeadFamily):
     example_arguments = {"layers": (1, 1, 1, 1), "channels": (32, 64, 64, 64), "stem_chs": 32}
     example_size = (64, 64)
     converts, keeps = _CONVERTS, _KEEPS
-    cannot = "convert FilterResponseNorm; keep standardising weights (they are standardised once)"
+    cannot = "keep standardising weights (they are standardised once)"
 
 
 @register("timm.models.byobnet.ByobNet")
