@@ -12,9 +12,8 @@ way the library calls it, so hooks see what they would see in the unfused block.
 from __future__ import annotations
 
 import importlib
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,37 +24,10 @@ from torch.nn.modules import module as torch_module
 import bcos_kernels
 
 from ..nn import GELU, BatchNormUncentered2d, BcosConv2d, BcosLinear, LayerNorm
+from .fusion_report import FusionReport
 from .tracing import NotTraceable, has_parts, traced_class
 
 __all__ = ["FusionReport", "fuse_blocks", "norm_activation", "recomputes", "set_recompute", "unfuse_blocks"]
-
-
-@dataclass
-class FusionReport:
-    """What `fuse` or `fuse_blocks` did.
-
-    Attributes:
-        fused: (name, class before, class after) of every module that changed; the root's name is "".
-        left: (name, class, reason) of every module that looks like one to fuse but was left as it is.
-    """
-
-    fused: list[tuple[str, str, str]] = field(default_factory=list)
-    left: list[tuple[str, str, str]] = field(default_factory=list)
-
-    def extend(self, other: FusionReport) -> None:
-        self.fused += other.fused
-        self.left += other.left
-
-    def __str__(self) -> str:
-        lines = [f"{count} x {before} -> {after}" for (before, after), count in self._counts(self.fused).items()]
-        if self.left:
-            lines.append("left as they are:")
-            lines += [f"  {name or '(root)'}: {kind} ({reason})" for name, kind, reason in self.left]
-        return "\n".join(lines) or "nothing to fuse"
-
-    @staticmethod
-    def _counts(rows: list[tuple[str, str, str]]) -> Counter:
-        return Counter(row[1:] for row in rows)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -129,13 +101,14 @@ def convolution_norm_activation(
         x: (N, C, H, W), input of ``conv``. residual: added before the activation; None (default) for none.
         recompute: what is between this and the next layer is computed again in the backward instead of being kept: the
             result (not with a residual), and conv's output where that is cheap.
-        between: modules called between norm and activation, which do nothing as long as they are nn.Identity (timm's
-            drop_block). Not with a residual.
+        between: modules called behind the norm, before the residual is added, which do nothing as long as they are
+            nn.Identity (timm's drop_block and drop_path).
     """
     if any(type(part) is not nn.Identity or _has_hooks(part) for part in between):
         out = convolution_norm_activation(conv, norm, None, x, recompute=recompute)
         for part in between:
             out = part(out)
+        out = out if residual is None else out + residual
         return out if activation is None else activation(out)
     activation = _acting(activation)
     rectifies = activation is None or (type(activation) is nn.ReLU and not _has_hooks(activation))
@@ -147,6 +120,17 @@ def convolution_norm_activation(
             residual is None, _is_cheap(conv)
         ]
     return norm.behind(conv, x, residual, None if activation is None else "relu", again)
+
+
+def stem_norm_activation(
+    stem: nn.Module, norm: nn.Module, activation: nn.Module | None, x: Tensor, *, recompute: bool = False
+) -> Tensor:
+    """`convolution_norm_activation` of a convolution, or of an nn.Sequential that ends in one (timm's deep stems)."""
+    layers = list(stem._modules.values())
+    sequential = isinstance(stem, nn.Sequential) and type(stem).forward in (nn.Sequential.forward, _sequential_forward)
+    if sequential and layers and not _has_hooks(stem):
+        x, stem = _in_turn(layers[:-1], x, recompute), layers[-1]
+    return convolution_norm_activation(stem, norm, activation, x, recompute=recompute)
 
 
 def _fusible_convolution(conv: nn.Module) -> bool:
@@ -275,8 +259,10 @@ def _resnet_head_first_forward_impl(self: Any, x: Tensor) -> Tensor:
 
 
 def _sequential_forward(self: Any, x: Any) -> Any:
-    modules = list(self._modules.values())
-    low = recomputes(self)
+    return _in_turn(list(self._modules.values()), x, recomputes(self))
+
+
+def _in_turn(modules: list[nn.Module], x: Any, low: bool) -> Any:
     i = 0
     while i < len(modules):
         module, *rest = modules[i:]
@@ -334,15 +320,30 @@ def _has_pair(module: nn.Module) -> str | None:
     return _NOTHING_TO_FUSE
 
 
+Chains = tuple[tuple[str, str], ...]
+"""(convolution, norm): names of children that a forward calls in turn, and as one op where they are of this package."""
+
+
+def _sequential_chains(module: nn.Module) -> Chains:
+    names = list(module._modules)
+    return tuple(zip(names, names[1:], strict=False))
+
+
 @dataclass(frozen=True)
 class BlockRule:
-    """How blocks of one library class are fused: the subclass's name and methods, and the check of a block's parts."""
+    """How blocks of one library class are fused: the subclass's name and methods, the check of a block's parts, and its
+    chains, or a function that tells a block's."""
 
     name: str
     methods: dict[str, Callable[..., Any]]
     check: Callable[[nn.Module], str | None]
+    chains: Chains | Callable[[nn.Module], Chains] = _sequential_chains
 
 
+_ONE_CHAIN: Chains = (("conv1", "bn1"),)
+_TWO_CHAINS: Chains = (*_ONE_CHAIN, ("conv2", "bn2"))
+_THREE_CHAINS: Chains = (*_TWO_CHAINS, ("conv3", "bn3"))
+_DENSE_CHAIN: Chains = (("conv1", "norm2"),)
 _TORCHVISION_RESNET = _needs(("relu",), ("bn1", "bn2"))
 _SEQUENTIAL = {"forward": _sequential_forward}
 _DENSE_LAYER = {"forward": _dense_layer_forward, "bn_function": _dense_layer_bn_function}
@@ -350,18 +351,20 @@ _DENSE_LAYER = {"forward": _dense_layer_forward, "bn_function": _dense_layer_bn_
 # Qualified name of the library's class → rule. Conversions of further families add theirs here.
 BLOCK_RULES: dict[str, BlockRule] = {
     "torchvision.models.resnet.BasicBlock": BlockRule(
-        "FusedBasicBlock", {"forward": _basic_block_forward}, _TORCHVISION_RESNET
+        "FusedBasicBlock", {"forward": _basic_block_forward}, _TORCHVISION_RESNET, _TWO_CHAINS
     ),
     "torchvision.models.resnet.Bottleneck": BlockRule(
-        "FusedBottleneck", {"forward": _bottleneck_forward}, _needs(("relu",), ("bn1", "bn2", "bn3"))
+        "FusedBottleneck", {"forward": _bottleneck_forward}, _needs(("relu",), ("bn1", "bn2", "bn3")), _THREE_CHAINS
     ),
     "torchvision.models.resnet.ResNet": BlockRule(
-        "FusedResNet", {"_forward_impl": _resnet_forward_impl}, _needs(("relu",), ("bn1",))
+        "FusedResNet", {"_forward_impl": _resnet_forward_impl}, _needs(("relu",), ("bn1",)), _ONE_CHAIN
     ),
     "torchvision.models.densenet._DenseLayer": BlockRule(
-        "FusedDenseLayer", _DENSE_LAYER, _needs(("relu1", "relu2"), ("norm1", "norm2"))
+        "FusedDenseLayer", _DENSE_LAYER, _needs(("relu1", "relu2"), ("norm1", "norm2")), _DENSE_CHAIN
     ),
-    "bcos.models.densenet._DenseLayer": BlockRule("FusedPeerDenseLayer", _DENSE_LAYER, _needs((), ("norm1", "norm2"))),
+    "bcos.models.densenet._DenseLayer": BlockRule(
+        "FusedPeerDenseLayer", _DENSE_LAYER, _needs((), ("norm1", "norm2")), _DENSE_CHAIN
+    ),
     "torchvision.models.densenet._Transition": BlockRule("FusedTransition", _SEQUENTIAL, _has_pair),
     "torchvision.ops.misc.Conv2dNormActivation": BlockRule("FusedConv2dNormActivation", _SEQUENTIAL, _has_pair),
     "torchvision.models.regnet.SimpleStemIN": BlockRule("FusedSimpleStemIN", _SEQUENTIAL, _has_pair),
@@ -370,13 +373,16 @@ BLOCK_RULES: dict[str, BlockRule] = {
     "torch.nn.modules.container.Sequential": BlockRule("FusedSequential", _SEQUENTIAL, _has_pair),
     "bcos.modules.common.BcosSequential": BlockRule("FusedBcosSequential", _SEQUENTIAL, _has_pair),
     "bcos.models.resnet.BasicBlock": BlockRule(
-        "FusedPeerBasicBlock", {"forward": _peer_basic_block_forward}, _needs((), ("bn2",))
+        "FusedPeerBasicBlock", {"forward": _peer_basic_block_forward}, _needs((), ("bn2",)), _TWO_CHAINS
     ),
     "bcos.models.resnet.Bottleneck": BlockRule(
-        "FusedPeerBottleneck", {"forward": _peer_bottleneck_forward}, _needs((), ("bn3",))
+        "FusedPeerBottleneck", {"forward": _peer_bottleneck_forward}, _needs((), ("bn3",)), _THREE_CHAINS
     ),
     "bcos.models.standard_models.ResNetBcos": BlockRule(
-        "FusedResNetBcos", {"_forward_impl": _resnet_head_first_forward_impl}, _needs(("relu",), ("bn1",))
+        "FusedResNetBcos",
+        {"_forward_impl": _resnet_head_first_forward_impl},
+        _needs(("relu",), ("bn1",)),
+        _ONE_CHAIN,
     ),
 }
 
@@ -390,6 +396,7 @@ def _fused_class(rule: BlockRule, library: type) -> type:
     made = globals().get(rule.name)
     if made is None or made._library_class is not library:
         members = {"__module__": __name__, "__qualname__": rule.name, "_library_class": library, **rule.methods}
+        members["fused_chains"] = rule.chains
         members["__doc__"] = f"{_qualified(library)} with fused passes; made by fuse_blocks."
         made = globals()[rule.name] = type(rule.name, (library,), members)
     return made
@@ -441,7 +448,34 @@ def fuse_blocks(model: nn.Module) -> FusionReport:
                 reason = str(error)
         if reason not in (None, _NOTHING_TO_FUSE):
             report.left.append((name, cls.__name__, reason))
+    _report_chains(model, report)
     return report
+
+
+def _report_chains(model: nn.Module, report: FusionReport) -> None:
+    """Fill in ``report`` which pairs of convolution and norm run as one op, as the modules' classes tell."""
+    behind: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
+        for conv_name, norm_name in _chains_of(module):
+            conv, norm = _child(module, conv_name), _child(module, norm_name)
+            if conv is not None and norm is not None and _fusible_convolution(conv) and _fusible_norm(norm):
+                behind[norm] = conv
+    names = {module: name for name, module in model.named_modules()}
+    norms = [module for module in names if isinstance(module, BatchNormUncentered2d)]
+    report.chains = [(names[behind[norm]], names[norm]) for norm in norms if norm in behind]
+    report.apart = [names[norm] for norm in norms if norm not in behind]
+
+
+def _chains_of(module: nn.Module) -> Iterable[tuple[str, str]]:
+    """What the class of a fused or converted module says: ``fused_chains``, names or a function of the module."""
+    found = getattr(type(module), "fused_chains", ())
+    return found(module) if callable(found) else found
+
+
+def _child(module: nn.Module, name: str) -> nn.Module | None:
+    """A module's child; of an nn.Sequential as a stem, its last layer."""
+    child = module._modules.get(name)
+    return list(child._modules.values())[-1] if isinstance(child, nn.Sequential) and len(child) else child
 
 
 def fuse_traced(module: nn.Module) -> bool:

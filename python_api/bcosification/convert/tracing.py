@@ -1,6 +1,6 @@
 """Blocks of unknown classes, fused by what their forward does: it is traced, and its chains run as one op.
 
-    conv -> uncentered BatchNorm (-> + residual | -> nn.Identity) (-> ReLU)
+    conv -> uncentered BatchNorm (-> nn.Identity) (-> + residual) (-> ReLU)
 
 are found in the graph of a forward, whatever the class and its parts are called. The block then runs the traced graph
 with each chain as one call of `convolution_norm_activation`, which looks at the modules themselves when it runs (hooks,
@@ -137,33 +137,33 @@ def _is_relu(module: nn.Module, node: fx.Node | None) -> bool:
     return _is_call_of(node, _RELUS) and len(node.args) == 1 and not node.kwargs.keys() - {"inplace"}
 
 
-def _fuse_chain(module: nn.Module, graph: fx.Graph, norm: fx.Node, call: Callable) -> bool:
-    """Replace the chain that a norm's node stands in by one call; False where it stands behind no convolution."""
+def _fuse_chain(module: nn.Module, graph: fx.Graph, norm: fx.Node, call: Callable) -> tuple[str, str] | None:
+    """Replace the chain that a norm's node stands in by one call; None where it stands behind no convolution.
+
+    Returns the names of convolution and norm.
+    """
     conv = norm.args[0]
     if _part(module, norm, BatchNormUncentered2d) is None or _part(module, conv, BcosConv2d) is None:
-        return False
+        return None
     if _only_user(conv) is not norm or _is_changed_in_place(module, conv.args[0]):
-        return False
+        return None
+    names = (conv.target, norm.target)
     chain, residual, relu, between = [conv, norm], None, None, []
-    after = _only_user(norm)
-    skipped = after
-    while skipped is not None and _is_identity(module, skipped):
-        between.append(skipped)
-        skipped = _only_user(skipped)
-    if between and _is_relu(module, skipped):
-        chain += between
-        after = skipped
-    else:
-        between = []
+    last, after = norm, _only_user(norm)
+    while after is not None and _is_identity(module, after):
+        between.append(after)
+        last, after = after, _only_user(after)
     if _is_call_of(after, _ADDITIONS) and len(after.args) == 2 and not after.kwargs:
-        other = [operand for operand in after.args if operand is not norm]
+        other = [operand for operand in after.args if operand is not last]
         if len(other) == 1 and isinstance(other[0], fx.Node):
             residual = other[0]
-            chain.append(after)
+            chain += [*between, after]
             after = _only_user(after)
     if _is_relu(module, after):
         relu = after.target if after.op == "call_module" else ""
-        chain.append(after)
+        chain += [after] if residual is not None else [*between, after]
+    if residual is None and relu is None:
+        between = []  # nothing to reach past them
     last = chain[-1]
     with graph.inserting_before(last):
         parts = [graph.get_attr(conv.target), graph.get_attr(norm.target)]
@@ -175,7 +175,7 @@ def _fuse_chain(module: nn.Module, graph: fx.Graph, norm: fx.Node, call: Callabl
     last.replace_all_uses_with(fused)
     for node in reversed(chain):
         graph.erase_node(node)
-    return True
+    return names
 
 
 _RECOMPUTE = "recompute_activations"
@@ -223,6 +223,7 @@ def traced_class(module: nn.Module, call: Callable) -> type | None:
                 "_library_class": library,
                 "_traced": True,
                 "_traced_relu": nn.ReLU(),
+                "fused_chains": tuple(filter(None, found)),
                 _RECOMPUTE: False,
                 "forward": members["forward"],
                 "__deepcopy__": _deepcopy,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bcosification.convert.blocks import convolution_norm_activation, recomputes
-from bcosification.convert.class_change import change_class
+from bcosification.convert.blocks import recomputes, stem_norm_activation
+from bcosification.convert.class_change import ChangedForward, change_class
 from bcosification.convert.families.base import HeadBeforePool, register
 from bcosification.convert.families.timm_family import ClassifierHeadFamily, TimmFamily, averages
 from bcosification.convert.rules import Options
@@ -15,14 +15,20 @@ _CONVERTS = "convolutions (also standardised ones), norms, SiLUs, max pooling; t
 _KEEPS = "ReLUs, blur and average pooling, squeeze-and-excitation, whose scales are constants"
 
 
-class HeadBeforePoolTimmResNet(HeadBeforePool):
-    """The classifier, a 1x1 convolution, before the global pooling; the stem's norm and activation in one pass."""
+class FusedStemResNet(ChangedForward):
+    """The stem's last convolution, norm and activation as one op."""
+
+    fused_chains = (("conv1", "bn1"),)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        if isinstance(self.conv1, nn.Sequential) or self.grad_checkpointing:
+        if self.grad_checkpointing:
             return super().forward_features(x)
-        x = convolution_norm_activation(self.conv1, self.bn1, self.act1, x, recompute=recomputes(self))
+        x = stem_norm_activation(self.conv1, self.bn1, self.act1, x, recompute=recomputes(self))
         return self.layer4(self.layer3(self.layer2(self.layer1(self.maxpool(x)))))
+
+
+class HeadBeforePoolTimmResNet(FusedStemResNet, HeadBeforePool):
+    """Besides, the classifier, a 1x1 convolution, before the global pooling."""
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if pre_logits:
@@ -51,7 +57,7 @@ class TimmResNet(TimmFamily):
 
     def prepare(self, model: nn.Module, options: Options, head_moves: bool) -> nn.Module:
         model = super().prepare(model, options, head_moves)
-        return change_class(model, HeadBeforePoolTimmResNet) if head_moves else model
+        return change_class(model, HeadBeforePoolTimmResNet if head_moves else FusedStemResNet)
 
 
 @register("timm.models.resnetv2.ResNetV2")

@@ -20,6 +20,8 @@ from bcosification.convert.rules import Options, type_name
 class ConvertedBasicConv(ChangedForward):
     """conv, bn and the ReLU, which torchvision calls as a function, as a layer, ``activation``."""
 
+    fused_chains = (("conv", "bn"),)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return convolution_norm_activation(self.conv, self.bn, self.activation, x, recompute=recomputes(self))
 

@@ -16,6 +16,8 @@ from bcosification.convert.rules import Options
 class HeadBeforePoolResNet(HeadBeforePool):
     """The classifier, a 1x1 convolution, before the global pooling."""
 
+    fused_chains = (("conv1", "bn1"),)
+
     def _forward_impl(self, x: torch.Tensor) -> torch.Tensor:
         x = convolution_norm_activation(self.conv1, self.bn1, self.relu, x, recompute=recomputes(self))
         x = self.maxpool(x)
