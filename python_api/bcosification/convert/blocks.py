@@ -5,8 +5,7 @@ A block is fused by giving the instance a subclass of its library class (``modul
 library's class back. Only exact library types of the table below are touched, and only if their parts are what the
 library builds them of.
 
-The fused forwards decide part by part when they run: a part that was replaced since, or that has hooks, is called the
-way the library calls it, so hooks see what they would see in the unfused block.
+The fused forwards decide part by part when they run what is one op (chains.py).
 """
 
 from __future__ import annotations
@@ -19,144 +18,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 import bcos_kernels
 
 from ..nn import GELU, BatchNormUncentered2d, BcosConv2d, BcosLinear, LayerNorm
+from .chains import (
+    convolution_norm_activation,
+    fusible_convolution,
+    fusible_norm,
+    norm_activation,
+    run_in_turn,
+    unit_norm_activation,
+)
 from .fusion_report import FusionReport
-from .tracing import NotTraceable, has_parts, traced_class
+from .tracing import Calls, NotTraceable, has_parts, has_units, traced_class
 
 __all__ = ["FusionReport", "fuse_blocks", "norm_activation", "recomputes", "set_recompute", "unfuse_blocks"]
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
-
-
-def _fusible_norm(norm: nn.Module) -> bool:
-    return isinstance(norm, BatchNormUncentered2d) and not _has_hooks(norm)
-
-
-def _acting(activation: nn.Module | None) -> nn.Module | None:
-    """The activation, None for an nn.Identity, which stands where a conversion removed one."""
-    return None if type(activation) is nn.Identity and not _has_hooks(activation) else activation
-
-
-def norm_activation(
-    norm: nn.Module,
-    activation: nn.Module | None,
-    x: Tensor,
-    residual: Tensor | None = None,
-    *,
-    recompute: bool = False,
-) -> Tensor:
-    """activation(norm(x) + residual), in one pass if ``norm`` is a BatchNormUncentered2d and ``activation`` an nn.ReLU.
-
-    Modules of any other type, and modules with hooks, are called one after the other: the result is the same. Models
-    with a forward of their own may call this where they have ``relu(bn(x))``.
-
-    Args:
-        norm, activation: the modules; activation may be None.
-        x: (N, C, H, W), input of ``norm``.
-        residual: of norm(x)'s shape, added before the activation; None (default) for none.
-        recompute: the result is computed again in the backward instead of being kept (not with a residual, which would
-            have to be kept in its place).
-    """
-    activation = _acting(activation)
-    if activation is None:
-        y = _norm_add(norm, x, residual)
-        return norm.recomputed(y, x) if recompute and residual is None and _fusible_norm(norm) else y
-    if _fusible_norm(norm) and type(activation) is nn.ReLU and not _has_hooks(activation):
-        y = norm(x, residual, "relu")
-        return norm.recomputed(y, x, "relu") if recompute and residual is None else y
-    return activation(_norm_add(norm, x, residual))
-
-
-def convolution_norm_activation(
-    conv: nn.Module,
-    norm: nn.Module,
-    activation: nn.Module | None,
-    x: Tensor,
-    residual: Tensor | None = None,
-    *,
-    recompute: bool = False,
-    between: tuple[nn.Module, ...] = (),
-) -> Tensor:
-    """activation(norm(conv(x)) + residual), as one op where conv is a B-cos convolution and ``norm`` uncentered.
-
-    Modules of other types, and modules with hooks, are called one after the other, as far as that takes.
-
-    Args:
-        conv, norm, activation: the modules; activation may be None.
-        x: (N, C, H, W), input of ``conv``. residual: added before the activation; None (default) for none.
-        recompute: what is between this and the next layer is computed again in the backward instead of being kept: the
-            result (not with a residual), and conv's output where that is cheap.
-        between: modules called behind the norm, before the residual is added, which do nothing as long as they are
-            nn.Identity (timm's drop_block and drop_path).
-    """
-    if any(type(part) is not nn.Identity or _has_hooks(part) for part in between):
-        out = convolution_norm_activation(conv, norm, None, x, recompute=recompute)
-        for part in between:
-            out = part(out)
-        out = out if residual is None else out + residual
-        return out if activation is None else activation(out)
-    activation = _acting(activation)
-    rectifies = activation is None or (type(activation) is nn.ReLU and not _has_hooks(activation))
-    if not (rectifies and _fusible_convolution(conv) and _fusible_norm(norm)):
-        return norm_activation(norm, activation, conv(x), residual, recompute=recompute)
-    again = None
-    if recompute:
-        again = {(True, True): "both", (True, False): "output", (False, True): "inner", (False, False): None}[
-            residual is None, _is_cheap(conv)
-        ]
-    return norm.behind(conv, x, residual, None if activation is None else "relu", again)
-
-
-def stem_norm_activation(
-    stem: nn.Module, norm: nn.Module, activation: nn.Module | None, x: Tensor, *, recompute: bool = False
-) -> Tensor:
-    """`convolution_norm_activation` of a convolution, or of an nn.Sequential that ends in one (timm's deep stems)."""
-    layers = list(stem._modules.values())
-    sequential = isinstance(stem, nn.Sequential) and type(stem).forward in (nn.Sequential.forward, _sequential_forward)
-    if sequential and layers and not _has_hooks(stem):
-        x, stem = _in_turn(layers[:-1], x, recompute), layers[-1]
-    return convolution_norm_activation(stem, norm, activation, x, recompute=recompute)
-
-
-def _fusible_convolution(conv: nn.Module) -> bool:
-    """Whether nothing but the transform happens when ``conv`` is called."""
-    plain = isinstance(conv, BcosConv2d) and type(conv).forward is BcosConv2d.forward
-    return plain and "forward" not in conv.__dict__ and not _has_hooks(conv)
-
-
-def _fusible_linear(linear: nn.Module) -> bool:
-    plain = isinstance(linear, BcosLinear) and type(linear).forward is BcosLinear.forward
-    return plain and "forward" not in linear.__dict__ and not _has_hooks(linear)
-
-
-def _fusible_gelu(gelu: nn.Module) -> bool:
-    return type(gelu) is GELU and "forward" not in gelu.__dict__ and not _has_hooks(gelu)
-
-
-def _is_cheap(conv: BcosConv2d) -> bool:
-    """Whether a convolution may be computed twice: one of one pixel, which writes more than it reads."""
-    return conv.kernel_size == (1, 1) and conv.out_channels >= 2 * conv.in_channels and conv.groups == 1
-
-
-def _norm_add(norm: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
-    if residual is None:
-        return norm(x)
-    return norm(x, residual) if _fusible_norm(norm) else norm(x) + residual
 
 
 # --- forwards -------------------------------------------------------------------------------------------------------
@@ -259,28 +136,7 @@ def _resnet_head_first_forward_impl(self: Any, x: Tensor) -> Tensor:
 
 
 def _sequential_forward(self: Any, x: Any) -> Any:
-    return _in_turn(list(self._modules.values()), x, recomputes(self))
-
-
-def _in_turn(modules: list[nn.Module], x: Any, low: bool) -> Any:
-    i = 0
-    while i < len(modules):
-        module, *rest = modules[i:]
-        if rest and _fusible_linear(module) and _fusible_gelu(rest[0]):
-            x, i = rest[0].behind(module, x, "output" if low else None), i + 2
-            continue
-        conv = module if rest and _fusible_convolution(module) and _fusible_norm(rest[0]) else None
-        norm, *rest = rest if conv is not None else (module, *rest)
-        if conv is None and not _fusible_norm(norm):
-            x, i = module(x), i + 1
-            continue
-        relu = rest[0] if rest and type(rest[0]) is nn.ReLU and not _has_hooks(rest[0]) else None
-        if conv is not None:
-            x = convolution_norm_activation(conv, norm, relu, x, recompute=low)
-        else:
-            x = norm_activation(norm, relu, x, recompute=low and relu is not None)
-        i += 1 + (conv is not None) + (relu is not None)
-    return x
+    return run_in_turn(list(self._modules.values()), x, recomputes(self))
 
 
 # --- what may be fused ----------------------------------------------------------------------------------------------
@@ -445,7 +301,7 @@ def fuse_blocks(model: nn.Module) -> FusionReport:
                     continue
                 reason = reason if own is None else "has a forward of its own"
             except NotTraceable as error:
-                reason = str(error)
+                reason = str(error) if has_parts(module) else reason  # its units run as one op each anyway
         if reason not in (None, _NOTHING_TO_FUSE):
             report.left.append((name, cls.__name__, reason))
     _report_chains(model, report)
@@ -458,7 +314,7 @@ def _report_chains(model: nn.Module, report: FusionReport) -> None:
     for module in model.modules():
         for conv_name, norm_name in _chains_of(module):
             conv, norm = _child(module, conv_name), _child(module, norm_name)
-            if conv is not None and norm is not None and _fusible_convolution(conv) and _fusible_norm(norm):
+            if conv is not None and norm is not None and fusible_convolution(conv) and fusible_norm(norm):
                 behind[norm] = conv
     names = {module: name for name, module in model.named_modules()}
     norms = [module for module in names if isinstance(module, BatchNormUncentered2d)]
@@ -480,7 +336,7 @@ def _child(module: nn.Module, name: str) -> nn.Module | None:
 
 def fuse_traced(module: nn.Module) -> bool:
     """Give a block the fused form of its forward's trace; False where there is no chain in it. Raises NotTraceable."""
-    cls = traced_class(module, convolution_norm_activation)
+    cls = traced_class(module, Calls(convolution_norm_activation, unit_norm_activation))
     if cls is not None:
         module.__class__ = cls
     return cls is not None
@@ -496,7 +352,7 @@ def _is_the_librarys(cls: type, rule: BlockRule) -> bool:
 def _may_be_traced(module: nn.Module) -> bool:
     cls = type(module)
     ours = cls.__module__.partition(".")[0] == __name__.partition(".")[0] or "_library_class" in cls.__dict__
-    return not ours and not isinstance(module, nn.Sequential) and has_parts(module)
+    return not ours and not isinstance(module, nn.Sequential) and (has_parts(module) or has_units(module))
 
 
 def unfuse_blocks(model: nn.Module) -> nn.Module:

@@ -25,6 +25,8 @@ TIMM = {
     "mobilenetv3": 0,
     "byobnet": 0,
     "byobnet, mlp head": 1,
+    "regnet": 0,
+    "regnet, z": 0,
     "resnet v2": 5,
 }
 
@@ -72,6 +74,24 @@ def test_timms_chains_run_as_one_op_with_the_same_numbers(label, head, monkeypat
     for name, expected in apart.items():
         size = max(float(expected.double().norm()), 1e-12)
         assert float((fused[name].double() - expected.double()).norm()) < 1e-8 * size, name
+
+
+@pytest.mark.parametrize("label", ["resnet", "resnet-d", "efficientnet", "mobilenetv3", "regnet", "byobnet"])
+def test_every_blocks_addition_is_part_of_its_last_chain(label, monkeypatch):
+    network, images = timm_networks.make(label)
+    skips = [module for module in network.modules() if getattr(module, "has_skip", False)]
+    skips += [m for m in network.modules() if type(m).__name__ in ("BasicBlock", "Bottleneck", "BottleneckBlock")]
+    assert len(skips) > 1
+    residuals = []
+    original = bcos_kernels.conv2d_batch_norm
+
+    def counted(*given, **options):
+        residuals.append(options["residual"] is not None)
+        return original(*given, **options)
+
+    monkeypatch.setattr(bcos_kernels, "conv2d_batch_norm", counted)
+    bcosify(network)(images)
+    assert sum(residuals) == len(skips)
 
 
 @pytest.mark.parametrize("label", ["mobilenet v2", "efficientnet v2", "googlenet", "regnet y", "mobilenet v3"])

@@ -20,6 +20,7 @@ _RESNET = {"layers": (1, 1, 1, 1), "channels": (8, 16, 16, 24), "stem_width": 8}
 _BOTTLENECK = {"layers": (1, 1, 1, 1), "channels": (4, 8, 8, 8), "stem_width": 8}
 _RESNET_V2 = {"layers": (1, 1, 1, 1), "channels": (32, 64, 64, 64), "stem_chs": 32}
 _BYOB = {"width_factor": 1 / 16}
+_REGNET = {"w0": 8, "wa": 8.0, "wm": 1.6, "depth": 5, "group_size": 4, "stem_width": 8}
 _VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 _HYBRID = {"img_size": 64, "embed_dim": 16, "depth": 1, "num_heads": 2}
 _CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 8, 12, 12)}
@@ -47,6 +48,7 @@ NETWORKS = {
     "resnet v2": ("resnetv2_50", _RESNET_V2, 64),
     "byobnet": ("resnet33ts", {**_BYOB, "num_features": 640}, 32),
     "byobnet, attention pooling": ("resnet50_clip", {**_BYOB, "img_size": 64}, 64),
+    "regnet": ("regnety_002", _REGNET, 64),
     "vit": ("vit_tiny_patch16_224", _VIT, 16),
     "vit, mean": ("vit_little_patch16_reg4_gap_256", _VIT, 16),
     "vit, latent query": ("vit_base_patch16_siglip_224", _VIT, 16),
@@ -78,6 +80,9 @@ VARIANTS = {
     "resnet v2, filter response": ("resnetv2_50d_frn", _RESNET_V2, 64),
     "byobnet, mlp head": ("resnet50_mlp", {**_BYOB, "head_hidden_size": 12}, 64),
     "byobnet, edge": ("resnet61q", {"width_factor": 1 / 4}, 32),
+    "regnet, x": ("regnetx_002", {**_REGNET, "linear_out": True}, 64),
+    "regnet, z": ("regnetz_005", {**_REGNET, "num_features": 24}, 64),
+    "regnet, pre-activation": ("regnetv_040", {**_REGNET, "downsample": "avg"}, 64),
     "vit, mean without fc_norm": ("vit_tiny_patch16_224", {**_VIT, "global_pool": "avg", "fc_norm": False}, 16),
     "vit, norms of q and k": ("vit_base_patch16_224", {**_VIT, "qk_norm": True, "scale_attn_norm": True}, 16),
     "vit, quick gelu": ("vit_base_patch16_clip_quickgelu_224", _VIT, 16),

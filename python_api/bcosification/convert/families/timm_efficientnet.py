@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bcosification.convert.blocks import convolution_norm_activation, recomputes
+from bcosification.convert.blocks import recomputes
+from bcosification.convert.chains import convolution_norm_activation
 from bcosification.convert.class_change import ChangedForward, change_class
 from bcosification.convert.families.base import HeadBeforePool, register
 from bcosification.convert.families.timm_family import TimmFamily, averages

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from bcosification import nn as bnn
-from bcosification.convert.blocks import convolution_norm_activation, recomputes
+from bcosification.convert.blocks import recomputes
+from bcosification.convert.chains import convolution_norm_activation
 from bcosification.convert.class_change import ChangedForward, change_class
 from bcosification.convert.families.base import register
 from bcosification.convert.families.positionwise_head import PositionwiseHead, PositionwiseHeadFamily

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bcosification.convert.blocks import convolution_norm_activation, recomputes
+from bcosification.convert.blocks import recomputes
+from bcosification.convert.chains import convolution_norm_activation
 from bcosification.convert.class_change import change_class
 from bcosification.convert.families.base import Family, HeadBeforePool, register
 from bcosification.convert.rules import Options
