@@ -122,6 +122,31 @@ def _dense_layer_forward(self: Any, x: Tensor | list[Tensor]) -> Tensor:
     return F.dropout(out, p=self.drop_rate, training=self.training) if self.drop_rate > 0 else out
 
 
+def _timm_dense_layer_forward(self: Any, x: Tensor | list[Tensor]) -> Tensor:
+    features = [x] if isinstance(x, Tensor) else x
+    low = recomputes(self)
+    if self.grad_checkpointing and self.any_requires_grad(features):
+        out = norm_activation(self.norm2, None, self.call_checkpoint_bottleneck(features), recompute=low)
+    else:
+        out = _dense_layer_features(self, features)
+        out = convolution_norm_activation(self.conv1, self.norm2, None, out, recompute=low)
+    out = self.conv2(out)
+    return F.dropout(out, p=self.drop_rate, training=self.training) if self.drop_rate > 0 else out
+
+
+def _dla_basic_forward(self: Any, x: Tensor, shortcut: Tensor | None = None, children: Any = None) -> Tensor:
+    low, residual = recomputes(self), x if shortcut is None else shortcut
+    out = convolution_norm_activation(self.conv1, self.bn1, self.relu, x, recompute=low)
+    return convolution_norm_activation(self.conv2, self.bn2, self.relu, out, residual, recompute=low)
+
+
+def _dla_bottleneck_forward(self: Any, x: Tensor, shortcut: Tensor | None = None, children: Any = None) -> Tensor:
+    low, residual = recomputes(self), x if shortcut is None else shortcut
+    out = convolution_norm_activation(self.conv1, self.bn1, self.relu, x, recompute=low)
+    out = convolution_norm_activation(self.conv2, self.bn2, self.relu, out, recompute=low)
+    return convolution_norm_activation(self.conv3, self.bn3, self.relu, out, residual, recompute=low)
+
+
 def _stages(self: Any, x: Tensor) -> Tensor:
     x = self.maxpool(convolution_norm_activation(self.conv1, self.bn1, self.relu, x, recompute=recomputes(self)))
     return self.layer4(self.layer3(self.layer2(self.layer1(x))))
@@ -220,6 +245,18 @@ BLOCK_RULES: dict[str, BlockRule] = {
     ),
     "bcos.models.densenet._DenseLayer": BlockRule(
         "FusedPeerDenseLayer", _DENSE_LAYER, _needs((), ("norm1", "norm2")), _DENSE_CHAIN
+    ),
+    "timm.models.densenet.DenseLayer": BlockRule(
+        "FusedTimmDenseLayer", {"forward": _timm_dense_layer_forward}, _needs((), ("norm1", "norm2")), _DENSE_CHAIN
+    ),
+    "timm.models.dla.DlaBasic": BlockRule(
+        "FusedDlaBasic", {"forward": _dla_basic_forward}, _TORCHVISION_RESNET, _TWO_CHAINS
+    ),
+    "timm.models.dla.DlaBottleneck": BlockRule(
+        "FusedDlaBottleneck",
+        {"forward": _dla_bottleneck_forward},
+        _needs(("relu",), ("bn1", "bn2", "bn3")),
+        _THREE_CHAINS,
     ),
     "torchvision.models.densenet._Transition": BlockRule("FusedTransition", _SEQUENTIAL, _has_pair),
     "torchvision.ops.misc.Conv2dNormActivation": BlockRule("FusedConv2dNormActivation", _SEQUENTIAL, _has_pair),

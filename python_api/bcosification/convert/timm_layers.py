@@ -26,6 +26,7 @@ KNOWN_FORWARDS = {
     "timm.layers.hybrid_embed.HybridEmbed",
     "timm.layers.mlp.ConvMlp",
     "timm.layers.mlp.GlobalResponseNormMlp",
+    "timm.layers.mixed_conv2d.MixedConv2d",
     "timm.layers.mlp.Mlp",
     "timm.layers.patch_embed.PatchEmbed",
     "timm.models._efficientnet_blocks.ConvBnAct",
@@ -39,6 +40,8 @@ KNOWN_FORWARDS = {
     "timm.models.byobnet.DarkBlock",
     "timm.models.byobnet.DownsampleAvg",
     "timm.models.byobnet.EdgeBlock",
+    "timm.models.byobnet.MobileOneBlock",
+    "timm.models.byobnet.RepVggBlock",
     "timm.models.byobnet.Stem",
     "timm.models.convnext.ConvNeXtBlock",
     "timm.models.convnext.ConvNeXtStage",
@@ -47,6 +50,8 @@ KNOWN_FORWARDS = {
     "timm.models.eva.EvaBlockPostNorm",
     "timm.models.mlp_mixer.MixerBlock",
     "timm.models.resnet.BasicBlock",
+    "timm.models.res2net.Bottle2neck",
+    "timm.models.resnest.ResNestBottleneck",
     "timm.models.resnet.Bottleneck",
     "timm.models.resnetv2.Bottleneck",
     "timm.models.resnetv2.DownsampleAvg",
@@ -54,6 +59,8 @@ KNOWN_FORWARDS = {
     "timm.models.resnetv2.PreActBasic",
     "timm.models.resnetv2.PreActBottleneck",
     "timm.models.resnetv2.ResNetStage",
+    "timm.models.sknet.SelectiveKernelBasic",
+    "timm.models.sknet.SelectiveKernelBottleneck",
     "timm.models.swin_transformer.PatchMerging",
     "timm.models.swin_transformer.SwinTransformerBlock",
     "timm.models.swin_transformer.SwinTransformerStage",
@@ -300,6 +307,35 @@ _GATES: dict[str, type[ChangedForward]] = {
 def squeeze_excite(layer: nn.Module, options: Options) -> nn.Module:
     """Squeeze-and-excitation of all kinds -> the same with constant scales; the layers inside stay what they are."""
     return change_class(layer, _GATES[type_name(type(layer))])
+
+
+@rule("timm.layers.global_context.GlobalContext")
+def global_context(layer: nn.Module, options: Options) -> nn.Module:
+    """GlobalContext: the shares of positions in the context and gates made of it are held, mlp_add becomes B-cos."""
+    shares = ("conv_attn", "mlp_scale", "gate")
+    convert_children(layer, options, keep=shares)
+    held(layer, "conv_attn", "gate")
+    layer.constant_children = tuple(name for name in shares if layer._modules.get(name) is not None)
+    return layer
+
+
+@rule("timm.layers.split_attn.SplitAttn")
+def split_attention(layer: nn.Module, options: Options) -> nn.Module:
+    """SplitAttn: the convolution of all splits becomes B-cos; the shares that they are added up with are held."""
+    shares = ("fc1", "bn1", "act1", "fc2", "rsoftmax")
+    convert_children(layer, options, keep=shares)
+    held(layer, "rsoftmax")
+    layer.constant_children = shares
+    return layer
+
+
+@rule("timm.layers.selective_kernel.SelectiveKernel")
+def selective_kernel(layer: nn.Module, options: Options) -> nn.Module:
+    """SelectiveKernel: the paths become B-cos; the shares that they are added up with are held."""
+    convert_children(layer, options, keep=("attn",))
+    held(layer, "attn")
+    layer.constant_children = ("attn",)
+    return layer
 
 
 @rule("timm.layers.mlp.GluMlp")

@@ -11,6 +11,7 @@ refused with a reason.
 from __future__ import annotations
 
 import copy
+import inspect
 import linecache
 import operator
 import sys
@@ -81,6 +82,9 @@ class _Tracer(fx.Tracer):
 
 def _trace(module: nn.Module) -> fx.Graph:
     """The graph of a module's forward; NotTraceable where the forward decides something that the graph does not say."""
+    optional = [p.name for p in inspect.signature(module.forward).parameters.values() if p.default is not p.empty]
+    if optional:
+        raise NotTraceable(f"its forward takes {', '.join(optional)} or not, and a trace would be of one of the two")
     names: set[str] = set()
 
     def record(frame: types.FrameType, event: str, _: Any) -> None:

@@ -10,9 +10,10 @@ from timm.models.efficientnet import (
     _gen_efficientnet_edge,
     _gen_efficientnet_lite,
     _gen_efficientnetv2_s,
+    _gen_mixnet_s,
 )
 from timm.models.mlp_mixer import _create_mixer
-from timm.models.mobilenetv3 import _gen_mobilenet_v3
+from timm.models.mobilenetv3 import _gen_mobilenet_v3, _gen_mobilenet_v4
 
 from tests.bcosification.convert.standard_networks import CLASSES, randomize
 
@@ -74,11 +75,19 @@ VARIANTS = {
     "resnet, group norm": ("resnet50_gn", {**_BOTTLENECK, "channels": (32, 32, 32, 32), "stem_width": 32}, 64),
     "resnet, effective squeeze": ("resnet10t", {**_RESNET, "block_args": {"attn_layer": "ese"}}, 64),
     "resnet, eca": ("resnet10t", {**_RESNET, "block_args": {"attn_layer": "eca"}}, 64),
+    "resnet, Res2Net": ("res2net50_26w_4s", {**_BOTTLENECK, "channels": (16, 16, 16, 16)}, 64),
+    "resnet, Res2NeXt": ("res2next50", {**_BOTTLENECK, "channels": (16, 16, 16, 16)}, 64),
+    "resnet, ResNeSt": ("resnest14d", {**_BOTTLENECK, "channels": (16, 16, 16, 16)}, 64),
+    "resnet, selective kernels": ("skresnet18", {**_RESNET, "channels": (16, 16, 16, 16)}, 64),
+    "resnet, selective kernels, bottleneck": ("skresnet50", {**_BOTTLENECK, "channels": (16, 16, 16, 16)}, 64),
     "resnet v2, basic": ("resnetv2_18d", {**_RESNET_V2, "channels": (8, 16, 16, 16)}, 64),
     "resnet v2, BiT": ("resnetv2_50x1_bit", {"channels": (128, 128, 128, 128), "stem_chs": 32}, 64),
     "resnet v2, EvoNorm": ("resnetv2_50d_evos", {**_RESNET_V2, "channels": (128, 128, 128, 128), "stem_chs": 64}, 64),
     "resnet v2, filter response": ("resnetv2_50d_frn", _RESNET_V2, 64),
     "byobnet, mlp head": ("resnet50_mlp", {**_BYOB, "head_hidden_size": 12}, 64),
+    "byobnet, global context": ("gcresnet33ts", {**_BYOB, "num_features": 640}, 32),
+    "byobnet, RepVGG": ("repvgg_a0", {"width_factor": 1 / 4}, 32),
+    "byobnet, MobileOne": ("mobileone_s4", {"width_factor": 1 / 16}, 32),
     "byobnet, edge": ("resnet61q", {"width_factor": 1 / 4}, 32),
     "regnet, x": ("regnetx_002", {**_REGNET, "linear_out": True}, 64),
     "regnet, z": ("regnetz_005", {**_REGNET, "num_features": 24}, 64),
@@ -125,6 +134,8 @@ VARIANTS = {
     "efficientnet, blur": (
         _narrow(_gen_efficientnet, "efficientnet_b0", depth_multiplier=0.2, aa_layer="blurpc"), {}, 64,
     ),
+    "efficientnet, mixed": (_narrow(_gen_mixnet_s, "mixnet_s", 0.25), {}, 64),
+    "mobilenetv4": (_narrow(_gen_mobilenet_v4, "mobilenetv4_conv_small"), {}, 64),
     "mobilenetv3, small": (_narrow(_gen_mobilenet_v3, "mobilenetv3_small_100", 0.25), {}, 64),
 }  # fmt: skip
 """Further layers and forwards of these families."""

@@ -79,13 +79,19 @@ class TimmByobNet(ClassifierHeadFamily):
     """stem, stages, final_conv, head: a ClassifierHead, a NormMlpClassifierHead, or CLIP's attention pooling."""
 
     name = "timm_byobnet"
-    title = "timm ByobNet (ResNet-TS, ResNets of CLIP)"
+    title = "timm ByobNet (ResNet-TS, ResNets of CLIP, RepVGG, MobileOne)"
     example_name = "resnet33ts"
     example_arguments = {"width_factor": 1 / 16, "num_features": 640}
     example_size = (64, 64)
     converts = "convolutions, norms, SiLUs; the classifier before the pooling, or attention pooling's projection"
     keeps = "ReLUs, average pooling, squeeze-and-excitation; q, k, v projections of attention pooling, q and k constant"
-    cannot = "convert blocks with self-attention or re-parametrised branches"
+    cannot = "convert blocks with self-attention; join the branches of RepVGG and MobileOne afterwards"
+
+    def _readers(self, model: nn.Module) -> list[str]:
+        if type(model.stem).__name__ not in ("MobileOneBlock", "RepVggBlock"):
+            return super()._readers(model)
+        branches = [name for name, part in model.stem.named_modules() if isinstance(part, nn.Conv2d)]
+        return [f"stem.{name}" for name in branches]  # timm names the first of each kind
 
     def head(self, model: nn.Module) -> str | None:
         self_attention = isinstance(getattr(model.head, "proj", None), nn.Linear)

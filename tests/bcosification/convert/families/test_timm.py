@@ -259,6 +259,23 @@ def test_activations_can_go_but_gates_stay():
     assert type(removed.bn2.act) is nn.Identity and type(removed.blocks[0][0].se.gate) is nn.Sigmoid
 
 
+@pytest.mark.parametrize("applies", [True, False])
+@pytest.mark.parametrize("kind", ["EvoNorm2dS0", "EvoNorm2dS0a"])
+def test_evo_norms_hold_gate_and_deviation(kind, applies):
+    torch.manual_seed(0)
+    layer = getattr(timm.layers.evo_norm, kind)(8, groups=2, apply_act=applies)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 8, 4, 4, requires_grad=True)
+    new = find_rule(layer)(copy.deepcopy(layer), Options(b=1.0, bias="keep"))
+    torch.testing.assert_close(new(x), layer(x))
+    with bnn.explanation_mode(new):
+        y = new(x)
+    torch.testing.assert_close(y, layer(x))
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(slope * x, y - layer.bias.view(-1, 1, 1))  # nothing but x's factor and the bias
+
+
 @pytest.mark.parametrize("rectifies", [True, False])
 def test_the_threshold_of_a_filter_response_norm_is_a_constant(rectifies):
     from timm.layers.filter_response_norm import FilterResponseNormAct2d, FilterResponseNormTlu2d
