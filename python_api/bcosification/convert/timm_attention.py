@@ -17,7 +17,28 @@ from bcosification.convert.rules import NoRule, Options, rule
 from bcosification.convert.timm_layers import convert_children, converted, held
 from bcosification.nn.modes import per_sample
 
-_CONSTANT = ("q_norm", "k_norm", "q_proj", "k_proj", "q", "k", "gate", "rel_pos", "cpb_mlp", "meta_mlp")
+
+class HeldChannels2d(ChangedForward, bnn.DetachableModule):
+    """A convolution whose first ``held_channels`` outputs (queries, keys) are constants in explanation mode."""
+
+    held_channels: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.constant_gain is not None and self.bias is not None:
+            gain = per_sample(self.constant_gain, x.shape[0], 4, "attention") - 1
+            y = y + (self.bias.view(-1, 1, 1) * gain).to(y.dtype)
+        return torch.cat([y[:, : self.held_channels].detach(), y[:, self.held_channels :]], 1) if self.detach else y
+
+
+def hold_channels(conv: nn.Conv2d, count: int) -> None:
+    """The first ``count`` outputs of a convolution become constants of explanations, in place; it stays plain."""
+    change_class(conv, HeldChannels2d).held_channels = count
+
+
+_CONSTANT = (
+    "q_norm", "k_norm", "q_proj", "k_proj", "q", "k", "gate", "rel_pos", "cpb_mlp", "meta_mlp", "proj_l", "proj_w",
+)  # fmt: skip
 """Children of attention layers, where there are such, that make nothing but the attention matrix or a gate."""
 
 
@@ -41,6 +62,9 @@ def _attention(layer: nn.Module, options: Options, *, linear: tuple[str, ...] = 
     "timm.layers.attention.Attention",
     "timm.layers.attention.AttentionRope",
     "timm.layers.diff_attention.DiffAttention",
+    "timm.models.cait.TalkingHeadAttn",
+    "timm.models.edgenext.CrossCovarianceAttn",
+    "timm.models.metaformer.Attention",
     "timm.models.swin_transformer.WindowAttention",
     "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention",
     "timm.models.vision_transformer_relpos.RelPosAttention",
@@ -50,7 +74,11 @@ def attention(layer: nn.Module, options: Options) -> nn.Module:
     return _attention(layer, options)
 
 
-@rule("timm.models.eva.EvaAttention", "timm.models.swin_transformer_v2.WindowAttention")
+@rule(
+    "timm.models.beit.Attention",
+    "timm.models.eva.EvaAttention",
+    "timm.models.swin_transformer_v2.WindowAttention",
+)
 def attention_without_key_bias(layer: nn.Module, options: Options) -> nn.Module:
     """Attention with biases of q and v apart, as ``attention``: they become those of the qkv layer, k's stays 0."""
     separate = layer.q_bias is not None
@@ -81,6 +109,15 @@ def parallel_scaling_block(layer: nn.Module, options: Options) -> nn.Module:
     return _attention(layer, options, linear=("in_proj",))
 
 
+@rule("timm.models.cait.ClassAttn")
+def class_attention(layer: nn.Module, options: Options) -> nn.Module:
+    """ClassAttn: q, of the class token, and k are held, v stays linear, proj becomes B-cos."""
+    convert_children(layer, options, keep=("q", "k", "v"))
+    held(layer, "q", "k")
+    layer.constant_children = ("q", "k")
+    return layer
+
+
 @rule("timm.layers.attention_pool.AttentionPoolLatent")
 def attention_pool_latent(layer: nn.Module, options: Options) -> nn.Module:
     """AttentionPoolLatent: the learned query and the keys are held, kv stays linear, proj and mlp become B-cos."""
@@ -89,7 +126,12 @@ def attention_pool_latent(layer: nn.Module, options: Options) -> nn.Module:
     return _attention(layer, options, linear=("kv",))
 
 
-@rule("timm.layers.pos_embed_rel.RelPosMlp", "timm.layers.pos_embed_rel.RelPosBias")
+@rule(
+    "timm.layers.pos_embed_rel.RelPosMlp",
+    "timm.layers.pos_embed_rel.RelPosBias",
+    "timm.layers.pos_embed_rel.RelPosBiasTf",
+    "timm.models.beit.RelativePositionBias",
+)
 def relative_position(layer: nn.Module, options: Options) -> nn.Module:
     """Position bias of the attention matrix: made of the positions alone, so it is no part of an explanation; kept."""
     layer.constant_children = tuple(layer._modules)

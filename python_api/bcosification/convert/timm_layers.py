@@ -145,7 +145,8 @@ def gelu(layer: nn.Module, options: Options) -> nn.Module:
 
 
 rules.GATED["timm.layers.activations.QuickGELU"] = bnn.QuickGELU
-rule("timm.layers.activations.QuickGELU")(rules.gated_activation)
+rules.GATED["timm.layers.activations.Tanh"] = bnn.Tanh
+rule("timm.layers.activations.QuickGELU", "timm.layers.activations.Tanh")(rules.gated_activation)
 
 
 @rule("timm.layers.conv2d_same.Conv2dSame")
@@ -189,7 +190,7 @@ def cond_conv_residual(layer: nn.Module, options: Options) -> nn.Module:
 
 
 def unstandardized(layer: nn.Conv2d) -> nn.Conv2d:
-    """A StdConv2d or StdConv2dSame as the plain convolution that it is: its weight, standardised once.
+    """A (Scaled)StdConv2d(Same) as the plain convolution that it is: its weight, standardised and scaled once.
 
     Training moves the weight itself from then on, not one that is standardised at every step.
     """
@@ -209,6 +210,8 @@ def unstandardized(layer: nn.Conv2d) -> nn.Conv2d:
         dtype=weight.dtype,
     )
     standard = ((flat - mean) * (var + layer.eps).rsqrt()).view_as(weight)
+    if hasattr(layer, "gain"):
+        standard = standard * layer.gain.detach() * layer.scale
     new.weight = nn.Parameter(standard, requires_grad=layer.weight.requires_grad)
     new.register_parameter("bias", layer.bias)
     if getattr(layer, "same_pad", False):
@@ -218,7 +221,12 @@ def unstandardized(layer: nn.Conv2d) -> nn.Conv2d:
     return new.train(layer.training)
 
 
-@rule("timm.layers.std_conv.StdConv2d", "timm.layers.std_conv.StdConv2dSame")
+@rule(
+    "timm.layers.std_conv.StdConv2d",
+    "timm.layers.std_conv.StdConv2dSame",
+    "timm.layers.std_conv.ScaledStdConv2d",
+    "timm.layers.std_conv.ScaledStdConv2dSame",
+)
 def std_conv2d(layer: nn.Conv2d, options: Options) -> nn.Module:
     """StdConv2d -> a B-cos convolution whose weight is the standardised one."""
     return converted(unstandardized(layer), options)

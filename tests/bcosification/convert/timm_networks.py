@@ -22,6 +22,7 @@ _BOTTLENECK = {"layers": (1, 1, 1, 1), "channels": (4, 8, 8, 8), "stem_width": 8
 _RESNET_V2 = {"layers": (1, 1, 1, 1), "channels": (32, 64, 64, 64), "stem_chs": 32}
 _BYOB = {"width_factor": 1 / 16}
 _REGNET = {"w0": 8, "wa": 8.0, "wm": 1.6, "depth": 5, "group_size": 4, "stem_width": 8}
+_MAXVIT = {"img_size": 64, "embed_dim": (32, 32, 32, 32), "depths": (1, 1, 1, 1), "stem_width": (8, 8)}
 _VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 _HYBRID = {"img_size": 64, "embed_dim": 16, "depth": 1, "num_heads": 2}
 _CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 8, 12, 12)}
@@ -89,6 +90,13 @@ VARIANTS = {
     "byobnet, RepVGG": ("repvgg_a0", {"width_factor": 1 / 4}, 32),
     "byobnet, MobileOne": ("mobileone_s4", {"width_factor": 1 / 16}, 32),
     "byobnet, edge": ("resnet61q", {"width_factor": 1 / 4}, 32),
+    "mobilevit": ("mobilevit_xxs", {}, 64),
+    "mobilevit v2": ("mobilevitv2_050", {}, 64),
+    "maxvit, tf": ("maxvit_tiny_tf_224", {**_MAXVIT, "img_size": 64}, 64),
+    "coatnet": ("coatnet_rmlp_nano_rw_224", _MAXVIT, 64),
+    "coatnext": ("coatnext_nano_rw_224", _MAXVIT, 64),
+    "maxxvit": ("maxxvit_rmlp_nano_rw_256", _MAXVIT, 64),
+    "maxvit, parallel": ("maxvit_tiny_pm_256", _MAXVIT, 64),
     "regnet, x": ("regnetx_002", {**_REGNET, "linear_out": True}, 64),
     "regnet, z": ("regnetz_005", {**_REGNET, "num_features": 24}, 64),
     "regnet, pre-activation": ("regnetv_040", {**_REGNET, "downsample": "avg"}, 64),

@@ -52,7 +52,7 @@ class TimmFamily(Family):
     def prepare(self, model: nn.Module, options: Options, head_moves: bool) -> nn.Module:
         # Its channels are doubled before it is converted, and [W, -W] / 2 standardised is not W's.
         name = self.input_layer(model)
-        if name is not None and type(model.get_submodule(name)).__name__.startswith("StdConv2d"):
+        if name is not None and "StdConv2d" in type(model.get_submodule(name)).__name__:
             model.set_submodule(name, timm_layers.unstandardized(model.get_submodule(name)))
         for name in self._readers(model)[1:] if options.inverse else ():  # branches of a re-parametrised stem
             double_input_channels(model.get_submodule(name))
