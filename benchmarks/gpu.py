@@ -4,6 +4,8 @@
     python -m benchmarks.gpu --list
     python -m benchmarks.gpu --stage builds,correctness --out DIR
 
+    python -m benchmarks.gpu --budget 560 --out DIR      # all of them within that time, each with a share of it
+
 A stage is a process of its own with a time limit. Its rows go to gpu_<stage>.json as they come, so a stage that is cut
 off keeps what it measured; the same command goes on where it stopped, as long as sources, device and torch are the
 same (--again measures anew). How each stage ended is in gpu_stages.json. The tuning table of the stage `tuning` is
@@ -51,6 +53,8 @@ DONE, WRONG, NO_GPU, CUT_OFF = 0, 1, 3, 4
 ENDINGS = {DONE: "done", WRONG: "wrong", NO_GPU: "no GPU here", CUT_OFF: "cut off"}
 GRACE = 20
 """Seconds that a stage has after its limit to end by itself, before it is ended."""
+LEAST = 10
+"""Seconds that a stage needs to begin: it is not started with less."""
 
 
 class OutOfTime(Exception):
@@ -92,14 +96,19 @@ class Rows(Results):
             **machine(device), **gpu, "triton": tuning.versions()["triton"], "commit": _commit(), "sources": sources()
         }  # fmt: skip
 
-    def finished(self) -> set[tuple[str, str]]:
-        """(case, contender) of the rows that need not be measured again: of these sources, on this device."""
+    def of_stage(self, stage: str) -> dict[tuple[str, str], dict]:
+        """(case, contender) → row of a stage's rows that hold here: of these sources, on this device."""
         same = ("sources", "device", "torch", "triton")
         return {
-            (row["case"], row["contender"])
-            for row in load_rows(self.suite, self.folder)
-            if row.get("status") not in ("wrong", "failed") and all(row["run"].get(k) == self.machine[k] for k in same)
+            (row["case"], row["contender"]): row
+            for row in load_rows(f"gpu_{stage}", self.folder)
+            if all(row["run"].get(k) == self.machine[k] for k in same)
         }
+
+    def finished(self) -> set[tuple[str, str]]:
+        """(case, contender) of the rows that need not be measured again."""
+        rows = self.of_stage(self.suite.removeprefix("gpu_"))
+        return {of for of, row in rows.items() if row.get("status") not in ("wrong", "failed")}
 
 
 def first_line(error: object) -> str:
@@ -126,6 +135,10 @@ class Run:
 
     def __post_init__(self):
         self._finished = set() if self.again else self.rows.finished()
+
+    def forget(self) -> None:
+        """Do everything again."""
+        self._finished = set()
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
@@ -168,11 +181,12 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One entry of --list; ``run`` fills a `Run`'s rows."""
+    """One entry of --list; ``run`` fills a `Run`'s rows. ``share``, of a --budget: next to those of the others."""
 
     name: str
     about: str
     limit_s: int
+    share: float
     run: Callable[[Run], None]
 
 
@@ -181,16 +195,20 @@ def stages() -> dict[str, Stage]:
     from . import gpu_stages as s
 
     listed = (
-        Stage("environment", "versions and tools; copy bandwidth and matrix rates: the ceilings", 240, s.environment),
-        Stage("builds", "the CUDA library through setup.py, and its CUTLASS part where the headers are", 540, s.builds),
-        Stage("correctness", "all backends over options, streams, graphs, compilation, 2^31 elements", 540,
+        Stage("environment", "versions and tools; copy bandwidth and matrix rates: the ceilings", 240, 1,
+              s.environment),
+        Stage("builds", "the CUDA library through setup.py, its CUTLASS part where the headers are, Triton's kernels",
+              540, 5, s.builds),
+        Stage("correctness", "all backends over options, streams, graphs, compilation, 2^31 elements", 540, 5,
               gpu_correctness.correctness),
-        Stage("tuning", "what is right is timed and unlocked: the tuning table of this GPU", 540, s.tune),
-        Stage("layers", "layers of ResNet-50 and ViTs against plain and the peer's, eager and compiled", 540, s.layers),
-        Stage("networks", "training steps, memory, inference and explanations of ResNet-50 and ViTs", 580, s.networks),
-        Stage("finetune", "a ResNet-50 fine-tuned through the input pipeline: rates, losses, memory, kernels", 580,
+        Stage("tuning", "what is right is timed and unlocked: the tuning table of this GPU", 540, 5, s.tune),
+        Stage("layers", "layers of ResNet-50 and ViTs against plain and the peer's, eager and compiled", 540, 4,
+              s.layers),
+        Stage("networks", "training steps, memory, inference and explanations of ResNet-50 and ViTs", 580, 6,
+              s.networks),
+        Stage("finetune", "a ResNet-50 fine-tuned through the input pipeline: rates, losses, memory, kernels", 580, 2,
               gpu_finetune.finetune),
-        Stage("sanitizer", "memory checker and race checker; guard bands and bitwise repeats", 540, s.sanitizer),
+        Stage("sanitizer", "memory checker and race checker; guard bands and bitwise repeats", 540, 2, s.sanitizer),
     )  # fmt: skip
     return {stage.name: stage for stage in listed}
 
@@ -248,6 +266,13 @@ def _packages(wheels: Path | None) -> Iterator[Path | None]:
         yield Path(folder)
 
 
+def limit_of(stage: Stage, following: Sequence[Stage], left: float) -> float:
+    """Seconds for a stage when ``left`` remain for it and those that follow: its share. What it leaves is theirs."""
+    left = max(0.0, left - GRACE)  # which the last of them may take to end
+    share = left * stage.share / (stage.share + sum(other.share for other in following))
+    return min(stage.limit_s, max(share, LEAST), left)
+
+
 def worst(statuses: Sequence[int]) -> int:
     """The exit status for several stages: something wrong first, then no GPU, then a time limit."""
     return next((status for status in (WRONG, NO_GPU, CUT_OFF) if status in statuses), DONE)
@@ -265,6 +290,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the stages and their time limits")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the rows; default: benchmarks/results")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="of each stage, instead of its own")
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS",
+        help="for all stages together: each gets a share, and what one leaves goes to those that follow",
+    )  # fmt: skip
     wheels = os.environ.get("BCOS_WHEELS")
     parser.add_argument(
         "--wheels", type=Path, metavar="DIR", default=Path(wheels) if wheels else None,
@@ -283,6 +312,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--stage: expected some of {', '.join(known)}, got {name}")
     if options.limit is not None and options.limit <= 0:
         parser.error(f"--limit: expected seconds > 0, got {options.limit:g}")
+    if options.budget is not None and options.budget <= LEAST * len(names) + GRACE:
+        parser.error(f"--budget: expected more than {LEAST * len(names) + GRACE} seconds for {len(names)} stages, "
+                     f"got {options.budget:g}")  # fmt: skip
     out = (options.out or results_folder()).resolve()
     if options.here:
         limit = options.limit or known[names[0]].limit_s
@@ -293,14 +325,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     passed_on = [*(["--again"] if options.again else []), *(["--rehearse"] if options.rehearse else [])]
     device = torch.device("cpu") if options.rehearse else torch.device("cuda", 0)
     statuses = []
+    end = time.monotonic() + (options.budget or float("inf"))
     with contextlib.ExitStack() as stack:
         try:
             packages = stack.enter_context(_packages(options.wheels))
         except ValueError as error:
             parser.error(f"--wheels: {error}")
-        for name in names:
+        for position, name in enumerate(names, 1):
             limit = options.limit or known[name].limit_s
-            print(f"== {name}: {known[name].about} (at most {limit:g} s)", flush=True)
+            if options.budget is not None:
+                following = [known[other] for other in names[position:]]
+                limit = min(limit, limit_of(known[name], following, end - time.monotonic()))
+            if limit < LEAST and options.limit is None:
+                statuses.append(CUT_OFF)
+                print(f"== {name}: not begun, {max(limit, 0):.0f} s are left for it", flush=True)
+                continue
+            print(f"== {name}: {known[name].about} (at most {limit:.0f} s)", flush=True)
             start = time.monotonic()
             statuses.append(run_apart(known[name], out, limit, passed_on, packages))
             seconds = time.monotonic() - start

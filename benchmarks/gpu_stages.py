@@ -6,7 +6,6 @@ turn. A row of something wrong has status "wrong", of something that raised "fai
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib.metadata
 import importlib.util
@@ -31,10 +30,11 @@ from bcos_kernels import cutlass_build, selftest, selftest_cases, selftest_comma
 from bcosification.evaluation.benchmarking import Step, explain_one_by_one, gradient_error, inference, input_gradient
 from bcosification.evaluation.measuring import interleaved, summarized
 
+from . import gpu_warm_up
 from .gpu import ROOT, OutOfTime, Run, first_line
+from .gpu_cases import layer_cases, tuned_cases
 from .gpu_guards import SKIPPED, guarded, repeated
 from .networks import NETWORKS, Models, NotHere, inputs
-from .shapes import convolutions
 
 
 def _tool(*command: str, timeout: float = 60, **environment: str) -> tuple[int, str]:
@@ -136,7 +136,8 @@ def environment(run: Run) -> None:
 
 
 def builds(run: Run) -> None:
-    """In place: the later stages of the same checkout use what is built."""
+    """In place, and always: what an earlier run built may lie on another machine."""
+    run.forget()
     stand_in = Path(tempfile.mkdtemp())
     if importlib.util.find_spec("pybind11") is None:  # its headers come with torch, and they are all that is asked for
         headers = str(Path(torch.__file__).parent / "include")
@@ -158,6 +159,7 @@ def builds(run: Run) -> None:
 
     if run.rehearsal:
         run.attempt("setup.py", "native", build("-c", "print('built')"))
+        run.attempt("triton", "compiled side by side", partial(gpu_warm_up.side_by_side, run))
         return
     run.attempt("setup.py", "native", build("setup.py", "build_ext", "--inplace"))
     reason = cutlass_build.unbuildable_reason()
@@ -170,19 +172,40 @@ def builds(run: Run) -> None:
     if status == 0:
         for name, why in json.loads(text[text.index("{") : text.rindex("}") + 1])["backends"].items():
             run.add("backends", name, status="usable" if why is None else "not usable", reason=why or "")
+    run.attempt("triton", "compiled side by side", partial(gpu_warm_up.side_by_side, run))
 
 
 # --- tuning -----------------------------------------------------------------------------------------------------------
+
+
+def _checked(run: Run, session: selftest_commands.Session, precisions: list[str]) -> None:
+    """The session's checks: what the stage `correctness` has found with these sources on this device, else anew."""
+    found = run.rows.of_stage("correctness")
+    missing: dict[tuple[str, str], list[selftest_cases.Case]] = {}
+    for case in selftest_cases.cases(quick=run.rehearsal):
+        for precision in precisions:
+            if precision == "tf32" and case.op in tuning.WITHOUT_PRODUCTS:
+                continue
+            rows = [found.get((f"{case.op} {precision}, {case}", name)) for name in session.backends]
+            if None in rows:
+                missing.setdefault((case.op, precision), []).append(case)
+                continue
+            session.results += [
+                selftest.Result(case, precision, name, row["status"], row["fraction_of_allowed"], row["detail"])
+                for name, row in zip(session.backends, rows, strict=True)
+            ]
+    print(f"{len(session.results)} checks are those of the stage correctness", flush=True)
+    for (op, precision), todo in missing.items():
+        if run.left() <= 0:
+            raise OutOfTime(f"{op} {precision}")
+        session.check(todo, [precision])
 
 
 def tune(run: Run) -> None:
     """Checks, then rows of the tuning table, for the selftest's shapes and those of two networks; saved one by one."""
     session = selftest_commands.Session(run.device, selftest.usable(run.device), lambda text: print(text, flush=True))
     every = selftest.precisions(run.device, quick=run.rehearsal)
-    for op in dict.fromkeys(case.op for case in selftest_cases.cases()):  # what is not right is not timed
-        if run.left() <= 0:
-            raise OutOfTime(op)
-        session.check([case for case in selftest_cases.cases(quick=run.rehearsal) if case.op == op], every)
+    _checked(run, session, every)
     for result in session.results:
         if result.bad:
             run.add(f"{result.case.op} {result.precision}, {result.case}", result.backend, status=result.status,
@@ -190,10 +213,7 @@ def tune(run: Run) -> None:
     run.add("checks", "all", status="right" if session.ok else "wrong", checks=len(session.results))
     if run.rehearsal:
         return
-    todo = [*selftest_cases.timed_cases(), *selftest_cases.timed_cases(batch=256)]
-    with contextlib.suppress(ImportError):
-        todo += selftest_cases.network_cases("resnet50", 256) + selftest_cases.network_cases("vit_b_16", 128)
-    for case in todo:
+    for case in tuned_cases():
         for dtype in ("bfloat16", "float32"):
             label = f"{case.op} {dtype}, {case}"
             if not run.due(label):
@@ -230,21 +250,6 @@ def _layer(case: selftest_cases.Case) -> tuple[nn.Module, nn.Module]:
     return plain, ours
 
 
-def _layer_cases(rehearsal: bool) -> list[selftest_cases.Case]:
-    if rehearsal:
-        return [selftest_cases.conv2d("3x3", (2, 8, 6, 6), 8, 3, padding=1), selftest_cases.linear("MLP", 10, 16, 8)]
-    every = selftest_cases.timed_cases(batch=128)
-    found = [case for case in every if case.op in ("conv2d", "linear") and "b" not in case.options]
-    with contextlib.suppress(ImportError):
-        for layer in convolutions("resnet50"):
-            x, o, (edge, _) = (128, layer["c"], *layer["size"]), layer["o"], layer["kernel"]
-            window = {"stride": layer["stride"][0], "padding": layer["padding"][0]}
-            case = selftest_cases.conv2d(layer["label"], x, o, edge, **window)
-            if case.tensors not in [known.tensors for known in found]:
-                found.append(case)
-    return found
-
-
 def layers(run: Run) -> None:
     """Forward + backward and forward alone. First all that needs no compiler for every shape; then the compiled ones,
     shape by shape, while there is time."""
@@ -254,7 +259,7 @@ def layers(run: Run) -> None:
     dtype = torch.float32 if run.rehearsal else torch.bfloat16
     compiler = {"backend": "eager"} if run.rehearsal else {"mode": "max-autotune-no-cudagraphs"}
     for how in ("", ", max-autotune"):
-        for case in _layer_cases(run.rehearsal):
+        for case in layer_cases(run.rehearsal):
             label = f"{case.op} {str(dtype).removeprefix('torch.')}, {case}{how}"
             if not run.due(label, "plain"):
                 continue

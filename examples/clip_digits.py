@@ -32,8 +32,8 @@ from bcosification.evaluation.measuring import machine
 from bcosification.explanation import bcos_contributions, grad_cam, input_x_gradient, save_figure
 from bcosification.train.data import build_datamodule, scenes
 from bcosification.train.distillation import DistillConfig, distill
-from bcosification.train.finetuning import train
 from bcosification.train.lightning_module import TrainedModule
+from bcosification.train.training import train
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TEMPLATES = [

@@ -13,7 +13,7 @@ import torch
 
 from bcos_kernels import selftest, selftest_cases
 from bcosification.evaluation import measuring
-from benchmarks import gpu, gpu_correctness, gpu_finetune, gpu_guards, gpu_stages, networks, wheels
+from benchmarks import gpu, gpu_correctness, gpu_finetune, gpu_guards, gpu_stages, gpu_warm_up, networks, wheels
 from benchmarks.protocol import load_rows
 
 STAGES = gpu.stages()
@@ -36,7 +36,9 @@ def test_the_list(capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [(["--stage", "speed"], "expected some of environment, .*, got speed"),
-                                                (["--limit", "0"], "expected seconds > 0, got 0")])  # fmt: skip
+                                                (["--limit", "0"], "expected seconds > 0, got 0"),
+                                                (["--budget", "90"], "expected more than 100 seconds for 8 stages, "
+                                                                     "got 90")])  # fmt: skip
 def test_arguments_that_are_none(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         gpu.main(arguments)
@@ -79,7 +81,7 @@ def counting(measured, pause=0.0, fail=None):
                     raise RuntimeError("a crash")
                 run.add(case, "ours", value=1.0)
 
-    return gpu.Stage("counting", "", 1, stage)
+    return gpu.Stage("counting", "", 1, 1, stage)
 
 
 def test_a_stage_that_is_cut_off_keeps_its_rows_and_goes_on(tmp_path):
@@ -108,7 +110,7 @@ def test_what_is_wrong_is_measured_again(tmp_path):
             if run.due(case, "ours"):
                 run.add(case, "ours", status=status)
 
-    stage = gpu.Stage("wrong", "", 1, stage)
+    stage = gpu.Stage("wrong", "", 1, 1, stage)
     assert gpu.run_here(stage, tmp_path, 10, rehearsal=True) == gpu.WRONG
     run = gpu.Run(CPU, True, gpu.Rows("wrong", tmp_path, CPU), tmp_path, time.monotonic() + 10)
     assert [run.due(case, "ours") for case in "abc"] == [True, True, False]
@@ -128,6 +130,37 @@ def test_rows_name_sources_and_versions(tmp_path, monkeypatch):
     run = rows_of("counting", tmp_path)["a", "ours"]["run"]
     assert run["commit"] == "" and len(run["sources"]) == 12 and run["torch"] == torch.__version__
     assert {"device", "date", "triton", "python"} <= set(run)
+
+
+def test_a_budget_is_shared_out_and_kept():
+    """Whether stages take all of their limits or nothing, and however little there is."""
+    stages = list(STAGES.values())
+    for budget in (120, 560, 880, 1e6):
+        for use in (0.0, 0.3, 1.0):
+            left = budget
+            for position, stage in enumerate(stages, 1):
+                limit = gpu.limit_of(stage, stages[position:], left)
+                assert (0 if budget == 120 else gpu.LEAST) <= limit <= stage.limit_s
+                left -= use * limit
+            assert left >= gpu.GRACE
+    assert gpu.limit_of(stages[-1], [], 560) == 540  # the last one gets whatever is left
+    assert gpu.limit_of(stages[-1], [], 5) == 0
+
+
+def test_a_stage_without_time_is_not_begun(tmp_path, monkeypatch, capsys):
+    begun, now = [], [0.0]
+
+    def apart(stage, out, limit, options, packages):
+        begun.append((stage.name, limit))
+        now[0] += 1.2 * limit + gpu.GRACE  # every stage goes beyond its limit
+        return gpu.CUT_OFF
+
+    monkeypatch.setattr(gpu, "run_apart", apart)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    assert gpu.main(["--rehearse", "--budget", "150", "--out", str(tmp_path)]) == gpu.CUT_OFF
+    assert [name for name, _ in begun] == list(STAGES)[: len(begun)] and 0 < len(begun) < len(STAGES)
+    assert all(limit >= gpu.LEAST for _, limit in begun)
+    assert "sanitizer: not begun, 0 s are left for it" in capsys.readouterr().out
 
 
 def test_a_stage_that_hangs_is_ended(tmp_path, monkeypatch):
@@ -224,6 +257,55 @@ def test_environment(rehearse):
 def test_builds(rehearse):
     status, rows = rehearse("builds")
     assert status == gpu.DONE and rows["setup.py", "native"]["status"] == "built"
+    assert rows["triton", "compiled side by side"]["status"] == "compiled"
+    assert rows["triton", "compiled side by side"]["processes"] == 2
+
+
+def test_builds_are_made_again_on_every_machine(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(gpu_stages, "_tool", lambda *command, **options: (made.append(command), (0, "built"))[1])
+    monkeypatch.setattr(gpu_stages.gpu_warm_up, "side_by_side", lambda run: {"status": "compiled"})
+    for _ in range(2):
+        assert gpu.run_here(STAGES["builds"], tmp_path, 60, rehearsal=True) == gpu.DONE
+    assert len(made) == 2
+
+
+def test_parts_of_the_warm_up_are_all_of_it(monkeypatch, capsys):
+    launched = []
+    monkeypatch.setattr(gpu_warm_up, "_launch", lambda case, precision, *where: launched.append((case, precision)))
+    monkeypatch.setattr(gpu_warm_up, "layer_cases", lambda: selftest_cases.timed_cases(quick=True))
+    monkeypatch.setattr(gpu_warm_up, "tuned_cases", lambda: selftest_cases.timed_cases(quick=True))
+    every = gpu_warm_up.calls()
+    monkeypatch.setattr(gpu_warm_up, "calls", lambda rehearsal: every)
+    for part in range(7):
+        gpu_warm_up.main([str(part), "7", "--rehearse"])
+    assert launched == every and {precision for _, precision in every} == set(selftest.BOUNDS)
+    assert sum(int(line.split()[0]) for line in capsys.readouterr().out.splitlines()) == len(every)
+    with pytest.raises(SystemExit):
+        gpu_warm_up.main(["7", "7"])
+
+
+def test_what_raises_while_warming_up_ends_nothing(monkeypatch, capsys):
+    def raising(case, precision, *where):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(gpu_warm_up, "_launch", raising)
+    assert gpu_warm_up.main(["0", "1", "--rehearse"]) == 0
+    assert "RuntimeError: no such kernel" in (said := capsys.readouterr().out) and "4 calls, 4 raised" in said
+
+
+@pytest.mark.parametrize("program, limit, expected", [("raise SystemExit(7)", 60, "incomplete"),
+                                                      ("import time; time.sleep(60)", 1.5, None)])  # fmt: skip
+def test_a_part_of_the_warm_up_that_crashes_or_hangs(program, limit, expected, tmp_path, monkeypatch):
+    popen = gpu_warm_up.subprocess.Popen
+    monkeypatch.setattr(gpu_warm_up.subprocess, "Popen", lambda c, **o: popen([c[0], "-c", program], **o))
+    run = gpu.Run(CPU, True, gpu.Rows("builds", tmp_path, CPU), tmp_path, time.monotonic() + limit)
+    if expected is None:
+        with pytest.raises(gpu.OutOfTime):
+            gpu_warm_up.side_by_side(run)
+    else:
+        row = gpu_warm_up.side_by_side(run)
+        assert row["status"] == expected and row["crashed"] == row["processes"] == 2
 
 
 @pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
@@ -248,6 +330,29 @@ def test_wrong_numbers_end_the_correctness_stage_wrong(rehearse, monkeypatch):
 def test_tuning(rehearse):
     status, rows = rehearse("tuning")
     assert status == gpu.DONE and rows["checks", "all"]["checks"] >= len(selftest_cases.cases(quick=True))
+
+
+def test_tuning_takes_the_checks_of_the_stage_before(rehearse, tmp_path, monkeypatch, capsys):
+    """Wrong ones too; what is missing there is checked, and so is all of it where the sources are others."""
+    cases = [selftest_cases.linear(name, 20, 16, 12) for name in ("right", "wrong", "missing")]
+    monkeypatch.setattr(gpu_stages.selftest_cases, "cases", lambda quick=False: cases)
+    monkeypatch.setattr(gpu_stages.selftest, "usable", lambda device: ["cpu"])
+    monkeypatch.setattr(gpu_stages.selftest, "precisions", lambda device, quick: ["float32"])
+    before = gpu.Rows("correctness", tmp_path, CPU)
+    for case in cases[:2]:
+        before.add(f"linear float32, {case}", "cpu", status=case.name, fraction_of_allowed=0.1, detail="y: as told")
+    checked = []
+    check = gpu_stages.selftest_commands.check
+    monkeypatch.setattr(
+        gpu_stages.selftest_commands, "check", lambda case, *rest: (checked.append(case.name), check(case, *rest))[1]
+    )
+    status, rows = rehearse("tuning")
+    assert status == gpu.WRONG and checked == ["missing"] and rows["checks", "all"]["checks"] == 3
+    assert rows[f"linear float32, {cases[1]}", "cpu"]["reason"] == "y: as told"
+    assert "2 checks are those of the stage correctness" in capsys.readouterr().out
+    monkeypatch.setattr(gpu, "sources", lambda: "elsewhere")
+    status, rows = rehearse("tuning")
+    assert status == gpu.DONE and checked == ["missing", "right", "wrong", "missing"]
 
 
 def test_tuning_writes_row_after_row(tmp_path, monkeypatch):

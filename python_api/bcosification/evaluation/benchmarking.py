@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import bcos_kernels
 from bcosification.convert.peers import fuse
 from bcosification.convert.wrapper import BcosifiedModel
-from bcosification.evaluation.measuring import bytes_kept, interleaved, machine, peak_bytes, summarized
+from bcosification.evaluation.measuring import bytes_kept, fallback_share, interleaved, machine, peak_bytes, summarized
 from bcosification.evaluation.peer_style import peer_style
 from bcosification.explanation.explaining import encode, explain
 from bcosification.nn import explanation_mode
@@ -276,17 +276,10 @@ class Benchmark:
 
 
 def fallback(run: Callable[[], object]) -> dict[str, object]:
-    """What ran without a kernel while `run` is called once.
-
-    Returns:
-        fallback_share: of the time in B-cos layers and norms, that on the backend "reference" (0 without any such
-        time); fallback_ops: names of the ops that ran there.
-    """
+    """What ran without a kernel while `run` is called once: see `measuring.fallback_share`."""
     with bcos_kernels.timed() as seconds:
         run()
-    total = sum(seconds.values())
-    slow = {op: value for (op, backend), value in seconds.items() if backend == "reference"}
-    return {"fallback_share": sum(slow.values()) / total if total else 0.0, "fallback_ops": sorted(slow)}
+    return fallback_share(seconds)
 
 
 def _cells(row: dict | None) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["bytes_kept", "interleaved", "machine", "peak_bytes", "summarized"]
+__all__ = ["bytes_kept", "fallback_share", "interleaved", "machine", "peak_bytes", "summarized"]
 
 Runs = Mapping[str, Callable[[], object]]
 
@@ -84,6 +84,18 @@ def summarized(times: Mapping[str, list[float]], baseline: str = "plain") -> dic
             "ratio_q3": ratios[-1 - len(ratios) // 4],
         }
     return result
+
+
+def fallback_share(seconds: Mapping[tuple[str, str], float]) -> dict[str, object]:
+    """What ran without a kernel, of what `bcos_kernels.timed` told: (op, backend) → seconds.
+
+    Returns:
+        fallback_share: of the time in B-cos layers and norms, that on the backend "reference" (0 without any such
+        time); fallback_ops: names of the ops that ran there.
+    """
+    total = sum(seconds.values())
+    slow = {op: value for (op, backend), value in seconds.items() if backend == "reference"}
+    return {"fallback_share": sum(slow.values()) / total if total else 0.0, "fallback_ops": sorted(slow)}
 
 
 def _allocations(run: Callable[[], object]) -> list[int]:

@@ -40,8 +40,9 @@ from bcosification.convert.blocks import unfuse_blocks
 from bcosification.evaluation import energy_pointing_game, grid_pointing_game
 from bcosification.evaluation.measuring import machine
 from bcosification.train.data import ImageDataModule, ImageTensors, _Resized, scenes
-from bcosification.train.finetuning import check_writable, train
 from bcosification.train.lightning_module import ClassificationModule
+from bcosification.train.run_folder import check_writable
+from bcosification.train.training import train
 
 __all__ = ["main", "run", "small_resnet", "with_peer_layers"]
 

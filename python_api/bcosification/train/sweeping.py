@@ -39,7 +39,10 @@ from bcosification.evaluation.measuring import machine
 from bcosification.explanation import bcos_contributions
 from bcosification.nn import Normalize
 from bcosification.nn.evaluation_mode import evaluation_mode
-from bcosification.train.finetuning import FinetuneConfig, check_writable, data_for, finetune, takes_size, train
+from bcosification.train.configuration import FinetuneConfig
+from bcosification.train.finetuning import data_for, finetune, takes_size
+from bcosification.train.run_folder import check_writable, write
+from bcosification.train.training import train
 from bcosification.weights_files import load_state, read_weights
 
 __all__ = ["B_VALUES", "DEMO", "QUESTIONS", "Sweep", "Variant", "sweep", "variants"]
@@ -300,12 +303,10 @@ def _earlier(output: Path, settings: dict) -> Sweep | None:
 
 
 def _save(result: Sweep) -> None:
-    from bcosification.train.finetuning import _write
-
     content = {name: getattr(result, name) for name in ("settings", "machine", "standard", "rows")}
-    _write(result.output / "sweep.json", json.dumps(content, indent=1) + "\n")
+    write(result.output / "sweep.json", json.dumps(content, indent=1) + "\n")
     if result.rows:
-        _write(result.output / "sweep.md", result.markdown())
+        write(result.output / "sweep.md", result.markdown())
         result.draw(result.output / "sweep.png")
 
 

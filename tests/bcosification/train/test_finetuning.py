@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 import bcosification
 from bcosification.evaluation import evaluate
-from bcosification.train import finetuning
+from bcosification.train import finetuning, run_folder
 from bcosification.train.data import build_datamodule
-from bcosification.train.finetuning import FinetuneConfig, check_output, finetune, load_recipe, recipes, saved_config
+from bcosification.train.finetuning import FinetuneConfig, check_output, finetune
+from bcosification.train.run_folder import saved_config
 from tests.bcosification.train.small import STATISTICS, small_network
 
 
@@ -50,7 +50,7 @@ def test_a_run_leaves_what_it_says(tmp_path):
     assert _equal(before, network.state_dict())
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "metrics.csv", "training_curves.png", "last.ckpt", "last", "best",
+        "config.yaml", "metrics.csv", "training_curves.png", "backends.json", "last.ckpt", "last", "best",
     }  # fmt: skip
     with open(folder / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
@@ -198,7 +198,7 @@ def test_a_bar_needs_a_terminal_with_a_width(columns):
     master, slave = pty.openpty()
     try:
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
-        code = "from bcosification.train.finetuning import _has_terminal; raise SystemExit(3 + _has_terminal())"
+        code = "from bcosification.train.training import _has_terminal; raise SystemExit(3 + _has_terminal())"
         done = subprocess.run([sys.executable, "-c", code], stdout=slave, timeout=120)
     finally:
         os.close(master)
@@ -374,46 +374,6 @@ def test_unwritable_output(tmp_path, monkeypatch):
     def refuse(**_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(finetuning.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(run_folder.tempfile, "TemporaryFile", refuse)
     with pytest.raises(PermissionError, match="expected a folder that can be written, got .*run: Permission denied"):
         check_output(tmp_path / "run")
-
-
-# --- recipes ----------------------------------------------------------------------------------------------------------
-
-
-def test_recipes_are_complete_configurations():
-    assert {"digits", "scenes", "imagenet_resnet50", "imagenet_densenet121", "imagenet_vit_b16"} <= set(recipes())
-    for name in recipes():
-        values = {"data": "digits", "output": "x"} | load_recipe(name)
-        FinetuneConfig(**values).check()
-    paper = load_recipe("imagenet_resnet50")
-    assert (paper["lr"], paper["epochs"], paper["loss"], paper["optimizer"]) == (1e-4, 90, "bce_uniform", "adam")
-
-
-def test_own_recipe_and_its_errors(tmp_path):
-    file = tmp_path / "mine.yaml"
-    file.write_text("lr: 1e-4\nepochs: 5\nconversion:\n  pool: keep\n")  # YAML reads 1e-4 as a string
-    assert load_recipe(str(file)) == {"lr": 1e-4, "epochs": 5, "conversion": {"pool": "keep"}}
-    for text, message in (
-        ("learning_rate: 1", "expected options among .*got 'learning_rate'"),
-        ("epochs: many", "expected epochs to be int, got 'many'"),
-        ("epochs: 1.5", "expected epochs to be int, got 1.5"),
-        ("compile: 1", "expected compile to be bool, got 1"),
-        ("lr:", "expected lr to be float, got None"),
-        ("- 1", "expected a mapping of options, got list"),
-        ("lr: [", "not valid YAML"),
-    ):
-        file.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            load_recipe(str(file))
-    with pytest.raises(FileNotFoundError, match="expected a YAML file or one of digits, .*got 'nothing'"):
-        load_recipe("nothing")
-
-
-def test_configuration_survives_yaml(tmp_path):
-    config = _config(tmp_path, model="resnet18", agc=0.01, precision="bf16-mixed", b=1.7)
-    (tmp_path / "config.yaml").write_text(config.to_yaml())
-    assert saved_config(tmp_path) == config
-    assert yaml.safe_load(config.to_yaml())["agc"] == 0.01
-    assert os.listdir(tmp_path) == ["config.yaml"]

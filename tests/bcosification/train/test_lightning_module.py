@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from bcosification.train.data import ImageDataModule, ImageTensors, digits
-from bcosification.train.finetuning import train
 from bcosification.train.lightning_module import ClassificationModule, cosine_with_warmup, parameter_groups
 from bcosification.train.losses import UniformOffLabelsBCE
+from bcosification.train.training import train
 
 
 def _network(seed=0):

@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch import Callback
 
 import bcosification
-from bcosification.train.finetuning import train
 from bcosification.train.lightning_module import ClassificationModule
 from bcosification.train.schedules import BiasDecay, LinearB, linear_ramp, scale_biases
+from bcosification.train.training import train
 from tests.bcosification.train.small import STATISTICS, small_data, small_network
 
 

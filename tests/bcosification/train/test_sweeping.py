@@ -242,7 +242,7 @@ def test_fewer_grids_than_asked_for_are_taken(monkeypatch):
 
 def test_a_sweep_that_is_killed_goes_on_where_it_was(network, tmp_path, monkeypatch):
     """Killed in the second epoch of the second run: the rows are those of a sweep that was not."""
-    from bcosification.train import finetuning
+    from bcosification.train import training
 
     options = dict(network=network, ask=["b"], b_values=[1, 2], grids=2, say=lambda text: None)
     whole = sweep(tiny(tmp_path / "whole"), **options)
@@ -251,7 +251,7 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(network, tmp_path, monkeypa
         pass
 
     epochs = []
-    write = finetuning._save_model
+    write = training.save_model
 
     def killed(model, folder):
         write(model, folder)
@@ -259,11 +259,11 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(network, tmp_path, monkeypa
         if len(epochs) == 3:  # after the first epoch of the second run
             raise Killed
 
-    monkeypatch.setattr(finetuning, "_save_model", killed)
+    monkeypatch.setattr(training, "save_model", killed)
     with pytest.raises(Killed):
         sweep(tiny(tmp_path / "killed"), **options)
     assert len(json.loads((tmp_path / "killed" / "sweep.json").read_text())["rows"]) == 1
-    monkeypatch.setattr(finetuning, "_save_model", write)
+    monkeypatch.setattr(training, "save_model", write)
     result = sweep(tiny(tmp_path / "killed"), **options)
     for got, expected in zip(result.rows, whole.rows, strict=True):
         assert {**got, "seconds": 0} == {**expected, "seconds": 0}
