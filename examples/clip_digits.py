@@ -10,8 +10,9 @@ On `scenes` (tinted handwritten digits on photographs) with captions such as "a 
     student     that tower after distillation from the teacher: images only, no captions (`bcosification.distill`)
 
 Reported: zero-shot accuracy with captions, and how well explanations of a caption point at the digit that it names:
-GridPG with text, the share of positive contributions in the digit's cell of a 2 x 2 grid, and EPG, in its box. Training
-that was stopped is taken up where it stands by the same command.
+GridPG with text, the share of positive contributions in the digit's cell of a 2 x 2 grid, and EPG, in its box. Beside
+GridPG stands how many of a grid's four digits are among the model's four best captions: what a model does not read
+there, its explanation cannot point at. Training that was stopped is taken up where it stands by the same command.
 
 Written to --out: table.md, results.json, and for each tower its runs and pictures (grid.png: one grid, four captions).
 """
@@ -55,7 +56,7 @@ def small_clip(tower: str, width: int):
 
     vision = {
         "resnet": dict(layers=[1, 1, 1, 1], width=width, head_width=32, image_size=SIZE),
-        "vit": dict(layers=3, width=6 * width, head_width=2 * width, image_size=SIZE, patch_size=16),
+        "vit": dict(layers=3, width=6 * width, head_width=2 * width, image_size=SIZE, patch_size=8),
     }[tower]
     text = dict(context_length=16, vocab_size=49408, width=64, heads=2, layers=2)
     model = open_clip.CLIP(embed_dim=64, vision_cfg=vision, text_cfg=text)
@@ -171,18 +172,34 @@ class Study:
         count = self.options.localisation_images
         result = evaluate_zero_shot(model, self.loader, DIGITS, TEMPLATES, progress=False)
         game = energy_pointing_game(classifier, images[:count], labels[:count], self.val.boxes[:count], attribute)
-        result |= {"epg": game.mean, "epg_chance": game.chance, "gridpg": None}
+        result |= {"epg": game.mean, "epg_chance": game.chance, "gridpg": None, "read_in_grids": None}
         if isinstance(model, StandardCLIP) and self.tower == "resnet":
             return self.told(name, result)  # its positional embedding is that of one image: it takes no grid
         try:
-            result["gridpg"] = grid_pointing_game(
+            game = grid_pointing_game(
                 classifier, images, labels, attribute, count=self.options.grids, confidence=0.0,
                 probability="softmax", rescale=self.tower == "vit",
-            ).mean  # fmt: skip
+            )  # fmt: skip
+            result["gridpg"] = game.mean
+            result["read_in_grids"] = self.read(classifier, images[game.indices], labels[game.indices])
         except ValueError as error:
             if "expected confident images" not in str(error):
                 raise
         return self.told(name, result)
+
+    def grid(self, four) -> torch.Tensor:
+        """A grid (1, 3, H, W) of four images, as the tower takes it: a ViT's of the size of one image."""
+        grid = torch.cat([torch.cat(list(four[2 * row : 2 * row + 2]), dim=2) for row in range(2)], dim=1)[None]
+        if self.tower == "vit":
+            grid = F.interpolate(grid, size=(SIZE, SIZE), mode="bilinear", antialias=True).clamp(0, 1)
+        return grid
+
+    def read(self, classifier, images, labels) -> float:
+        """Of the digits in grids of every four images, the share among the four best captions of their grid."""
+        grids = torch.cat([self.grid(four) for four in images.split(4)])
+        with torch.no_grad():
+            best = classifier(grids).topk(4).indices
+        return float((labels.view(-1, 4, 1) == best[:, None]).any(2).float().mean())
 
     def told(self, name: str, result: dict) -> dict:
         shares = ", ".join(f"{key} {value:.3f}" for key, value in result.items() if isinstance(value, float))
@@ -220,10 +237,7 @@ class Study:
             if len(cells) < 4:
                 cells.setdefault(int(labels[i]), i)
         chosen = [*cells.values(), *range(4)][:4]
-        rows = [torch.cat(list(images[chosen[2 * r : 2 * r + 2]]), dim=2) for r in range(2)]
-        grid = torch.cat(rows, dim=1)[None]
-        if self.tower == "vit":
-            grid = F.interpolate(grid, size=(SIZE, SIZE), mode="bilinear", antialias=True).clamp(0, 1)
+        grid = self.grid(images[chosen])
         present = [int(labels[i]) for i in chosen]
         absent = next(digit for digit in range(10) if digit not in present)
         texts = [DIGITS[digit] for digit in [*dict.fromkeys(present), absent]]
@@ -235,15 +249,16 @@ class Study:
 
 def table(results: dict[str, dict], options) -> str:
     """The results as Markdown."""
-    lines = ["| tower | | zero-shot top-1 (%) | top-5 (%) | GridPG with text | EPG with text |", "| --- " * 6 + "|"]
+    titles = ("tower", "", "zero-shot top-1 (%)", "top-5 (%)", "read in grids (%)", "GridPG with text", "EPG with text")
+    lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
     for tower, rows in results.items():
         for name, row in rows.items():
             grid = "–" if row["gridpg"] is None else f"{row['gridpg']:.2f}"
-            lines.append(
-                f"| {tower} | {name} | {100 * row['top1']:.1f} | {100 * row['top5']:.1f} | {grid} | {row['epg']:.2f} |"
-            )
+            read = "–" if row["read_in_grids"] is None else f"{100 * row['read_in_grids']:.0f}"
+            accuracies = f"{100 * row['top1']:.1f} | {100 * row['top5']:.1f} | {read}"
+            lines.append(f"| {tower} | {name} | {accuracies} | {grid} | {row['epg']:.2f} |")
     chance = next(iter(next(iter(results.values())).values()))["epg_chance"]
-    lines.append(f"| | chance | 10.0 | 50.0 | 0.25 | {chance:.2f} |")
+    lines.append(f"| | chance | 10.0 | 50.0 | 40 | 0.25 | {chance:.2f} |")
     told = machine()
     trained = ", ".join("{} and {} epochs ({})".format(*epochs_of(tower, options), tower) for tower in results)
     lines += [

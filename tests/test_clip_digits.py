@@ -37,6 +37,30 @@ def test_the_contrastive_loss(example):
     torch.testing.assert_close(loss, (images + captions) / 2)
 
 
+@pytest.mark.parametrize("tower, size", [("resnet", 128), ("vit", 64)])
+def test_what_is_read_in_grids(example, tower, size):
+    """Of two grids, all four digits and two of four."""
+    options = example.argparse.Namespace(out="nowhere")
+    study = example.Study.__new__(example.Study)
+    study.tower, study.options = tower, options
+    images = torch.rand(8, 3, 64, 64)
+    labels = torch.tensor([0, 1, 2, 3, 6, 7, 8, 9])
+    logits = torch.zeros(2, 10)
+    logits[0, :4] = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    logits[1, torch.tensor([0, 1, 6, 7])] = 1.0
+
+    def classifier(grids):
+        assert grids.shape == (2, 3, size, size)
+        corner = images[2] if tower == "resnet" else images[2].unflatten(2, (32, 2)).unflatten(1, (32, 2)).mean((2, 4))
+        cell = size // 2
+        torch.testing.assert_close(  # the third one is at the left below; borders of cells are mixed with neighbours
+            grids[0, :, cell + 2 : -2, 2 : cell - 2], corner[:, 2:-2, 2:-2], atol=0.35, rtol=0
+        )
+        return logits
+
+    assert study.read(classifier, images, labels) == pytest.approx(6 / 8)
+
+
 def test_the_whole_at_the_smallest_size(example, tmp_path, capsys, monkeypatch):
     small = "--epochs 1 --distill-epochs 1 --limit-batches 2 --batch-size 8 --width 8 --grids 1 --localisation-images 4"
     arguments = ["--out", str(tmp_path), *small.split()]
@@ -55,6 +79,7 @@ def test_the_whole_at_the_smallest_size(example, tmp_path, capsys, monkeypatch):
     for tower in ("resnet", "vit"):
         for row in results[tower].values():
             assert row["images"] == 40 and 0 <= row["top1"] <= row["top5"] <= 1 and 0 <= row["epg"] <= 1
+            assert (row["read_in_grids"] is None) == (row["gridpg"] is None)
         student = bcosification.load(tmp_path / tower / "student" / "best")
         classifier = student.classifier(example.DIGITS, example.TEMPLATES)
         images, labels = part.tensors()

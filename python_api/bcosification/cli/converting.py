@@ -67,7 +67,7 @@ def _convert(arguments: argparse.Namespace) -> int:
             "evaluate and verify take it"
         )
     original, converted = original_and_converted(arguments, spec)
-    switch_attention_pool(arguments, converted)
+    switch_attention_pool(arguments, converted, spec)
     if arguments.with_text:
         expect_clip(converted, "--with-text", spec)
         converted.save_pretrained(out, with_text=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from bcosification.cli.options import CONVERSION, FOLDER_HELP, STANDARD_HELP
 
 # Families of image towers, whose models have no classes.
-CLIP_FAMILIES = ("open_clip_resnet", "open_clip_vit", "huggingface_clip")
+CLIP_FAMILIES = ("open_clip_resnet", "open_clip_vit", "open_clip_timm", "huggingface_clip")
 
 
 def needs(*packages: str) -> None:
@@ -133,7 +133,7 @@ def clip_model(arguments: argparse.Namespace, spec: str):
     )
     if isinstance(model, BcosifiedModel):
         expect_clip(model, "--zero-shot", spec)
-        switch_attention_pool(arguments, model)
+        switch_attention_pool(arguments, model, spec)
         attach_text(arguments, model, spec)
         return model, model.config
     if not callable(getattr(model, "encode_text", None)):
@@ -149,10 +149,10 @@ def expect_clip(model, option: str, spec: str) -> None:
         raise ValueError(f"{option}: expected a CLIP model, got {spec} ({model.config['class']})")
 
 
-def switch_attention_pool(arguments: argparse.Namespace, model) -> None:
+def switch_attention_pool(arguments: argparse.Namespace, model, spec: str) -> None:
     if arguments.attention_pool is None and arguments.power is None:
         return
-    expect_clip(model, "--attention-pool" if arguments.power is None else "--power", "MODEL")
+    expect_clip(model, "--attention-pool" if arguments.power is None else "--power", spec)
     model.set_attention_pool(arguments.attention_pool, p=arguments.power)
 
 
@@ -164,19 +164,35 @@ def attach_text(arguments: argparse.Namespace, model, spec: str) -> None:
         source, _ = resolve(arguments.text_model)
         model.attach_text(source)
     elif model.text is None:
-        told = model.config["text"]
-        named = "--text-model MODEL" if told is None or not told["model"] else f"--text-model {told['model']}"
-        raise ValueError(
-            f"expected a model with its text tower, got {spec}, which was saved without (--with-text stores it); give "
-            + named
+        raise ValueError(f"expected a model with its text tower, got {spec}, {_missing_texts(model.config)}")
+
+
+def _missing_texts(config: dict) -> str:
+    """Why a model has no text tower, and which option gives one."""
+    told = config["text"]
+    if told is None or not told["model"]:
+        was = "a bare image tower" if told is None else f"a {told['class']} without a name"
+        return (
+            f"which was made of {was}: --text-model takes the open_clip model that its texts are of "
+            "(open_clip:NAME/TAG)"
         )
+    if config["source_weights"] is None:  # a conversion of random weights
+        name = told["model"].partition("/")[0]
+        return (
+            f"which was made of {name} with random weights, texts' too, and saved without them: no name gives them "
+            f"again. --with-text of convert and distill stores them; --text-model {name}/TAG takes pretrained ones"
+        )
+    return (
+        f"which was saved without: --text-model {told['model']} reads it again (--with-text of convert and distill "
+        "stores it)"
+    )
 
 
 def texts_to_explain(arguments: argparse.Namespace, model, folder: str) -> list[str] | None:
     """The texts of --text, for a CLIP model with its text tower; None for a classifier."""
     from bcosification.convert.clip import BcosifiedCLIP
 
-    switch_attention_pool(arguments, model)
+    switch_attention_pool(arguments, model, folder)
     if not arguments.text:
         if isinstance(model, BcosifiedCLIP):
             raise ValueError(f"expected --text for a CLIP model, got {folder} without")

@@ -79,7 +79,10 @@ def add_distill(commands) -> argparse.ArgumentParser:
     add = adder(DistillConfig())
     group = command.add_argument_group("what")
     add(group, "--model", f"open_clip:NAME/TAG; or {FOLDER_HELP}", metavar="MODEL")
-    add(group, "--data", "digits, scenes, or a folder of images, with train/ and val/ in it or without", metavar="DATA")
+    add(
+        group, "--data", "digits, scenes, a folder of images, with train/ and val/ in it or without, or tar shards: a "
+        "folder of them, or 'DIR/{00000..00331}.tar'", metavar="DATA",
+    )  # fmt: skip
     add_shared(group, "--out", add=add)
     add_shared(group, "--resume")
     add(group, "--teacher", "another teacher than MODEL, named as it is", metavar="MODEL")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,15 +13,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bcosification import nn as bnn
+from bcosification.convert.clip_texts import (
+    Templates,
+    Tokenizer,
+    build_text,
+    describe_text,
+    named_templates,
+    open_clip_library,
+    token_sizes,
+    tokenizer_of,
+)
 from bcosification.convert.rules import type_name
 from bcosification.convert.wrapper import BcosifiedModel
 from bcosification.nn.cosine import checked_power
 
-__all__ = ["BcosifiedCLIP", "StandardCLIP", "ZeroShotClassifier", "named_templates"]
+__all__ = ["BcosifiedCLIP", "StandardCLIP", "Templates", "ZeroShotClassifier"]
 
 PROTOCOLS = ("paper", "peer")
-Templates = str | Sequence[str] | Sequence[Callable[[str], str]] | None
-Tokenizer = Callable[[list[str]], Tensor]
 
 
 class _WithTexts:
@@ -81,11 +90,32 @@ class _WithTexts:
         text: str | Sequence[str] | Tensor,
         templates: Templates = None,
         *,
-        scale: float = 1.0,
+        scale: float | str = 1.0,
         protocol: str = "paper",
     ) -> ZeroShotClassifier:
-        """A classifier of images whose classes are texts: images (N, C, H, W) -> cosines (N, T); see its class."""
-        return ZeroShotClassifier(self, self.embeddings_of(text, templates), scale=scale, protocol=protocol)
+        """A classifier of images whose classes are texts: images (N, C, H, W) -> cosines (N, T); see its class.
+
+        With ``scale="own"`` it gives the model's own logits, exp(logit_scale) * cosine + logit_bias (SigLIP has one).
+        """
+        bias = 0.0
+        if scale == "own":
+            scale, bias = self._own_scale()
+        elif isinstance(scale, str):
+            raise ValueError(f"scale: expected a number or 'own', got {scale!r}")
+        embeddings = self.embeddings_of(text, templates)
+        return ZeroShotClassifier(self, embeddings, scale=scale, bias=bias, protocol=protocol)
+
+    def _scales_of(self) -> nn.Module:
+        """What has logit_scale and logit_bias."""
+        return self
+
+    def _own_scale(self) -> tuple[float, float]:
+        """exp(logit_scale) and logit_bias of the model as numbers (0 without a bias)."""
+        holder = self._scales_of()
+        scale, bias = getattr(holder, "logit_scale", None), getattr(holder, "logit_bias", None)
+        if scale is None:
+            raise ValueError("scale: expected a model with logit_scale for 'own', got a bare image tower")
+        return float(scale.detach().double().exp()), 0.0 if bias is None else float(bias.detach())
 
 
 class BcosifiedCLIP(_WithTexts, BcosifiedModel):
@@ -167,7 +197,8 @@ class BcosifiedCLIP(_WithTexts, BcosifiedModel):
             p: power of the mean over positions with "unpool", >= 1; None: as it is.
 
         Raises:
-            ValueError: a tower without attention pooling, another mode, p < 1.
+            ValueError: a tower without attention pooling, another mode, p < 1; "pool" of a tower that was trained
+                with "unpool" alone, and so has no q and k.
         """
         pools = self._attention_pools()
         if not pools:
@@ -175,11 +206,17 @@ class BcosifiedCLIP(_WithTexts, BcosifiedModel):
                 f"set_attention_pool: expected a tower with attention pooling (CLIP's ResNets), got "
                 f"{self.config['class']}, whose embedding is its class token's"
             )
+        kept = self.config["attention_pool"] or {}
+        if mode == "pool" and kept.get("only") == "unpool":
+            raise ValueError(
+                "set_attention_pool: expected 'unpool', as this tower was trained without the pooling's q and k "
+                "projections, got 'pool'"
+            )
         if p is not None:
             self.position_mean.p = checked_power(p)
         for pool in pools:
             pool.mode = pool.mode if mode is None else mode
-        self.config["attention_pool"] = {"mode": pools[0].mode, "p": self.position_mean.p}
+        self.config["attention_pool"] = {**kept, "mode": pools[0].mode, "p": self.position_mean.p}
         return self
 
     # --- the text tower ---
@@ -200,8 +237,10 @@ class BcosifiedCLIP(_WithTexts, BcosifiedModel):
                 f"attach_text: expected an open_clip model with a text tower, got {type_name(type(model))}"
             )
         # None stands for the image tower in the copy, which is not copied.
-        text = copy.deepcopy(model, {id(model.visual): None})
-        text._modules.pop("visual")
+        left_out = [name for name in ("visual", "text_decoder") if name in model._modules]  # CoCa's, for captions
+        text = copy.deepcopy(model, {id(model._modules[name]): None for name in left_out})
+        for name in left_out:
+            text._modules.pop(name)
         source = text.__dict__.pop("bcosification_source", None) or {}
         for name in ("logit_scale", "logit_bias"):
             value = text._parameters.pop(name, None)
@@ -214,8 +253,7 @@ class BcosifiedCLIP(_WithTexts, BcosifiedModel):
             "model": spec or source.get("spec"),
             "class": type_name(type(model)),
             "architecture": describe_text(text),
-            "context_length": getattr(model, "context_length", None),
-            "vocab_size": getattr(model, "vocab_size", None),
+            **token_sizes(model),
             "stored": False,
         }
 
@@ -285,6 +323,7 @@ class BcosifiedCLIP(_WithTexts, BcosifiedModel):
             self.text = text.to(next(iter(self.model.parameters())).dtype)
         kept = config.get("attention_pool")
         if kept is not None:
+            self.config["attention_pool"] = dict(kept)
             self.set_attention_pool(kept["mode"], p=kept["p"])
 
     def extra_repr(self) -> str:
@@ -313,16 +352,16 @@ class StandardCLIP(_WithTexts, nn.Module):
         self._family = family_of(family_of(model).tower(model))
         self.tokenizer: Tokenizer | None = None
         source = getattr(model, "bcosification_source", None) or {}
-        self._told = {
-            "model": spec or source.get("spec"),
-            "context_length": getattr(model, "context_length", None),
-            "vocab_size": getattr(model, "vocab_size", None),
-        }
+        self._told = {"model": spec or source.get("spec"), **token_sizes(model)}
 
     def image_features(self, images: Tensor) -> Tensor:
         """Embeddings (N, D) of images (N, C, H, W) in [0, 1]."""
-        encode = getattr(self.model, "encode_image", self.model)
-        return self._family.output(encode(self.normalize(images)))
+        encode = getattr(self.model, "encode_image", None)
+        if encode is None:
+            return self._family.output(self.model(self.normalize(images)))
+        # CoCa's gives embeddings of length 1 unless it is asked not to.
+        options = {"normalize": False} if "normalize" in inspect.signature(encode).parameters else {}
+        return self._family.output(encode(self.normalize(images), **options))
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """Embeddings (N, D), with ``normalize`` of length 1."""
@@ -331,6 +370,9 @@ class StandardCLIP(_WithTexts, nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.image_features(images)
+
+    def _scales_of(self) -> nn.Module:
+        return self.model
 
     def _text_tower(self) -> nn.Module:
         if not callable(getattr(self.model, "encode_text", None)):
@@ -356,6 +398,8 @@ class ZeroShotClassifier(nn.Module):
         model: a BcosifiedCLIP or StandardCLIP; its parts are shared, its text tower is left out.
         embeddings: (T, D), of length 1.
         scale: a number that cosines are multiplied by, default 1; exp(logit_scale) gives CLIP's own logits.
+        bias: a number added to them then, default 0: logit_bias, of models that have one. It is a constant of
+            explanations.
         protocol: "paper" (default), or "peer": the gradient goes through the last L2 norm, as in the reference's code;
             contributions (and constants) then add up to 0 over the image, whatever the cosine is.
 
@@ -364,7 +408,13 @@ class ZeroShotClassifier(nn.Module):
     """
 
     def __init__(
-        self, model: BcosifiedCLIP | StandardCLIP, embeddings: Tensor, *, scale: float = 1.0, protocol: str = "paper"
+        self,
+        model: BcosifiedCLIP | StandardCLIP,
+        embeddings: Tensor,
+        *,
+        scale: float = 1.0,
+        bias: float = 0.0,
+        protocol: str = "paper",
     ) -> None:
         super().__init__()
         if protocol not in PROTOCOLS:
@@ -373,6 +423,7 @@ class ZeroShotClassifier(nn.Module):
         self.model = model.without_text() if isinstance(model, BcosifiedCLIP) else model
         self.register_buffer("embeddings", embeddings, persistent=False)
         self.scale, self.protocol = float(scale), protocol
+        self.logit_bias = bnn.LogitBias(float(bias)) if bias else nn.Identity()
         self.training = model.training
 
     def __deepcopy__(self, memo: dict) -> ZeroShotClassifier:
@@ -406,116 +457,7 @@ class ZeroShotClassifier(nn.Module):
         cosines = features @ self.embeddings.to(features.dtype).T
         if cosines.dim() == 3:
             cosines = self.model.position_mean(cosines)
-        return cosines if self.scale == 1 else self.scale * cosines
+        return self.logit_bias(cosines if self.scale == 1 else self.scale * cosines)
 
     def extra_repr(self) -> str:
         return f"texts={self.num_classes}, scale={self.scale:g}, protocol={self.protocol!r}"
-
-
-# --- open_clip's texts ------------------------------------------------------------------------------------------------
-
-
-def open_clip_library() -> Any:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise RuntimeError(f"text: needs open_clip ({error}): pip install 'bcos-kernels[train]'") from None
-    return open_clip
-
-
-def named_templates(templates: Templates) -> Sequence[Any]:
-    """Templates as open_clip takes them: "openai" and "simple" stand for its own, None for the text alone."""
-    if templates is None:
-        return ["{}"]
-    if isinstance(templates, str):
-        library = open_clip_library()
-        own = {"openai": library.OPENAI_IMAGENET_TEMPLATES, "simple": library.SIMPLE_IMAGENET_TEMPLATES}
-        templates = own.get(templates, [templates])
-    templates = list(templates)
-    wrong = [t for t in templates if not (callable(t) or (isinstance(t, str) and "{}" in t))]
-    if not templates or wrong or len({callable(t) for t in templates}) > 1:
-        raise ValueError(
-            "templates: expected 'openai', 'simple', or texts with {} in them (or functions of a text), got "
-            f"{(wrong or templates)!r}"
-        )
-    return templates
-
-
-def tokenizer_of(told: dict[str, Any]) -> Tokenizer:
-    """open_clip's tokenizer of a model: by its name, or the usual one where vocabulary and length are CLIP's."""
-    library = open_clip_library()
-    name = told.get("model")
-    if name is not None and name.startswith("open_clip:"):
-        architecture = name.removeprefix("open_clip:").partition("/")[0]
-        return library.get_tokenizer(architecture, context_length=told.get("context_length"))
-    usual = library.SimpleTokenizer(context_length=told.get("context_length"))
-    if told.get("vocab_size") != usual.vocab_size:
-        raise ValueError(
-            f"text: expected a tokenizer (model.tokenizer = a function of texts, returning tokens), as none is known "
-            f"for a vocabulary of {told.get('vocab_size')}"
-        )
-    return usual
-
-
-def describe_text(text: nn.Module) -> dict[str, Any] | None:
-    """Arguments (JSON) from which ``build_text`` makes a text tower like this one; None: not possible."""
-    try:
-        architecture = _text_architecture(text)
-        with torch.device("meta"):
-            rebuilt = build_text({"class": type_name(type(text)), "architecture": architecture})
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
-        return None
-    same = repr(rebuilt) == repr(text) and {n: p.shape for n, p in rebuilt.named_parameters()} == {
-        n: p.shape for n, p in text.named_parameters()
-    }
-    return architecture if same else None
-
-
-def _text_architecture(text: nn.Module) -> dict[str, Any]:
-    inner = getattr(text, "text", text)  # of CustomTextCLIP
-    blocks = inner.transformer.resblocks
-    projection = inner.text_projection
-    width = inner.token_embedding.embedding_dim
-    scaled = type_name(type(blocks[0].ls_1)) == "open_clip.transformer.LayerScale"
-    if projection is None:
-        raise ValueError("a text tower without projection")
-    return {
-        "embed_dim": projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1],
-        "quick_gelu": type_name(type(blocks[0].mlp.gelu)) == "open_clip.transformer.QuickGELU",
-        "text_cfg": {
-            "context_length": inner.context_length,
-            "vocab_size": inner.vocab_size,
-            "width": width,
-            "heads": blocks[0].attn.num_heads,
-            "layers": len(blocks),
-            "mlp_ratio": blocks[0].mlp.c_fc.out_features / width,
-            "ls_init_value": 1.0 if scaled else None,
-            "embed_cls": getattr(inner, "cls_emb", None) is not None,
-            "pad_id": getattr(inner, "pad_id", 0),
-            "eos_id": inner.eos_id if hasattr(inner, "eos_id") else inner.text_eos_id,
-            "no_causal_mask": inner.attn_mask is None,
-            "pool_type": inner.pool_type if hasattr(inner, "pool_type") else inner.text_pool_type,
-            "proj_bias": isinstance(projection, nn.Linear),
-            "norm_kwargs": {"eps": inner.ln_final.eps},
-        },
-    }
-
-
-def build_text(told: dict[str, Any]) -> nn.Module:
-    """A text tower with random weights, from what config.json says of it."""
-    library = open_clip_library()
-    if told["architecture"] is None:
-        from bcosification.convert.resolver import resolve
-
-        model, _ = resolve(told["model"], pretrained=False)
-        model.__dict__.pop("bcosification_source", None)
-    else:
-        kind = {"open_clip.model.CLIP": library.CLIP, "open_clip.model.CustomTextCLIP": library.CustomTextCLIP}
-        # An image tower without layers, which is dropped.
-        vision = {"layers": 0, "width": 64, "patch_size": 32, "image_size": 32}
-        model = kind[told["class"]](vision_cfg=vision, **told["architecture"])
-    model._modules.pop("visual")
-    for name in ("logit_scale", "logit_bias"):
-        model._parameters.pop(name, None)
-        setattr(model, name, None)
-    return model

@@ -142,7 +142,7 @@ def bcosify(
     problems: list[str] = []
     if whole is not model and not family.embeds:
         problems.append(
-            "expected an image tower of a known family (open_clip's ModifiedResNet and VisionTransformer), got "
+            "expected an image tower of a known family (open_clip's ModifiedResNet, VisionTransformer, TimmModel), got "
             f"{type_name(type(model))} in {type_name(type(whole))}"
         )
     preprocessing = None
@@ -306,7 +306,7 @@ def convert(
     }
     input_name, head_name = family.input_layer(model), family.head(model)
     moves, classes = False, None
-    if options.head == "before_pool" and head_name is not None:
+    if options.head == "before_pool" and (head_name is not None or family.embeds):
         with _noted(problems):
             moves = family.moves_head(model)
     if preprocessing is not None:
@@ -335,7 +335,8 @@ def convert(
                 double_input_channels(network.get_submodule(input_name), innermost=innermost)
             except NoRule as reason:
                 problems.append(f"layer {input_name!r}: {reason}")
-        if moves and family.moved_head_is_convolution(model) and isinstance(model.get_submodule(head_name), nn.Linear):
+        turns = moves and head_name is not None and family.moved_head_is_convolution(model)
+        if turns and isinstance(model.get_submodule(head_name), nn.Linear):
             network.set_submodule(head_name, as_convolution(network.get_submodule(head_name)))
     network = walk.replace(network, "")  # with problems, only to find the layers without a rule
     originals = dict(model.named_modules())

@@ -10,7 +10,7 @@ from torch import nn
 
 from bcosification.models import CONSTRUCTORS, FullyConvolutionalConvNeXt, FullyConvolutionalVGG, SimpleViT
 
-__all__ = ["ARCHITECTURES", "class_count", "guess"]
+__all__ = ["ARCHITECTURES", "TOWERS", "class_count", "guess", "is_tower", "output_count"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -29,6 +29,31 @@ def _torchvision(name: str) -> Callable[[int], nn.Module]:
 
     return build
 
+
+_CLIP_SIZES = {64: 224, 80: 288, 96: 384, 128: 448}
+"""Width of CLIP's ResNets -> edge of their images in pixels."""
+
+
+def _clip_resnet(layers: tuple[int, ...], width: int) -> Callable[[int], nn.Module]:
+    def build(output_dim: int) -> nn.Module:
+        try:
+            from open_clip.modified_resnet import ModifiedResNet
+        except ImportError as error:
+            raise RuntimeError(f"CLIP towers: need open_clip ({error}): pip install 'bcos-kernels[train]'") from None
+        # CLIP's heads have 64 channels each; neither their number nor the images' size can be read off the weights.
+        return ModifiedResNet(list(layers), output_dim, width * 32 // 64, _CLIP_SIZES.get(width, 224), width)
+
+    return build
+
+
+TOWERS: dict[str, Callable[[int], nn.Module]] = {
+    "RN50": _clip_resnet((3, 4, 6, 3), 64),
+    "RN101": _clip_resnet((3, 4, 23, 3), 64),
+    "RN50x4": _clip_resnet((4, 6, 10, 6), 80),
+    "RN50x16": _clip_resnet((6, 8, 18, 8), 96),
+    "RN50x64": _clip_resnet((3, 15, 36, 10), 128),
+}
+"""CLIP's ResNets by their usual names -> function of the embedding's size -> standard image tower."""
 
 ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
     **{f"resnet{depth}": _torchvision(f"resnet{depth}") for depth in (18, 34, 50, 101, 152)},
@@ -59,12 +84,25 @@ def class_count(shapes: Shapes) -> int | None:
     return next((shapes[name][0] for name in _HEADS if name in shapes), None)
 
 
+def is_tower(shapes: Shapes) -> bool:
+    """Whether these are weights of an image tower of CLIP's ResNets, which ends in an attention pooling."""
+    return any(name.startswith("attnpool.") for name in shapes)
+
+
+def output_count(shapes: Shapes) -> int | None:
+    """Number of classes, or of an image tower the size of its embedding; None where neither is known."""
+    return shapes.get("attnpool.c_proj.linear.weight", (class_count(shapes),))[0]
+
+
 def guess(shapes: Shapes) -> nn.Module | None:
     """The standard network of the weights with these shapes, names without prefixes; None if it is none known here.
 
     Raises:
-        ValueError: a SimpleViT whose number of heads, which weights do not tell, is no matter of convention.
+        ValueError: a SimpleViT or an image tower whose number of heads, which weights do not tell, is no matter of
+            convention.
     """
+    if is_tower(shapes):
+        return _tower(shapes)
     if "linear_head.norm.weight" in shapes:
         return _simple_vit(shapes)
     if "layer1.0.conv1.linear.weight" in shapes and "fc.linear.weight" in shapes:
@@ -95,6 +133,19 @@ def _resnet(shapes: Shapes) -> nn.Module | None:
     width, per_group = shapes["layer1.0.conv2.linear.weight"][:2]
     groups = width // per_group
     return ResNet(Bottleneck, layers, shapes["fc.linear.weight"][0], groups=groups, width_per_group=width // groups)
+
+
+def _tower(shapes: Shapes) -> nn.Module | None:
+    layers = [len(_indices(shapes, rf"layer{stage}\.(\d+)\.")) for stage in (1, 2, 3, 4)]
+    stem, embedding = shapes.get("conv3.linear.weight"), shapes.get("attnpool.c_proj.linear.weight")
+    if 0 in layers or stem is None or embedding is None:
+        return None
+    if stem[0] % 2:
+        raise ValueError(
+            "load_peer: expected arch= (the standard image tower): the number of heads is not in the weights, and "
+            f"{32 * stem[0]} channels are no multiple of the usual 64 of a head"
+        )
+    return _clip_resnet(tuple(layers), stem[0])(embedding[0])
 
 
 def _densenet(shapes: Shapes) -> nn.Module | None:

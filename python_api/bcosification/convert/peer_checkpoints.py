@@ -2,9 +2,12 @@
 
 layout      B-cos v2 (package ``bcos``)                 B-cosification
 names       fc.linear.weight; SimpleViT 0.…             model.fc.linear.weight; children of Sequentials numbered (CNNs)
-Lightning   model.fc.linear.weight; ema.module.fc.…     model.model.fc.linear.weight
+Lightning   model.fc.linear.weight; ema.module.fc.…     model.model.fc.linear.weight; of CLIP also clip_model.…, the
+                                                        standard tower that was distilled from
 networks    weights normalised, no activations, images  weights as they are, activations kept, images normalised inside
             not normalised
+CLIP                                                    the image tower, with attnpool.q_proj.weight, …, k_proj, v_proj,
+                                                        c_proj.linear.weight; q and k only where it can "pool"
 """
 
 from __future__ import annotations
@@ -19,10 +22,19 @@ import torch
 from torch import Tensor, nn
 
 from bcosification import nn as bnn
+from bcosification.convert.clip import BcosifiedCLIP
 from bcosification.convert.conversion import check_convertible, check_options, convert
 from bcosification.convert.families import family_of
 from bcosification.convert.linear_map import bare_model
-from bcosification.convert.peer_architectures import ARCHITECTURES, class_count, guess
+from bcosification.convert.peer_architectures import (
+    ARCHITECTURES,
+    TOWERS,
+    class_count,
+    guess,
+    is_tower,
+    output_count,
+)
+from bcosification.convert.peer_towers import SCALES, absent, check_tower, fit_pooling, is_scale, text_of
 from bcosification.convert.preprocessing import detect
 from bcosification.convert.rules import Options
 from bcosification.convert.wrapper import BcosifiedModel, auto_logit_bias
@@ -44,8 +56,9 @@ _FAMILIES = {
         "fully_convolutional_convnext",
         "simple_vit",
     ),
-    "b-cosification": ("torchvision_resnet", "torchvision_densenet", "simple_vit"),
+    "b-cosification": ("torchvision_resnet", "torchvision_densenet", "simple_vit", "open_clip_resnet"),
 }
+_TOWER = "open_clip_resnet"
 
 
 def load_peer(
@@ -63,7 +76,8 @@ def load_peer(
     Args:
         checkpoint: a file (of torch.hub, torch.save, safetensors, Lightning's last.ckpt), or its content.
         arch: None (default): told from names and shapes. Else a name of B-cos v2's ("resnet50", "convnext_tiny_bnu",
-            "simple_vit_s_patch16_224", …), or the *standard* network of the same structure (whatever its weights).
+            "simple_vit_s_patch16_224", …) or of CLIP's ResNets ("RN50", …), or the *standard* network of the same
+            structure (whatever its weights). A whole open_clip model also gives its text tower.
         layout: "bcos" (B-cos v2), "b-cosification", or None (default) to tell from the names. Only a state_dict taken
             out of a Lightning checkpoint of a ResNet leaves that open: then a norm with a running mean is taken as
             B-cosification's, for B-cos v2's never have one.
@@ -75,11 +89,17 @@ def load_peer(
         or encoded ones (N, 6, H, W). For B-cos v2's it has normalised weights, no activations, uncentered norms and no
         input normalisation. Of B-cos v2's *standard* SimpleViTs: the standard network, a SimpleViT. A ResNet's
         stochastic depth, which B-cos v2's long runs trained with, is left out (it does nothing when evaluating).
+        Of B-cosified CLIP: a BcosifiedCLIP, the image tower without texts (``attach_text(open_clip model)`` adds them:
+        those of "open_clip:RN50/openai" for the published files), with logit_scale and logit_bias where they were
+        learnt. A tower that was trained with "unpool" alone has no q and k, and stays in that mode.
 
     Raises:
         FileNotFoundError: no such file. ValueError: a pickle with more than tensors in it, a truncated file, an
             architecture that is not known or that the weights do not fit (what is missing and what is left over is
-            told). TypeError: a checkpoint or arch of another type. NotImplementedError: B-cosified CLIP towers.
+            told). TypeError: a checkpoint or arch of another type.
+
+    Warns:
+        UserWarning: biases of an attention pooling, which the peer's "pool" does not read, are left out.
 
     Source: B-cos networks v2, arXiv:2306.10898; B-cosification, arXiv:2411.00715.
 
@@ -90,11 +110,11 @@ def load_peer(
     _check_layout("load_peer", layout, optional=True)
     origin = str(checkpoint) if isinstance(checkpoint, (str, os.PathLike)) else "checkpoint"
     state, layout = _canonical(checkpoint, origin, layout, ema)
+    learnt = {}
+    if tower := is_tower(state):
+        check_tower(state, layout, origin)
+        learnt = {name: state.pop(name) for name in SCALES if name in state}
     shapes = {name: tuple(value.shape) for name, value in state.items()}
-    if any("attnpool." in name for name in shapes):
-        raise NotImplementedError(
-            f"load_peer: {origin}: expected a classifier, got a CLIP tower with attention pooling, which is not built"
-        )
     standard = "linear_head.norm.weight" in shapes and "to_patch_embedding.linear.linear.weight" not in shapes
     if not standard and not any(name.endswith(".linear.weight") for name in shapes):
         raise ValueError(
@@ -117,16 +137,30 @@ def load_peer(
     if preprocessing is None:
         raise ValueError(f"load_peer: expected arch= to be a network of {', '.join(_FAMILIES[layout])}, got {asked}")
     model = convert(network, chosen, preprocessing, source=source)
+    if tower != isinstance(model, BcosifiedCLIP):
+        expected = "an image tower, as the weights have an attention pooling" if tower else "a classifier"
+        raise ValueError(f"load_peer: {origin}: expected arch= to be {expected}, got {asked}")
     _set_exponents(model, state, layout, origin)
     _drop_biases(model, state, layout)
+    if tower:
+        fit_pooling(model, state)
+        for name, value in learnt.items():
+            setattr(model, name, nn.Parameter(torch.empty_like(value, device="meta")))
+        model.config |= {"peer_scales": list(learnt), "text": text_of(network)}
     names = _peer_names(model, layout)
+    state |= learnt
     own = model.state_dict()
     problems = misfits({peer: own[name] for name, peer in names.items()}, state)
     if problems:
         expected = f"weights of {asked} in {layout}'s names"
         raise ValueError(f"load_peer: {origin}: expected {expected}, got others:\n{problems}")
-    load_state(model, {name: _laid_out(state[peer]) for name, peer in names.items()}, origin, asked, assign=True)
+    found = {name: _laid_out(state[peer]) for name, peer in names.items()}
+    for name in absent(model):
+        found[name] = torch.zeros(own[name].shape, dtype=own[name].dtype)
+    load_state(model, found, origin, asked, assign=True)
     model.config["peer_layout"] = layout
+    if tower and isinstance(arch, nn.Module) and callable(getattr(arch, "encode_text", None)):
+        model.attach_text(arch)
     return model.eval()
 
 
@@ -154,6 +188,9 @@ def _canonical(checkpoint: Any, origin: str, layout: str | None, ema: bool) -> t
             content = content[key]
             break
     state = tensors_of(content, f"load_peer: {origin}")
+    # Beside the image tower, CLIP's network may have these two.
+    scales = {name.rpartition(".")[2]: value for name, value in state.items() if is_scale(name, ema)}
+    state = {name: value for name, value in state.items() if not any(is_scale(name, e) for e in (True, False))}
     averaged = {name: value for name, value in state.items() if name.startswith("ema.module.")}
     if ema and not averaged:
         raise ValueError(f"load_peer: {origin}: expected averaged weights (ema.module.*) with ema=True, got none")
@@ -176,6 +213,7 @@ def _canonical(checkpoint: Any, origin: str, layout: str | None, ema: bool) -> t
         layout = _layout_of(state, prefixes, lightning)
     if layout == "bcos" and all(name.startswith("0.") for name in state):
         state = {name.removeprefix("0."): value for name, value in state.items()}
+    state |= scales
     # Nothing is shared with a mapping that the caller gave.
     given = not isinstance(checkpoint, (str, os.PathLike))
     return {name: value.detach().clone() if given else value for name, value in state.items()}, layout
@@ -183,6 +221,8 @@ def _canonical(checkpoint: Any, origin: str, layout: str | None, ema: bool) -> t
 
 def _layout_of(state: Mapping[str, Tensor], prefixes: int, lightning: bool) -> str:
     """B-cosification wraps its network as "model"; Lightning's own prefix is off already where it was seen."""
+    if is_tower(state):
+        return "b-cosification"
     if all(name.startswith("0.") for name in state):
         return "bcos"
     if "features.0.linear.weight" in state and any(".denselayer1." in name for name in state):
@@ -194,10 +234,14 @@ def _layout_of(state: Mapping[str, Tensor], prefixes: int, lightning: bool) -> s
 
 
 def _peer_names(model: BcosifiedModel, layout: str) -> dict[str, str]:
-    """Name in ``model.state_dict()`` -> the peer's, without prefixes."""
+    """Name in ``model.state_dict()`` -> the peer's, without prefixes; without the text tower, which the peer keeps out
+    of its checkpoints, and what a peer's tower does not have."""
     numbered = layout == "b-cosification" and model.config["family"] != "simple_vit"
-    names = {}
+    names = {name: name for name in model.config.get("peer_scales", ())}
+    missing = absent(model)
     for name in model.state_dict():
+        if not name.startswith("model.") or name in missing:
+            continue
         path, _, leaf = name.removeprefix("model.").rpartition(".")
         module: nn.Module = model.model
         parts = []
@@ -218,21 +262,24 @@ def _network(arch: str | nn.Module | None, shapes: Mapping[str, tuple[int, ...]]
     """The standard network on "meta", and what to call it in errors."""
     if isinstance(arch, nn.Module):
         check_convertible(arch)
+        arch = family_of(arch).tower(arch)
         return copy.deepcopy(arch).to("meta"), type(arch).__name__
     with torch.device("meta"):
         if arch is None:
             network = guess(shapes)
             if network is None:
+                known = TOWERS if is_tower(shapes) else ARCHITECTURES
                 raise ValueError(
-                    f"load_peer: {origin}: expected weights of one of {', '.join(ARCHITECTURES)} or of their kinds, "
+                    f"load_peer: {origin}: expected weights of one of {', '.join(known)} or of their kinds, "
                     f"got {shortened(sorted(shapes))}; arch= takes the standard network of another"
                 )
             return network, type(network).__name__
         if not isinstance(arch, str):
             raise TypeError(f"load_peer: expected arch to be a name or a network, got {type(arch).__name__}")
-        if arch not in ARCHITECTURES:
-            raise ValueError(f"load_peer: expected arch to be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
-        return ARCHITECTURES[arch](class_count(shapes) or 1000), arch
+        known = {**ARCHITECTURES, **TOWERS}
+        if arch not in known:
+            raise ValueError(f"load_peer: expected arch to be one of {', '.join(known)}, got {arch!r}")
+        return known[arch](output_count(shapes) or 1000), arch
 
 
 def _head(layout: str, family: str) -> str:
@@ -304,7 +351,8 @@ def export_peer(model: nn.Module, layout: str) -> dict[str, Tensor]:
         model: a BcosifiedModel that computes what the peer's network does: of ``load_peer``, or of ``bcosify`` with the
             options that it takes (for B-cosification the defaults).
         layout: "bcos" for B-cos v2's networks (SimpleViTs in their Sequential), "b-cosification" for the
-            BcosifyNetwork of B-cosification's code. Lightning's checkpoints have "model." before these names.
+            BcosifyNetwork of B-cosification's code. Lightning's checkpoints have "model." before these names. Of a
+            BcosifiedCLIP the image tower is written.
 
     Returns:
         name -> contiguous tensor. Exponents are not in it unless they are learnable, and neither is the logit bias.
@@ -326,6 +374,8 @@ def export_peer(model: nn.Module, layout: str) -> dict[str, Tensor]:
             f"export_peer: expected a network that {layout} has, of {', '.join(_FAMILIES[layout])}, got {family}"
         )
     expected = {**_OPTIONS[layout], "inverse": True, "head": _head(layout, family)}
+    if family == _TOWER:  # without a head, and without max pooling
+        expected = {name: value for name, value in expected.items() if name not in ("head", "pool")}
     other = [f"{name}={options[name]!r}, not {value!r}" for name, value in expected.items() if options[name] != value]
     if other:
         raise ValueError(
@@ -333,4 +383,7 @@ def export_peer(model: nn.Module, layout: str) -> dict[str, Tensor]:
         )
     prefix = "model." if layout == "b-cosification" else "0." if family == "simple_vit" else ""
     state = model.state_dict()
-    return {f"{prefix}{peer}": state[name].detach().contiguous() for name, peer in _peer_names(model, layout).items()}
+    return {
+        peer if peer in SCALES else f"{prefix}{peer}": state[name].detach().contiguous()
+        for name, peer in _peer_names(model, layout).items()
+    }

@@ -147,6 +147,9 @@ def detect(model: nn.Module, known: str | None, size: tuple[int, int] | None) ->
         mean, std = getattr(tower, "image_mean", None), getattr(tower, "image_std", None)
         if mean is not None and std is not None:
             return Preprocessing(tuple(mean), tuple(std), size, None, origin="open_clip image_mean, image_std")
+    config = getattr(getattr(model, "trunk", None), "pretrained_cfg", None)  # of open_clip's towers made of timm's
+    if config and (config if isinstance(config, dict) else config.to_dict()).get("mean"):
+        return from_timm(config, size)
     if known == "openai":
         return openai(size)
     # torchvision's classifiers are modules of torchvision.models itself; those of its sub-packages (detection,

@@ -16,8 +16,9 @@ from urllib.parse import urlparse
 import torch
 from torch import nn
 
+from bcosification.convert.peer_architectures import TOWERS
 from bcosification.convert.peer_checkpoints import load_peer
-from bcosification.convert.preprocessing import ImageTransform, Preprocessing, imagenet
+from bcosification.convert.preprocessing import ImageTransform, Preprocessing, imagenet, openai
 from bcosification.convert.wrapper import BcosifiedModel
 
 __all__ = ["list_pretrained", "pretrained", "published_file"]
@@ -55,7 +56,8 @@ def pretrained(name: str, *, progress: bool = True) -> nn.Module:
     Args:
         name: "bcos/NAME" of B-cos v2, with the names of the package bcos ("bcos/resnet50_long", "bcos/convnext_tiny",
             "bcos/standard_vitc_s_patch1_14", …); `list_pretrained` has all. B-cosification's files
-            ("b-cosification/…") have to be downloaded by hand, from the page that the error names.
+            ("b-cosification/…") have to be downloaded by hand, from the page that the error names; ``load_peer`` reads
+            them.
         progress: show the download's progress on stderr (default).
 
     Returns:
@@ -64,7 +66,7 @@ def pretrained(name: str, *, progress: bool = True) -> nn.Module:
 
     Raises:
         ValueError: an unknown name (near ones are listed), a file of another hash. RuntimeError: no download, or no
-            known address (both say how to go on). NotImplementedError: B-cosified CLIP towers.
+            known address (both say how to go on).
 
     The weights are derived from ImageNet, whose terms allow non-commercial use only: "license" in `list_pretrained`.
 
@@ -73,13 +75,10 @@ def pretrained(name: str, *, progress: bool = True) -> nn.Module:
         >>> explanation = bcosification.explain(model, model.transform(image).unsqueeze(0))
     """
     entry = _entry(name)
-    if entry["arch"] is None:
-        raise NotImplementedError(
-            f"pretrained: {name}: expected a classifier, got a CLIP tower; its file is on {entry['page']}"
-        )
     path = published_file(name, progress=progress)
     model = load_peer(path, arch=entry["arch"], layout=entry["layout"])
-    found = replace(imagenet((entry["crop"],) * 2), resize=entry["resize"], origin=f"as {name} was evaluated")
+    known = openai if entry["arch"] in TOWERS else imagenet
+    found = replace(known((entry["crop"],) * 2), resize=entry["resize"], origin=f"as {name} was evaluated")
     if isinstance(model, BcosifiedModel):
         model.config |= {**found.to_dict(), "source_weights": entry["url"], "published_name": name}
     else:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from bcosification.convert.conversion import bcosify
 from bcosification.convert.families import family_of
@@ -70,11 +72,59 @@ def survey(patterns: Sequence[str] = TIMM_GLOBS, *, progress: bool = True, **opt
         import timm
     except ImportError as error:
         raise RuntimeError(f"survey: needs timm ({error}): pip install 'bcos-kernels[train]'") from None
+
+    def build(name: str) -> nn.Module:
+        return resolve(f"timm:{name}", pretrained=False)[0]
+
+    return _rows("timm", timm.list_models, patterns, build, progress, options)
+
+
+def survey_open_clip(patterns: Sequence[str] = ("*",), *, progress: bool = True, **options: Any) -> list[SurveyRow]:
+    """Convert every open_clip model whose name fits one of the patterns, on torch's meta device, as `survey` does.
+
+    Of models whose texts are read by a model of Hugging Face's hub, which is downloaded to build them, the image tower
+    alone is built and converted.
+
+    Args:
+        patterns: shell patterns; default: all names of open_clip.list_models().
+        progress, options: as `survey`.
+
+    Raises:
+        RuntimeError: open_clip is not installed. ValueError: a pattern that no name fits.
+    """
+    try:
+        import open_clip
+    except ImportError as error:
+        raise RuntimeError(f"survey: needs open_clip ({error}): pip install 'bcos-kernels[train]'") from None
+
+    def build(name: str) -> nn.Module:
+        config = open_clip.get_model_config(name)
+        if config["text_cfg"].get("hf_model_name") is None:
+            return open_clip.create_model(name, pretrained=None, device="meta")
+        return open_clip.model._build_vision_tower(
+            config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False)
+        )
+
+    def fitting(pattern: str) -> list[str]:
+        return fnmatch.filter(open_clip.list_models(), pattern)
+
+    return _rows("open_clip", fitting, patterns, build, progress, options)
+
+
+def _rows(
+    library: str,
+    fitting: Callable[[str], list[str]],
+    patterns: Sequence[str],
+    build: Callable[[str], nn.Module],
+    progress: bool,
+    options: dict[str, Any],
+) -> list[SurveyRow]:
+    """One row per name that fits a pattern; ``build`` makes the model of a name."""
     names: dict[str, str] = {}
     for pattern in patterns:
-        found = timm.list_models(pattern)
+        found = fitting(pattern)
         if not found:
-            raise ValueError(f"survey: expected a pattern of timm's model names, got {pattern!r}, which none fits")
+            raise ValueError(f"survey: expected a pattern of {library}'s model names, got {pattern!r}, which none fits")
         for name in found:
             names.setdefault(name, pattern)
     iterator: Iterable[str] = names
@@ -82,31 +132,32 @@ def survey(patterns: Sequence[str] = TIMM_GLOBS, *, progress: bool = True, **opt
         from tqdm import tqdm
 
         iterator = tqdm(names, unit="model", desc="survey")
-    return [_row(name, names[name], options) for name in iterator]
+    return [_row(name, names[name], build, options) for name in iterator]
 
 
-def _row(name: str, pattern: str, options: dict[str, Any]) -> SurveyRow:
+def _row(name: str, pattern: str, build: Callable[[str], nn.Module], options: dict[str, Any]) -> SurveyRow:
     row = SurveyRow(name, pattern)
-    level = logging.getLogger("timm").level
-    logging.getLogger("timm").setLevel(logging.ERROR)
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # what timm and open_clip have to say about random weights
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with torch.device("meta"):
-                network, _ = resolve(f"timm:{name}", pretrained=False)
-            family = family_of(network)
-            row.type, row.family = type(network).__qualname__, family.name
+                network = build(name)
+            tower = family_of(network).tower(network)
+            family = family_of(tower)
+            row.type, row.family = type(tower).__qualname__, family.name
             converted = bcosify(network, **options)
     except Exception as error:  # whatever a library raises is a model that does not convert
         row.reason = _short(f"{type(error).__name__}: {error}")
         return row
     finally:
-        logging.getLogger("timm").setLevel(level)
+        logging.disable(level)
     config = converted.config
     row.converts = True
     row.bcos_layers = sum(hasattr(module, "set_b") for module in converted.modules())
     row.head = "before the pooling" if config["head_before_pool"] else "where it is" if config["head"] else "none"
-    row.head_move_changes = (family.head_move_changes(network) or "") if config["head_before_pool"] else ""
+    row.head_move_changes = (family.head_move_changes(tower) or "") if config["head_before_pool"] else ""
     row.rebuilt_from = "description" if config["architecture"] else "name"
     return row
 

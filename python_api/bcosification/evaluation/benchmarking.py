@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bcos_kernels
+from bcosification.convert.clip import BcosifiedCLIP
+from bcosification.convert.families import family_of
 from bcosification.convert.peers import fuse
 from bcosification.convert.wrapper import BcosifiedModel
 from bcosification.evaluation.measuring import bytes_kept, fallback_share, interleaved, machine, peak_bytes, summarized
@@ -52,6 +54,7 @@ CONTENDERS = {
 DEFAULT_CONTENDERS = ("plain", "peer", "peer-compiled", "ours")
 TASKS = ("training", "inference", "explanation")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TEXTS = 1000  # that images are compared with in the benchmark of an image tower, as many as ImageNet has classes
 MIB = 2**20
 
 # --- what is timed ----------------------------------------------------------------------------------------------------
@@ -213,7 +216,8 @@ class Benchmark:
             parameters); of ours also fallback_share (of the time in B-cos layers and norms, of one call, that on the
             backend "reference": ops that no kernel runs) and fallback_ops (their names). Where a contender did not run:
             task, contender, failed (the reason).
-        settings: contenders, baseline, batch, size (height, width), dtype, device, rounds.
+        settings: contenders, baseline, batch, size (height, width), dtype, device, rounds; texts, the number of
+            directions that the embeddings of an image tower are compared with, None for classifiers.
         machine: see `measuring.machine`.
     """
 
@@ -252,6 +256,8 @@ class Benchmark:
                 f"Images per second, and the time relative to {CONTENDERS[settings['baseline']]} [quartiles of "
                 f"{settings['rounds']} rounds].",
                 "Explanations: of plain the input gradient; peer-style one image after the other, as the peers do.",
+                *([f"An image tower: its embeddings are compared with {settings['texts']:,} random directions, in "
+                   "place of texts."] if settings.get("texts") else []),
                 "Memory of a training step: kept for the backward, and the most at once, beyond parameters.",
                 *self._fallbacks(),
                 *(f"{CONTENDERS[row['contender']]}, {row['task']}: failed: {row['failed']}" for row in self.rows
@@ -328,7 +334,9 @@ def benchmark(
     after the other, as that package does. Compiled contenders (`torch.compile`) train and infer, they do not explain.
 
     Args:
-        original: the standard model, logits (N, classes).
+        original: the standard model, logits (N, classes); or an image tower of CLIP's kind, embeddings (N, D), or the
+            whole model that it belongs to: then the tower is measured as a classifier of 1,000 random directions in
+            place of texts, and what is explained is the largest cosine.
         converted: what `bcosify` made of it.
         images: (N, 3, H, W) in [0, 1], on the device to measure on; the batch.
         contenders: names of `CONTENDERS`; ratios are to the first. Default plain, peer, peer-compiled, ours.
@@ -365,9 +373,45 @@ def check_options(contenders: Sequence[str], rounds: int, dtype: str) -> None:
         raise ValueError(f"benchmark: dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
 
 
+class _Cosines(nn.Module):
+    """A standard image tower as a classifier: the cosines of its embeddings with fixed directions (T, D)."""
+
+    def __init__(self, tower: nn.Module, directions: Tensor) -> None:
+        super().__init__()
+        self.tower, self.output = tower, family_of(tower).output
+        self.register_buffer("directions", directions)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.normalize(self.output(self.tower(images)), dim=-1) @ self.directions.T
+
+
+def _as_classifiers(original: nn.Module, converted: BcosifiedCLIP, images: Tensor) -> tuple[nn.Module, nn.Module]:
+    """Two image towers as classifiers of the same random directions, which stand for the embeddings of texts."""
+    tower = family_of(original).tower(original)
+    tower = copy.deepcopy(tower).to(images.device)
+    size = family_of(tower).output(_tried(tower, images)).shape[-1]
+    directions = torch.randn(TEXTS, size, generator=torch.Generator().manual_seed(0))
+    directions = F.normalize(directions, dim=-1).to(images.device)
+    return _Cosines(tower, directions), converted.without_text().to(images.device).classifier(directions)
+
+
+def _tried(model: nn.Module, images: Tensor) -> object:
+    """What a model gives for one image; ValueError for a size that it does not take."""
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            return model(images[:1])
+    except Exception as error:
+        size = " x ".join(map(str, images.shape[-2:]))
+        text = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"benchmark: expected a size that the model takes, got {size}: {text}") from error
+
+
 class _Run:
     def __init__(self, original, converted, images, contenders, rounds, dtype, progress):
         self.device = images.device
+        self.texts = TEXTS if isinstance(converted, BcosifiedCLIP) else None
+        if self.texts:
+            original, converted = _as_classifiers(original, copy.deepcopy(converted), images)
         self.original = copy.deepcopy(original).to(self.device, memory_format=torch.channels_last)
         self.converted = copy.deepcopy(converted).to(self.device, memory_format=torch.channels_last)
         self.images = images.contiguous(memory_format=torch.channels_last)
@@ -395,17 +439,12 @@ class _Run:
             "dtype": self.dtype,
             "device": self.device.type,
             "rounds": self.rounds,
+            "texts": self.texts,
         }
         return Benchmark(self.rows, settings, machine(self.device))
 
     def _check_images(self) -> None:
-        try:
-            with torch.no_grad(), evaluation_mode(self.original):
-                logits = self.original(self.images[:1])
-        except Exception as error:
-            size = " x ".join(map(str, self.images.shape[-2:]))
-            text = str(error).partition("\n")[0] or type(error).__name__
-            raise ValueError(f"benchmark: expected a size that the model takes, got {size}: {text}") from error
+        logits = _tried(self.original, self.images)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"benchmark: expected a classifier with logits (N, classes), got {got}")

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from bcosification.convert.clip import BcosifiedCLIP, StandardCLIP, Templates, open_clip_library
+from bcosification.convert.clip import BcosifiedCLIP, StandardCLIP
+from bcosification.convert.clip_texts import Templates, open_clip_library
 from bcosification.evaluation.accuracy import evaluate
 
 __all__ = ["evaluate_zero_shot", "texts_of_classes"]

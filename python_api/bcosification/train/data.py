@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from bcosification.train.image_files import load_image
+from bcosification.train.shards import ShardImages, is_shards, split_shards
 
 __all__ = [
     "EMBEDDED",
@@ -383,6 +384,17 @@ class _EpochSampler(DistributedSampler):
         self.dataset.epoch.fill_(epoch)
 
 
+class _ShardSampler(_EpochSampler):
+    """The order of a data set that has one of its own (`ShardImages.order`); every process reads shards of its own."""
+
+    def __iter__(self):
+        order = self.dataset.dataset.order([self.seed, self.epoch])
+        if len(order) < self.total_size:  # a few images twice, so that every process has as many
+            order = np.resize(order, self.total_size)
+        start = self.rank * self.num_samples
+        return iter(order[start : start + self.num_samples].tolist())
+
+
 def collate(items: list) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (N, 3, H, W) and labels (N,), without the items that could not be read (None)."""
     read = [item for item in items if item is not None]
@@ -452,7 +464,8 @@ class ImageDataModule(_lightning_datamodule()):
         dataset = _Epochs(self.train, self.seed)
         # With fewer images than a batch holds there would be no step at all.
         drop_last = len(dataset) >= self.batch_size * replicas
-        sampler = _EpochSampler(dataset, replicas, rank, shuffle=True, seed=self.seed, drop_last=drop_last)
+        kind = _ShardSampler if isinstance(self.train, ShardImages) else _EpochSampler
+        sampler = kind(dataset, replicas, rank, shuffle=True, seed=self.seed, drop_last=drop_last)
         return self._loader(dataset, sampler=sampler, drop_last=drop_last)
 
     def val_dataloader(self) -> DataLoader:
@@ -513,11 +526,20 @@ class _Resized:
 
 
 def check_source(data, *, evaluation_only: bool = False, labelled: bool = True) -> None:
-    """Raises FileNotFoundError unless `data` is a name in EMBEDDED or a folder laid out as `build_datamodule` needs.
+    """Raises FileNotFoundError unless `data` is a name in EMBEDDED or a folder laid out as `build_datamodule` needs,
+    or without labels also shards.
 
-    Quick: nothing in the folder is looked at.
+    Quick: nothing in folder or shards is looked at.
     """
     root = Path(data)
+    if is_shards(data):
+        if labelled:
+            raise ValueError(
+                f"data: expected a folder of images with one sub-folder per class, got shards ({data}), which are read "
+                "without labels: distill takes them"
+            )
+        split_shards(data, HELD_OUT_SHARE)
+        return
     if root.is_dir():
         missing = [] if evaluation_only or not labelled else [name for name in SPLITS if not (root / name).is_dir()]
         if missing:
@@ -529,7 +551,8 @@ def check_source(data, *, evaluation_only: bool = False, labelled: bool = True) 
         _import_sklearn()
     else:
         names = ", ".join(EMBEDDED)
-        raise FileNotFoundError(f"data: expected one of {names}, or a folder of images, got {str(data)!r}")
+        shards = "" if labelled else ", or shards (*.tar)"
+        raise FileNotFoundError(f"data: expected one of {names}, or a folder of images{shards}, got {str(data)!r}")
 
 
 def build_datamodule(
@@ -537,10 +560,12 @@ def build_datamodule(
     augment: bool = True, train_transform: Callable | None = None, eval_transform: Callable | None = None,
     evaluation_only: bool = False, class_names: Sequence[str] | None = None, labelled: bool = True,
 ) -> ImageDataModule:  # fmt: skip
-    """The data module for a name ("digits", "scenes") or for a folder of images.
+    """The data module for a name ("digits", "scenes"), for a folder of images, or for tar shards of images.
 
     Args:
-        data: a name in EMBEDDED, or a folder with train/ and val/ (with evaluation_only: val/, or class folders).
+        data: a name in EMBEDDED, or a folder with train/ and val/ (with evaluation_only: val/, or class folders); with
+            labelled=False also shards: "FILE.tar", a pattern of such ("{00000..00331}.tar", "*.tar"), a folder with
+            some in it or in its train/ and val/.
         image_size: edge in pixels; default: the data set's own (32, 64), 224 for folders.
         batch_size, num_workers, seed: as ImageDataModule.
         augment: folders: random resized crop and flip; `digits` and `scenes`: a random shift of up to 2 and 4 pixels.
@@ -548,7 +573,8 @@ def build_datamodule(
         evaluation_only: no training part.
         class_names: with evaluation_only: the classes in the model's order, when it knows them.
         labelled: False: all images below the folder, or below its train/ and val/ where both are there, whatever their
-            sub-folders; without the two, a twentieth of the images is held out to validate on. Default True.
+            sub-folders; without the two, a twentieth of the images (of several shards: of these) is held out to
+            validate on. Default True.
 
     Raises:
         FileNotFoundError, ValueError: no such name or folder, no classes, no images; see FolderImages.
@@ -570,7 +596,7 @@ def build_datamodule(
         return ImageDataModule(None if evaluation_only else train, val, val.class_names, **options)
 
     root = Path(data)
-    check_source(root, evaluation_only=evaluation_only, labelled=labelled)
+    check_source(data, evaluation_only=evaluation_only, labelled=labelled)
     size = image_size or 224
     eval_transform = eval_transform or evaluation_transform(size)
     if evaluation_only:
@@ -580,6 +606,13 @@ def build_datamodule(
         return ImageDataModule(None, val, val.classes, **options)
     if train_transform is None:
         train_transform = training_transform(size) if augment else eval_transform
+    if not labelled and is_shards(root):
+        parts = split_shards(data, HELD_OUT_SHARE)
+        train, val = (
+            ShardImages(paths, transform, part=part, share=HELD_OUT_SHARE)
+            for (paths, part), transform in zip(parts, (train_transform, eval_transform), strict=True)
+        )
+        return ImageDataModule(train, val, val.classes, **options)
     if not labelled:
         split = all((root / name).is_dir() for name in SPLITS)
         train, val = (

@@ -10,7 +10,7 @@ import copy
 from dataclasses import dataclass
 from pathlib import Path
 
-from .finetuning import FinetuneConfig, FinetuneResult, _check_converted, _require, run, takes_size
+from .finetuning import FinetuneConfig, FinetuneResult, _check_converted, _require, embedded, image_size, run
 
 __all__ = ["DistillConfig", "distill"]
 
@@ -24,7 +24,8 @@ class DistillConfig(FinetuneConfig):
     (default: `model`, or what a converted one was made of). `with_text`: store the text tower with the student.
 
     Data: `data` (digits, scenes or a folder): all images below its train/ and val/, or below the folder itself, of
-    which a twentieth is held out; labels are not used.
+    which a twentieth is held out; labels are not used. Or tar shards in WebDataset's layout: a pattern
+    ("cc3m/{00000..00331}.tar"), or a folder of them, or of train/ and val/ with shards in both.
 
     Optimisation: the papers' SigLIP loss between the embeddings of student and teacher, with `logit_scale` 10 and
     `logit_bias` −10, and adaptive gradient clipping (`agc`, 0.01).
@@ -86,7 +87,7 @@ def _distillation(config: DistillConfig, own, saved: Path | None):
     from bcosification.convert.clip import BcosifiedCLIP, StandardCLIP
     from bcosification.convert.resolver import resolve
 
-    from .data import EMBEDDED, build_datamodule, evaluation_transform
+    from .data import build_datamodule, evaluation_transform
     from .lightning_module import DistillationModule
 
     def resolved(spec: str):
@@ -101,7 +102,8 @@ def _distillation(config: DistillConfig, own, saved: Path | None):
     if isinstance(found, BcosifiedCLIP):
         student = found
         _check_converted(config, student)
-        spec = config.teacher or student.config["source"]
+        # Of a peer's checkpoint only the model is known that its texts are of, which it was made of.
+        spec = config.teacher or student.config["source"] or (student.config["text"] or {}).get("model")
         if spec is None:
             raise ValueError(f"distill: expected teacher=, as {config.model} does not tell what it was made of")
         found = resolved(spec)
@@ -124,23 +126,14 @@ def _distillation(config: DistillConfig, own, saved: Path | None):
         told = bcosification.bcosify(found).config  # another network may want other statistics
         teacher = StandardCLIP(copy.deepcopy(found), told["mean"], told["std"])
 
-    expected = student.config["input_size"]
-    size = config.image_size or (min(expected) if expected is not None else 224)
-    # The converted ResNets take any size, their teachers' positional embedding only one.
-    if not (takes_size(student, size) and takes_size(teacher, size)):
-        raise ValueError(
-            f"distill: expected an image_size that {config.model} and its teacher can take (their own: {expected}), "
-            f"got {size}"
-        )
-    embedded = config.data in EMBEDDED and not Path(config.data).is_dir()
-    as_expected = not embedded and config.image_size is None and expected is not None
+    size, as_expected = image_size(config, student, teacher)
     datamodule = build_datamodule(
         config.data, image_size=size, batch_size=config.batch_size, num_workers=config.num_workers, seed=config.seed,
         augment=config.augment, eval_transform=student.transform if as_expected else evaluation_transform(size),
         labelled=False,
     )  # fmt: skip
-    if saved is None and not as_expected and size != min(expected or [0]):
-        resize = size if embedded else round(size * 256 / 224)
+    if saved is None and not as_expected and size != min(student.config["input_size"] or [0]):
+        resize = size if embedded(config) else round(size * 256 / 224)
         student.config.update(input_size=[size, size], resize=resize, crop="center")
     module = DistillationModule(
         student, teacher, logit_scale=config.logit_scale, logit_bias=config.logit_bias, with_text=config.with_text,

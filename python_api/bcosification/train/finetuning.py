@@ -172,14 +172,14 @@ def _prepare(config: FinetuneConfig, own, saved: Path | None):
         else:
             model = bcosification.bcosify(found, b=config.b, bias=config.bias, **config.conversion)
     datamodule = data_for(config, model)
-    size, as_expected = _image_size(config, model)
+    size, as_expected = image_size(config, model)
     if saved is None:
         if model.num_classes != datamodule.num_classes:
             model.reset_classifier(datamodule.num_classes)
         model.config["class_names"] = datamodule.class_names
         model.config["finetuned_on"] = Path(config.data).name
         if not as_expected:
-            resize = size if _embedded(config) else round(size * 256 / 224)
+            resize = size if embedded(config) else round(size * 256 / 224)
             model.config.update(input_size=[size, size], resize=resize, crop="center")
     return model, datamodule
 
@@ -192,34 +192,47 @@ def data_for(config: FinetuneConfig, model):
     """
     from .data import build_datamodule, evaluation_transform
 
-    size, as_expected = _image_size(config, model)
+    size, as_expected = image_size(config, model)
     return build_datamodule(
         config.data, image_size=size, batch_size=config.batch_size, num_workers=config.num_workers, seed=config.seed,
         augment=config.augment, eval_transform=model.transform if as_expected else evaluation_transform(size),
     )  # fmt: skip
 
 
-def _embedded(config: FinetuneConfig) -> bool:
+def embedded(config: FinetuneConfig) -> bool:
+    """Whether the data are one of the sets that are made here."""
     from .data import EMBEDDED
 
     return config.data in EMBEDDED and not Path(config.data).is_dir()
 
 
-def _image_size(config: FinetuneConfig, model) -> tuple[int, bool]:
-    """Edge of the images, and whether they are cropped as the model's weights expect."""
+def image_size(config: FinetuneConfig, model, teacher=None) -> tuple[int, bool]:
+    """Edge of the images, and whether they are cropped as the model's weights expect.
+
+    The data set's own where it has one and the model (and the teacher, which may fix another size) takes it; else the
+    model's, or 224.
+
+    Raises:
+        ValueError: config.image_size, or what was found, is a size that one of the two does not take.
+    """
     from .data import digits, scenes
 
+    networks = [model] if teacher is None else [model, teacher]
+
+    def taken(size: int) -> bool:
+        return all(takes_size(network, size) for network in networks)
+
     expected = model.config["input_size"]
-    if _embedded(config):
+    size = config.image_size or (min(expected) if expected is not None else 224)
+    if config.image_size is None and embedded(config):
         native = {"digits": digits, "scenes": scenes}[config.data]("val").images.shape[-1]
-        size = config.image_size or (native if expected is None or takes_size(model, native) else min(expected))
-    else:
-        size = config.image_size or (min(expected) if expected is not None else 224)
-    if not takes_size(model, size):
+        size = native if expected is None or taken(native) else size
+    if not taken(size):
+        who, own = (config.model, "its") if teacher is None else (f"{config.model} and its teacher", "their")
         raise ValueError(
-            f"{config.COMMAND}: expected an image_size that {config.model} can take (its own: {expected}), got {size}"
+            f"{config.COMMAND}: expected an image_size that {who} can take ({own} own: {expected}), got {size}"
         )
-    return size, not _embedded(config) and config.image_size is None and expected is not None
+    return size, not embedded(config) and config.image_size is None and expected is not None
 
 
 def _check_converted(config: FinetuneConfig, model) -> None:

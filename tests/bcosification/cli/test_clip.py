@@ -14,6 +14,7 @@ from bcosification.convert.clip import StandardCLIP
 from bcosification.evaluation import evaluate_zero_shot
 from bcosification.train.data import build_datamodule, scenes
 from tests.bcosification.small_clip import MEAN, STD, clip
+from tests.bcosification.train.test_shards import shard
 
 SPEC = "open_clip:RN50/openai"
 
@@ -96,7 +97,7 @@ def test_explain_says_what_is_missing(run_folder, scene_files, tmp_path, capsys)
     out = ["--out", str(tmp_path / "x")]
     for options, message in (
         ([], "expected --text for a CLIP model"),
-        (["--text", "a dog"], f"which was saved without (--with-text stores it); give --text-model {SPEC}"),
+        (["--text", "a dog"], f"which was saved without: --text-model {SPEC} reads it again (--with-text of convert"),
         (["--text", "a dog", "--text-model", SPEC, "--target", "3"], "expected"),
         (["--text", "a dog", "--text-model", SPEC, "--power", "0.5"], "expected p >= 1"),
         (["--text", "a dog", "--text-model", SPEC, "--templates", "no place"], "expected 'openai', 'simple', or texts"),
@@ -129,7 +130,7 @@ def test_zero_shot_says_what_is_missing(run_folder, tmp_path, capsys):
     for arguments, message in (
         ([str(run_folder)], "expected --zero-shot for a CLIP model"),
         ([SPEC], "expected --zero-shot for a CLIP model"),
-        ([str(run_folder), "--zero-shot"], f"give --text-model {SPEC}"),
+        ([str(run_folder), "--zero-shot"], f"which was saved without: --text-model {SPEC} reads it again"),
         (["resnet18", "--no-pretrained", "--zero-shot"], "--zero-shot: expected a CLIP model, got resnet18 (ResNet)"),
         ([SPEC, "--zero-shot", "--class-names", str(names)], "--class-names: expected 10 names, one a line"),
     ):
@@ -150,3 +151,48 @@ def test_convert_and_verify(small_models, tmp_path, capsys):
     assert "attention pooling without positional embedding and biases" in capsys.readouterr().out
     assert main(["convert", "resnet18", "--no-pretrained", "--out", str(tmp_path / "d"), "--with-text"]) == 2
     assert "--with-text: expected a CLIP model, got resnet18" in capsys.readouterr().err
+
+
+def test_what_texts_a_folder_of_random_weights_has(scene_files, small_models, tmp_path, capsys):
+    folder = tmp_path / "random"
+    assert main(["convert", SPEC, "--no-pretrained", "--out", str(folder)]) == 0
+    explain = ["explain", str(folder), *scene_files, "--out", str(tmp_path / "x"), "--text", "a dog"]
+    assert main(explain) == 2
+    error = capsys.readouterr().err
+    assert "made of open_clip:RN50 with random weights" in error and "--with-text of convert and distill" in error
+    assert "--text-model open_clip:RN50/TAG takes pretrained ones" in error
+    bare = tmp_path / "bare"
+    bcosification.bcosify(small_models.visual).save_pretrained(bare)
+    assert main(["explain", str(bare), *explain[2:]]) == 2
+    error = capsys.readouterr().err
+    assert f"got {bare}, which was made of a bare image tower: --text-model takes the open_clip model" in error
+
+
+def test_the_attention_pool_of_a_model_without_one_is_refused_by_its_name(tmp_path, capsys):
+    arguments = ["convert", "resnet18", "--no-pretrained", "--out", str(tmp_path / "x"), "--attention-pool", "unpool"]
+    assert main(arguments) == 2
+    assert "--attention-pool: expected a CLIP model, got resnet18 (torchvision" in capsys.readouterr().err
+
+
+def test_benchmark_of_a_tower(run_folder, tmp_path, capsys):
+    options = ["--batch", "2", "--rounds", "1", "--no-compile", "--device", "cpu"]
+    for spec in (SPEC, str(run_folder)):
+        assert main(["benchmark", spec, *options, "--json", str(tmp_path / "rows.json")]) == 0
+        out = capsys.readouterr().out
+        assert "its embeddings are compared with 1,000 random directions" in out
+        rows = json.loads((tmp_path / "rows.json").read_text())
+        assert rows["settings"]["texts"] == 1000 and len(rows["rows"]) == 9
+        assert all(row["images_per_s"] > 0 for row in rows["rows"])
+    assert main(["benchmark", SPEC, *options, "--size", "48"]) == 2
+    assert "expected a size that the model takes, got 48 x 48" in capsys.readouterr().err
+
+
+def test_distil_from_shards(tmp_path, capsys):
+    for name, count in (("0", 9), ("1", 5)):
+        shard(tmp_path / "shards" / f"{name}.tar", range(count))
+    tiny = "--epochs 1 --batch-size 4 --accelerator cpu --no-progress --num-workers 0".split()
+    data = f"{tmp_path}/shards/{{0..1}}.tar"
+    assert main(["distill", "--model", SPEC, *tiny, "--data", data, "--out", str(tmp_path / "run")]) == 0
+    assert "images to train on" in capsys.readouterr().out
+    assert main(["finetune", "--model", "resnet18", "--no-pretrained", *tiny, "--data", data, "--out", "x"]) == 2
+    assert "read without labels: distill takes them" in capsys.readouterr().err

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 import bcosification
 from bcosification import bcosify, load
-from bcosification.convert.clip import StandardCLIP, named_templates, tokenizer_of
+from bcosification.convert.clip import StandardCLIP
+from bcosification.convert.clip_texts import named_templates, tokenizer_of
 from bcosification.convert.resolver import resolve
 from tests.bcosification.small_clip import MEAN, STD, TEXTS, clip, error, images, normalized
 

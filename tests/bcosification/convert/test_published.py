@@ -8,13 +8,16 @@ import bcos.models.pretrained
 import numpy
 import pytest
 import torch
+from open_clip.modified_resnet import ModifiedResNet
 from PIL import Image
 
 import bcosification
 from bcosification import list_pretrained, pretrained, resolve
 from bcosification.convert import published
-from bcosification.convert.peer_architectures import ARCHITECTURES
+from bcosification.convert.peer_architectures import ARCHITECTURES, TOWERS
+from bcosification.convert.preprocessing import OPENAI_MEAN, OPENAI_STD
 from bcosification.models import SimpleViT, simple_vit_ti_patch16_224
+from tests.bcosification.convert.b_cosification_clip import clip_tower, encoded
 from tests.bcosification.convert.peer_networks import make_v2
 from tests.bcosification.convert.standard_networks import MEAN, STD, relative_error
 
@@ -46,7 +49,7 @@ def test_what_is_not_known_of_b_cosifications_files_is_null():
     assert len(entries) == 14
     for name, entry in entries.items():
         assert entry["url"] is None and entry["sha256"] is None and entry["layout"] == "b-cosification"
-        assert entry["arch"] in ARCHITECTURES or (entry["arch"] is None and "clip" in name)
+        assert entry["arch"] in (TOWERS if "_clip_" in name else ARCHITECTURES)
         assert entry["page"].startswith("https://github.com/shrebox/B-cosification/releases/tag/")
     assert entries["b-cosification/resnet_50_V1"]["arch"] == "resnet50"
 
@@ -158,5 +161,17 @@ def test_names_and_addresses_that_are_not_known():
     )
     with pytest.raises(RuntimeError, match=re.escape(expected)):
         pretrained("b-cosification/densenet_121")
-    with pytest.raises(NotImplementedError, match="got a CLIP tower; its file is on .*v0.0.2-CLIP-checkpoints"):
+    with pytest.raises(RuntimeError, match=r"v0.0.2-CLIP-checkpoints and read it with .*\(FILE, arch='RN50', layout="):
         pretrained("b-cosification/resnet_50_clip_CC3M")
+
+
+def test_a_clip_tower_is_prepared_as_clips_are(publish, monkeypatch):
+    peer = clip_tower()
+    monkeypatch.setitem(TOWERS, "small", lambda size: ModifiedResNet([1, 2, 1, 1], size, 4, 64, 8))
+    publish("b-cosification/small_clip_", peer.state_dict(), "small", resize=224)
+    model = pretrained("b-cosification/small_clip_", progress=False)
+    assert (tuple(model.config["mean"]), tuple(model.config["std"])) == (OPENAI_MEAN, OPENAI_STD)
+    assert model.transform.preprocessing.interpolation == "bicubic" and model.config["resize"] == 224
+    x = encoded()
+    with torch.no_grad():
+        assert relative_error(model(x), peer(x)) < 1e-10

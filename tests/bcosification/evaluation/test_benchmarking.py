@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torchvision.models.vision_transformer import VisionTransformer
 
 import bcos_kernels
@@ -24,6 +25,8 @@ from bcosification.evaluation.measuring import bytes_kept
 from bcosification.evaluation.peer_style import EagerBcosConv2d, peer_style
 from bcosification.explanation.explaining import encode
 from bcosification.train.miniature import MEAN, STD, small_resnet
+from tests.bcosification.small_clip import clip
+from tests.bcosification.small_clip import images as clip_images
 
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 QUICK = dict(rounds=1, progress=False)
@@ -100,6 +103,31 @@ def test_the_models_are_left_alone(pair):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert modes == [module.training for model in pair for module in model.modules()]
     assert all(p.grad is None for model in pair for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_image_tower_is_measured_as_a_classifier_of_directions(name, whole, eager_compiler):
+    model = clip(name).float()
+    original = model if whole else model.visual
+    converted = bcosification.bcosify(original)
+    before = copy.deepcopy(converted.state_dict())
+    images = clip_images(name, 3).float()
+    result = benchmark(original, converted, images, contenders=("plain", "peer", "ours", "ours-compiled"), **QUICK)
+    assert {row["task"] for row in result.rows} == set(benchmarking.TASKS) and result.settings["texts"] == 1000
+    assert not any("failed" in row for row in result.rows) and "1,000 random directions" in str(result)
+    assert converted.state_dict().keys() == before.keys()
+    # What is timed: cosines of both towers with the same directions, which depend on the weights.
+    plain, ours = benchmarking._as_classifiers(original, converted, images)
+    torch.testing.assert_close(plain.directions, ours.embeddings)
+    with torch.no_grad():
+        tower = model.visual
+        expected = F.normalize(tower(images), dim=-1) @ plain.directions.T
+        torch.testing.assert_close(plain(images), expected)
+        torch.testing.assert_close(ours(images), F.normalize(converted(images), dim=-1) @ plain.directions.T)
+    assert ours(images).shape == (3, 1000) and ours.model.text is None
+    with pytest.raises(ValueError, match="expected a size that the model takes, got 40 x 40"):
+        benchmark(original, converted, torch.rand(1, 3, 40, 40), contenders=("plain", "ours"), **QUICK)
 
 
 def test_the_table(pair, capsys):

@@ -17,6 +17,8 @@ from bcosification import DistillConfig, bcosify, distill
 from bcosification.convert.clip import StandardCLIP
 from bcosification.train.data import build_datamodule, check_source
 from bcosification.train.lightning_module import DistillationModule
+from tests.bcosification.convert.b_cosification_clip import clip_tower
+from tests.bcosification.convert.families.test_open_clip_timm import POOLED, coca, whole
 from tests.bcosification.small_clip import MEAN, STD, TEXTS, clip
 
 
@@ -43,7 +45,7 @@ def test_a_run_leaves_what_it_says(tmp_path, capsys):
     assert equal(before, model.state_dict())
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "metrics.csv", "training_curves.png", "last.ckpt", "last", "best",
+        "config.yaml", "metrics.csv", "training_curves.png", "backends.json", "last.ckpt", "last", "best",
     }  # fmt: skip
     rows = list(csv.DictReader(open(folder / "metrics.csv")))
     assert [float(row["val_cosine"]) for row in rows] == [row["val_cosine"] for row in result.history]
@@ -157,6 +159,31 @@ def test_a_converted_student_and_another_teacher(tmp_path, monkeypatch):
     first = distill(config(tmp_path / "other", epochs=1, teacher="open_clip:RN50/cc12m"), model=small())
     assert asked[1:] == ["open_clip:RN50/cc12m"]
     assert first.history[0]["val_cosine"] != result.history[0]["val_cosine"]
+
+
+@pytest.mark.parametrize("kind", ["siglip", "coca"])
+def test_timms_towers_and_cocas_are_distilled(kind, tmp_path):
+    model = (whole("ViT-B-16-SigLIP") if kind == "siglip" else coca(**POOLED)).float()
+    result = distill(config(tmp_path / "run", epochs=1), model=model)
+    size = 16 if kind == "siglip" else 32
+    assert result.model.config["input_size"] == [size, size] and -1 <= result.best <= 1
+    images = torch.rand(2, 3, size, size)
+    last = bcosification.load(tmp_path / "run" / "last", model=model)
+    with torch.no_grad():
+        assert torch.equal(last(images), result.model(images))
+    assert last.logit_scale.item() == model.logit_scale.item()
+    assert (last.logit_bias is None) == (kind == "coca"), "SigLIP's own, not that of the loss"
+
+
+def test_a_peers_tower_is_trained_on(tmp_path, monkeypatch):
+    whole_model = small()
+    student = bcosification.load_peer({k: v.float() for k, v in clip_tower((1, 1, 1, 1)).state_dict().items()})
+    student.config["text"] = {**bcosify(whole_model).config["text"], "model": "open_clip:RN50/openai"}
+    monkeypatch.setattr("bcosification.convert.resolver.resolve", lambda spec, **_: ({
+        "open_clip:RN50/openai": whole_model}[spec], {}))  # fmt: skip
+    student.save_pretrained(tmp_path / "student")
+    result = distill(config(tmp_path / "run", epochs=1), model=bcosification.load(tmp_path / "student"))
+    assert math.isfinite(result.best) and result.model.config["peer_layout"] == "b-cosification"
 
 
 def picture(path, seed):

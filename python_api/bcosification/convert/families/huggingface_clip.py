@@ -46,6 +46,9 @@ class HuggingFaceCLIP(Family):
     def head(self, model: nn.Module) -> None:
         return None
 
+    def moves_head(self, model: nn.Module) -> bool:
+        return False
+
     def additive_parameters(self, model: nn.Module) -> list[str]:
         return [f"vision_model.embeddings.{name}" for name in ("class_embedding", "position_embedding")]
 

@@ -7,15 +7,15 @@ from torch import nn
 from bcosification.convert.families.base import Family, family_of, register
 
 
-@register("open_clip.model.CLIP", "open_clip.model.CustomTextCLIP")
+@register("open_clip.model.CLIP", "open_clip.model.CustomTextCLIP", "open_clip.coca_model.CoCa")
 class OpenClipModel(Family):
     """visual (the image tower, of a family of its own) and the text tower's layers."""
 
     name = "open_clip_model"
-    title = "open_clip CLIP (image and text tower)"
+    title = "open_clip CLIP, CoCa (image and text tower)"
     converts = "its image tower, as that tower's family does"
-    keeps = "the text tower, logit_scale"
-    cannot = "convert timm's image towers in it"
+    keeps = "the text tower, logit_scale and logit_bias"
+    cannot = "write captions (CoCa's text decoder is left out)"
     preprocessing = "openai"
 
     def tower(self, model: nn.Module) -> nn.Module:

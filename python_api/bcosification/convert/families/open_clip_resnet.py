@@ -34,6 +34,9 @@ class OpenClipResNet(Family):
     def head(self, model: nn.Module) -> None:
         return None
 
+    def moves_head(self, model: nn.Module) -> bool:
+        return False
+
     def prepare(self, model: nn.Module, options: Options, head_moves: bool) -> nn.Module:
         if model.attnpool is None:
             raise ValueError("bcosify: expected a ModifiedResNet with its attention pooling (attnpool), got None there")

@@ -10,7 +10,7 @@ from torch import nn
 
 from bcosification.convert.class_change import ChangedForward, change_class
 from bcosification.convert.families.base import Family, register
-from bcosification.convert.rules import Options, type_name
+from bcosification.convert.rules import Options, layer_norm, multihead_attention, rule, type_name
 
 
 class ConvertedVisionTransformer(ChangedForward):
@@ -21,11 +21,13 @@ class ConvertedVisionTransformer(ChangedForward):
         x = torch.cat([self.class_embedding.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         x = self.ln_pre(self.patch_dropout(x + self.positional_embedding.to(x.dtype)))
         x = self.transformer(x)
-        x = x if self.final_ln_after_pool else self.ln_post(x)
-        if self.pool_type == "avg" and self.head_before_pool and not self.final_ln_after_pool:
+        x = x if self.attn_pool is None else self.attn_pool(x)
+        norm_after_pool = self.final_ln_after_pool and self.attn_pool is None
+        x = x if norm_after_pool else self.ln_post(x)
+        if self.pool_type == "avg" and self.head_before_pool and not norm_after_pool:
             return self.proj(x[:, 1:]).mean(1)
         x = x[:, 0] if self.pool_type == "tok" else x[:, 1:].mean(1)
-        return self.proj(self.ln_post(x) if self.final_ln_after_pool else x)
+        return self.proj(self.ln_post(x) if norm_after_pool else x)
 
 
 @register("open_clip.transformer.VisionTransformer")
@@ -33,14 +35,15 @@ class OpenClipViT(Family):
     """conv1 (the patches), class_embedding, positional_embedding, ln_pre, transformer, ln_post, proj.
 
     ``proj``, a bare matrix, becomes a B-cos layer on the class token; in towers that average tokens, on every token
-    (head="before_pool", the same function at B = 1) or on their mean (head="keep").
+    (head="before_pool", the same function at B = 1) or on their mean (head="keep"). CoCa's attentional pooling makes
+    tokens of its own out of all tokens, of which the first takes the class token's part.
     """
 
     name = "open_clip_vit"
-    title = "open_clip VisionTransformer (CLIP ViT)"
+    title = "open_clip VisionTransformer (CLIP ViT, CoCa)"
     converts = "patch embedding, MLPs, output projections, LayerNorms, GELUs; the projection on the class token"
-    keeps = "q, k, v projections; q and k constant"
-    cannot = "convert attentional pooling (CoCa) and open_clip's own attention blocks"
+    keeps = "q, k, v projections; q and k constant, those of the attentional pooling's queries too"
+    cannot = "convert two attentional poolings (parallel, cascade) and open_clip's own attention blocks"
     preprocessing = "openai"
     embeds = True
 
@@ -50,14 +53,18 @@ class OpenClipViT(Family):
     def head(self, model: nn.Module) -> None:
         return None
 
+    def moves_head(self, model: nn.Module) -> bool:
+        return False
+
     def additive_parameters(self, model: nn.Module) -> list[str]:
         return ["class_embedding", "positional_embedding"]
 
     def prepare(self, model: nn.Module, options: Options, head_moves: bool) -> nn.Module:
-        if model.attn_pool is not None or model.pool_type not in ("tok", "avg"):
+        if model.pool_type not in ("tok", "avg"):
+            two = getattr(model, "attn_pool_contrastive", None) is not None
             raise ValueError(
                 "bcosify: expected an open_clip VisionTransformer that takes its class token or the mean of its "
-                f"tokens, got one with {'attentional pooling' if model.attn_pool is not None else 'no pooling'}"
+                f"tokens, got one with {'two attentional poolings' if two else 'no pooling'}"
             )
         positions = model.positional_embedding
         for name, old in (("class_embedding", model.class_embedding[None]), ("positional_embedding", positions)):
@@ -73,6 +80,9 @@ class OpenClipViT(Family):
         model.head_before_pool = options.head == "before_pool"
         return change_class(model, ConvertedVisionTransformer)
 
+    def output(self, value: Any) -> torch.Tensor:
+        return value[0] if isinstance(value, tuple) else value  # CoCa's tower gives its tokens besides
+
     def input_size(self, model: nn.Module) -> tuple[int, int]:
         return tuple(model.image_size)
 
@@ -80,7 +90,15 @@ class OpenClipViT(Family):
         blocks = model.transformer.resblocks
         first = blocks[0]
         scaled = type_name(type(first.ls_1)) == "open_clip.transformer.LayerScale"
+        pooler = model.attn_pool
+        pooling = {} if pooler is None else {
+            "attentional_pool": True,
+            "attn_pooler_queries": pooler.query.shape[0],
+            "attn_pooler_heads": pooler.attn.num_heads,
+        }  # fmt: skip
         return {
+            **pooling,
+            "output_tokens": model.output_tokens,
             "image_size": list(model.image_size),
             "patch_size": list(model.patch_size),
             "width": model.conv1.out_channels,
@@ -111,7 +129,18 @@ class OpenClipViT(Family):
     def example(self) -> nn.Module:
         from open_clip.transformer import QuickGELU, VisionTransformer
 
-        return VisionTransformer(32, 8, 16, 2, 2, 2.0, output_dim=12, act_layer=QuickGELU)
+        return VisionTransformer(
+            32, 8, 16, 2, 2, 2.0, attentional_pool=True, attn_pooler_queries=3, attn_pooler_heads=2, output_dim=12,
+            act_layer=QuickGELU, output_tokens=True,
+        )  # fmt: skip
+
+
+@rule("open_clip.transformer.AttentionalPooler")
+def attentional_pooler(layer: nn.Module, options: Options) -> nn.Module:
+    """AttentionalPooler: learnt queries, which are no part of W(x), ask all tokens; the attention as everywhere."""
+    layer.attn, layer.ln_k = multihead_attention(layer.attn, options), layer_norm(layer.ln_k, options)
+    layer.constant_children = ("ln_q",)
+    return layer
 
 
 def _layers() -> dict[str, type[nn.Module]]:

@@ -158,9 +158,8 @@ def test_what_is_refused():
         bcosify(mixed)
     with pytest.raises(ValueError, match="expected logit_bias='auto' or None for an image tower"):
         bcosify(clip("vit"), logit_bias=-3.0)
-    pooled = clip("vit", attentional_pool=True, attn_pooler_heads=2)
-    with pytest.raises(ValueError, match="takes its class token or the mean of its tokens, got one with attentional"):
-        bcosify(pooled)
+    with pytest.raises(ValueError, match="takes its class token or the mean of its tokens, got one with no pooling"):
+        bcosify(clip("vit", pool_type="none"))
     foreign = clip("vit")
     foreign.visual = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
     with pytest.raises(ValueError, match="image tower of a known family .*Sequential in open_clip.model.CLIP"):

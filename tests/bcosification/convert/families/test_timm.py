@@ -84,7 +84,11 @@ def test_the_comparison_with_the_frozen_network_would_find_a_gate_that_is_not_he
     assert relative_error(explanation.weights, replay.gradient(explanation.targets)) > 1e-8
 
 
-@pytest.mark.parametrize("label", ["resnet", "resnet v2", "byobnet, mlp head", "vit, mean", "convnext", "mixer"])
+_VERIFIED = ["resnet", "resnet v2", "byobnet, mlp head", "vit, mean", "convnext", "mixer", "swin v2", "swin v2, cr"]
+_VERIFIED += ["resnet v2, filter response", "resnet v2, EvoNorm"]  # timm computes these norms in float32
+
+
+@pytest.mark.parametrize("label", _VERIFIED)
 def test_verify_says_ok(label):
     network, images = make(label)
     report = verify(network, bcosify(network), images)
