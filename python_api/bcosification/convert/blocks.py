@@ -5,174 +5,37 @@ A block is fused by giving the instance a subclass of its library class (``modul
 library's class back. Only exact library types of the table below are touched, and only if their parts are what the
 library builds them of.
 
-The fused forwards decide part by part when they run: a part that was replaced since, or that has hooks, is called the
-way the library calls it, so hooks see what they would see in the unfused block.
+The fused forwards decide part by part when they run what is one op (chains.py).
 """
 
 from __future__ import annotations
 
 import importlib
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 import bcos_kernels
 
 from ..nn import GELU, BatchNormUncentered2d, BcosConv2d, BcosLinear, LayerNorm
-from .tracing import NotTraceable, has_parts, traced_class
+from .chains import (
+    convolution_norm_activation,
+    fusible_convolution,
+    fusible_gelu,
+    fusible_linear,
+    fusible_norm,
+    norm_activation,
+    run_in_turn,
+    unit_norm_activation,
+)
+from .fusion_report import FusionReport
+from .tracing import Calls, NotTraceable, has_parts, has_units, traced_class
 
 __all__ = ["FusionReport", "fuse_blocks", "norm_activation", "recomputes", "set_recompute", "unfuse_blocks"]
-
-
-@dataclass
-class FusionReport:
-    """What `fuse` or `fuse_blocks` did.
-
-    Attributes:
-        fused: (name, class before, class after) of every module that changed; the root's name is "".
-        left: (name, class, reason) of every module that looks like one to fuse but was left as it is.
-    """
-
-    fused: list[tuple[str, str, str]] = field(default_factory=list)
-    left: list[tuple[str, str, str]] = field(default_factory=list)
-
-    def extend(self, other: FusionReport) -> None:
-        self.fused += other.fused
-        self.left += other.left
-
-    def __str__(self) -> str:
-        lines = [f"{count} x {before} -> {after}" for (before, after), count in self._counts(self.fused).items()]
-        if self.left:
-            lines.append("left as they are:")
-            lines += [f"  {name or '(root)'}: {kind} ({reason})" for name, kind, reason in self.left]
-        return "\n".join(lines) or "nothing to fuse"
-
-    @staticmethod
-    def _counts(rows: list[tuple[str, str, str]]) -> Counter:
-        return Counter(row[1:] for row in rows)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
-
-
-def _fusible_norm(norm: nn.Module) -> bool:
-    return isinstance(norm, BatchNormUncentered2d) and not _has_hooks(norm)
-
-
-def _acting(activation: nn.Module | None) -> nn.Module | None:
-    """The activation, None for an nn.Identity, which stands where a conversion removed one."""
-    return None if type(activation) is nn.Identity and not _has_hooks(activation) else activation
-
-
-def norm_activation(
-    norm: nn.Module,
-    activation: nn.Module | None,
-    x: Tensor,
-    residual: Tensor | None = None,
-    *,
-    recompute: bool = False,
-) -> Tensor:
-    """activation(norm(x) + residual), in one pass if ``norm`` is a BatchNormUncentered2d and ``activation`` an nn.ReLU.
-
-    Modules of any other type, and modules with hooks, are called one after the other: the result is the same. Models
-    with a forward of their own may call this where they have ``relu(bn(x))``.
-
-    Args:
-        norm, activation: the modules; activation may be None.
-        x: (N, C, H, W), input of ``norm``.
-        residual: of norm(x)'s shape, added before the activation; None (default) for none.
-        recompute: the result is computed again in the backward instead of being kept (not with a residual, which would
-            have to be kept in its place).
-    """
-    activation = _acting(activation)
-    if activation is None:
-        y = _norm_add(norm, x, residual)
-        return norm.recomputed(y, x) if recompute and residual is None and _fusible_norm(norm) else y
-    if _fusible_norm(norm) and type(activation) is nn.ReLU and not _has_hooks(activation):
-        y = norm(x, residual, "relu")
-        return norm.recomputed(y, x, "relu") if recompute and residual is None else y
-    return activation(_norm_add(norm, x, residual))
-
-
-def convolution_norm_activation(
-    conv: nn.Module,
-    norm: nn.Module,
-    activation: nn.Module | None,
-    x: Tensor,
-    residual: Tensor | None = None,
-    *,
-    recompute: bool = False,
-    between: tuple[nn.Module, ...] = (),
-) -> Tensor:
-    """activation(norm(conv(x)) + residual), as one op where conv is a B-cos convolution and ``norm`` uncentered.
-
-    Modules of other types, and modules with hooks, are called one after the other, as far as that takes.
-
-    Args:
-        conv, norm, activation: the modules; activation may be None.
-        x: (N, C, H, W), input of ``conv``. residual: added before the activation; None (default) for none.
-        recompute: what is between this and the next layer is computed again in the backward instead of being kept: the
-            result (not with a residual), and conv's output where that is cheap.
-        between: modules called between norm and activation, which do nothing as long as they are nn.Identity (timm's
-            drop_block). Not with a residual.
-    """
-    if any(type(part) is not nn.Identity or _has_hooks(part) for part in between):
-        out = convolution_norm_activation(conv, norm, None, x, recompute=recompute)
-        for part in between:
-            out = part(out)
-        return out if activation is None else activation(out)
-    activation = _acting(activation)
-    rectifies = activation is None or (type(activation) is nn.ReLU and not _has_hooks(activation))
-    if not (rectifies and _fusible_convolution(conv) and _fusible_norm(norm)):
-        return norm_activation(norm, activation, conv(x), residual, recompute=recompute)
-    again = None
-    if recompute:
-        again = {(True, True): "both", (True, False): "output", (False, True): "inner", (False, False): None}[
-            residual is None, _is_cheap(conv)
-        ]
-    return norm.behind(conv, x, residual, None if activation is None else "relu", again)
-
-
-def _fusible_convolution(conv: nn.Module) -> bool:
-    """Whether nothing but the transform happens when ``conv`` is called."""
-    plain = isinstance(conv, BcosConv2d) and type(conv).forward is BcosConv2d.forward
-    return plain and "forward" not in conv.__dict__ and not _has_hooks(conv)
-
-
-def _fusible_linear(linear: nn.Module) -> bool:
-    plain = isinstance(linear, BcosLinear) and type(linear).forward is BcosLinear.forward
-    return plain and "forward" not in linear.__dict__ and not _has_hooks(linear)
-
-
-def _fusible_gelu(gelu: nn.Module) -> bool:
-    return type(gelu) is GELU and "forward" not in gelu.__dict__ and not _has_hooks(gelu)
-
-
-def _is_cheap(conv: BcosConv2d) -> bool:
-    """Whether a convolution may be computed twice: one of one pixel, which writes more than it reads."""
-    return conv.kernel_size == (1, 1) and conv.out_channels >= 2 * conv.in_channels and conv.groups == 1
-
-
-def _norm_add(norm: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
-    if residual is None:
-        return norm(x)
-    return norm(x, residual) if _fusible_norm(norm) else norm(x) + residual
 
 
 # --- forwards -------------------------------------------------------------------------------------------------------
@@ -261,6 +124,31 @@ def _dense_layer_forward(self: Any, x: Tensor | list[Tensor]) -> Tensor:
     return F.dropout(out, p=self.drop_rate, training=self.training) if self.drop_rate > 0 else out
 
 
+def _timm_dense_layer_forward(self: Any, x: Tensor | list[Tensor]) -> Tensor:
+    features = [x] if isinstance(x, Tensor) else x
+    low = recomputes(self)
+    if self.grad_checkpointing and self.any_requires_grad(features):
+        out = norm_activation(self.norm2, None, self.call_checkpoint_bottleneck(features), recompute=low)
+    else:
+        out = _dense_layer_features(self, features)
+        out = convolution_norm_activation(self.conv1, self.norm2, None, out, recompute=low)
+    out = self.conv2(out)
+    return F.dropout(out, p=self.drop_rate, training=self.training) if self.drop_rate > 0 else out
+
+
+def _dla_basic_forward(self: Any, x: Tensor, shortcut: Tensor | None = None, children: Any = None) -> Tensor:
+    low, residual = recomputes(self), x if shortcut is None else shortcut
+    out = convolution_norm_activation(self.conv1, self.bn1, self.relu, x, recompute=low)
+    return convolution_norm_activation(self.conv2, self.bn2, self.relu, out, residual, recompute=low)
+
+
+def _dla_bottleneck_forward(self: Any, x: Tensor, shortcut: Tensor | None = None, children: Any = None) -> Tensor:
+    low, residual = recomputes(self), x if shortcut is None else shortcut
+    out = convolution_norm_activation(self.conv1, self.bn1, self.relu, x, recompute=low)
+    out = convolution_norm_activation(self.conv2, self.bn2, self.relu, out, recompute=low)
+    return convolution_norm_activation(self.conv3, self.bn3, self.relu, out, residual, recompute=low)
+
+
 def _stages(self: Any, x: Tensor) -> Tensor:
     x = self.maxpool(convolution_norm_activation(self.conv1, self.bn1, self.relu, x, recompute=recomputes(self)))
     return self.layer4(self.layer3(self.layer2(self.layer1(x))))
@@ -275,30 +163,11 @@ def _resnet_head_first_forward_impl(self: Any, x: Tensor) -> Tensor:
 
 
 def _sequential_forward(self: Any, x: Any) -> Any:
-    modules = list(self._modules.values())
-    low = recomputes(self)
-    i = 0
-    while i < len(modules):
-        module, *rest = modules[i:]
-        if rest and _fusible_linear(module) and _fusible_gelu(rest[0]):
-            x, i = rest[0].behind(module, x, "output" if low else None), i + 2
-            continue
-        conv = module if rest and _fusible_convolution(module) and _fusible_norm(rest[0]) else None
-        norm, *rest = rest if conv is not None else (module, *rest)
-        if conv is None and not _fusible_norm(norm):
-            x, i = module(x), i + 1
-            continue
-        relu = rest[0] if rest and type(rest[0]) is nn.ReLU and not _has_hooks(rest[0]) else None
-        if conv is not None:
-            x = convolution_norm_activation(conv, norm, relu, x, recompute=low)
-        else:
-            x = norm_activation(norm, relu, x, recompute=low and relu is not None)
-        i += 1 + (conv is not None) + (relu is not None)
-    return x
+    return run_in_turn(list(self._modules.values()), x, recomputes(self))
 
 
 def _distilbert_feed_forward(self: Any, x: Tensor) -> Tensor:
-    if _fusible_linear(self.lin1) and _fusible_gelu(self.activation):
+    if fusible_linear(self.lin1) and fusible_gelu(self.activation):
         x = self.activation.behind(self.lin1, x, "output" if recomputes(self) else None)
     else:
         x = self.activation(self.lin1(x))
@@ -346,15 +215,30 @@ def _has_pair(module: nn.Module) -> str | None:
     return _NOTHING_TO_FUSE
 
 
+Chains = tuple[tuple[str, str], ...]
+"""(convolution, norm): names of children that a forward calls in turn, and as one op where they are of this package."""
+
+
+def _sequential_chains(module: nn.Module) -> Chains:
+    names = list(module._modules)
+    return tuple(zip(names, names[1:], strict=False))
+
+
 @dataclass(frozen=True)
 class BlockRule:
-    """How blocks of one library class are fused: the subclass's name and methods, and the check of a block's parts."""
+    """How blocks of one library class are fused: the subclass's name and methods, the check of a block's parts, and its
+    chains, or a function that tells a block's."""
 
     name: str
     methods: dict[str, Callable[..., Any]]
     check: Callable[[nn.Module], str | None]
+    chains: Chains | Callable[[nn.Module], Chains] = _sequential_chains
 
 
+_ONE_CHAIN: Chains = (("conv1", "bn1"),)
+_TWO_CHAINS: Chains = (*_ONE_CHAIN, ("conv2", "bn2"))
+_THREE_CHAINS: Chains = (*_TWO_CHAINS, ("conv3", "bn3"))
+_DENSE_CHAIN: Chains = (("conv1", "norm2"),)
 _TORCHVISION_RESNET = _needs(("relu",), ("bn1", "bn2"))
 _SEQUENTIAL = {"forward": _sequential_forward}
 _DENSE_LAYER = {"forward": _dense_layer_forward, "bn_function": _dense_layer_bn_function}
@@ -362,18 +246,32 @@ _DENSE_LAYER = {"forward": _dense_layer_forward, "bn_function": _dense_layer_bn_
 # Qualified name of the library's class → rule. Conversions of further families add theirs here.
 BLOCK_RULES: dict[str, BlockRule] = {
     "torchvision.models.resnet.BasicBlock": BlockRule(
-        "FusedBasicBlock", {"forward": _basic_block_forward}, _TORCHVISION_RESNET
+        "FusedBasicBlock", {"forward": _basic_block_forward}, _TORCHVISION_RESNET, _TWO_CHAINS
     ),
     "torchvision.models.resnet.Bottleneck": BlockRule(
-        "FusedBottleneck", {"forward": _bottleneck_forward}, _needs(("relu",), ("bn1", "bn2", "bn3"))
+        "FusedBottleneck", {"forward": _bottleneck_forward}, _needs(("relu",), ("bn1", "bn2", "bn3")), _THREE_CHAINS
     ),
     "torchvision.models.resnet.ResNet": BlockRule(
-        "FusedResNet", {"_forward_impl": _resnet_forward_impl}, _needs(("relu",), ("bn1",))
+        "FusedResNet", {"_forward_impl": _resnet_forward_impl}, _needs(("relu",), ("bn1",)), _ONE_CHAIN
     ),
     "torchvision.models.densenet._DenseLayer": BlockRule(
-        "FusedDenseLayer", _DENSE_LAYER, _needs(("relu1", "relu2"), ("norm1", "norm2"))
+        "FusedDenseLayer", _DENSE_LAYER, _needs(("relu1", "relu2"), ("norm1", "norm2")), _DENSE_CHAIN
     ),
-    "bcos.models.densenet._DenseLayer": BlockRule("FusedPeerDenseLayer", _DENSE_LAYER, _needs((), ("norm1", "norm2"))),
+    "bcos.models.densenet._DenseLayer": BlockRule(
+        "FusedPeerDenseLayer", _DENSE_LAYER, _needs((), ("norm1", "norm2")), _DENSE_CHAIN
+    ),
+    "timm.models.densenet.DenseLayer": BlockRule(
+        "FusedTimmDenseLayer", {"forward": _timm_dense_layer_forward}, _needs((), ("norm1", "norm2")), _DENSE_CHAIN
+    ),
+    "timm.models.dla.DlaBasic": BlockRule(
+        "FusedDlaBasic", {"forward": _dla_basic_forward}, _TORCHVISION_RESNET, _TWO_CHAINS
+    ),
+    "timm.models.dla.DlaBottleneck": BlockRule(
+        "FusedDlaBottleneck",
+        {"forward": _dla_bottleneck_forward},
+        _needs(("relu",), ("bn1", "bn2", "bn3")),
+        _THREE_CHAINS,
+    ),
     "torchvision.models.densenet._Transition": BlockRule("FusedTransition", _SEQUENTIAL, _has_pair),
     "torchvision.ops.misc.Conv2dNormActivation": BlockRule("FusedConv2dNormActivation", _SEQUENTIAL, _has_pair),
     "torchvision.models.regnet.SimpleStemIN": BlockRule("FusedSimpleStemIN", _SEQUENTIAL, _has_pair),
@@ -382,13 +280,16 @@ BLOCK_RULES: dict[str, BlockRule] = {
     "torch.nn.modules.container.Sequential": BlockRule("FusedSequential", _SEQUENTIAL, _has_pair),
     "bcos.modules.common.BcosSequential": BlockRule("FusedBcosSequential", _SEQUENTIAL, _has_pair),
     "bcos.models.resnet.BasicBlock": BlockRule(
-        "FusedPeerBasicBlock", {"forward": _peer_basic_block_forward}, _needs((), ("bn2",))
+        "FusedPeerBasicBlock", {"forward": _peer_basic_block_forward}, _needs((), ("bn2",)), _TWO_CHAINS
     ),
     "bcos.models.resnet.Bottleneck": BlockRule(
-        "FusedPeerBottleneck", {"forward": _peer_bottleneck_forward}, _needs((), ("bn3",))
+        "FusedPeerBottleneck", {"forward": _peer_bottleneck_forward}, _needs((), ("bn3",)), _THREE_CHAINS
     ),
     "bcos.models.standard_models.ResNetBcos": BlockRule(
-        "FusedResNetBcos", {"_forward_impl": _resnet_head_first_forward_impl}, _needs(("relu",), ("bn1",))
+        "FusedResNetBcos",
+        {"_forward_impl": _resnet_head_first_forward_impl},
+        _needs(("relu",), ("bn1",)),
+        _ONE_CHAIN,
     ),
 }
 
@@ -413,6 +314,7 @@ def _fused_class(rule: BlockRule, library: type) -> type:
     made = globals().get(rule.name)
     if made is None or made._library_class is not library:
         members = {"__module__": __name__, "__qualname__": rule.name, "_library_class": library, **rule.methods}
+        members["fused_chains"] = rule.chains
         members["__doc__"] = f"{_qualified(library)} with fused passes; made by fuse_blocks."
         made = globals()[rule.name] = type(rule.name, (library,), members)
     return made
@@ -461,15 +363,42 @@ def fuse_blocks(model: nn.Module) -> FusionReport:
                     continue
                 reason = reason if own is None else "has a forward of its own"
             except NotTraceable as error:
-                reason = str(error)
+                reason = str(error) if has_parts(module) else reason  # its units run as one op each anyway
         if reason not in (None, _NOTHING_TO_FUSE):
             report.left.append((name, cls.__name__, reason))
+    _report_chains(model, report)
     return report
+
+
+def _report_chains(model: nn.Module, report: FusionReport) -> None:
+    """Fill in ``report`` which pairs of convolution and norm run as one op, as the modules' classes tell."""
+    behind: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
+        for conv_name, norm_name in _chains_of(module):
+            conv, norm = _child(module, conv_name), _child(module, norm_name)
+            if conv is not None and norm is not None and fusible_convolution(conv) and fusible_norm(norm):
+                behind[norm] = conv
+    names = {module: name for name, module in model.named_modules()}
+    norms = [module for module in names if isinstance(module, BatchNormUncentered2d)]
+    report.chains = [(names[behind[norm]], names[norm]) for norm in norms if norm in behind]
+    report.apart = [names[norm] for norm in norms if norm not in behind]
+
+
+def _chains_of(module: nn.Module) -> Iterable[tuple[str, str]]:
+    """What the class of a fused or converted module says: ``fused_chains``, names or a function of the module."""
+    found = getattr(type(module), "fused_chains", ())
+    return found(module) if callable(found) else found
+
+
+def _child(module: nn.Module, name: str) -> nn.Module | None:
+    """A module's child; of an nn.Sequential as a stem, its last layer."""
+    child = module._modules.get(name)
+    return list(child._modules.values())[-1] if isinstance(child, nn.Sequential) and len(child) else child
 
 
 def fuse_traced(module: nn.Module) -> bool:
     """Give a block the fused form of its forward's trace; False where there is no chain in it. Raises NotTraceable."""
-    cls = traced_class(module, convolution_norm_activation)
+    cls = traced_class(module, Calls(convolution_norm_activation, unit_norm_activation))
     if cls is not None:
         module.__class__ = cls
     return cls is not None
@@ -485,7 +414,7 @@ def _is_the_librarys(cls: type, rule: BlockRule) -> bool:
 def _may_be_traced(module: nn.Module) -> bool:
     cls = type(module)
     ours = cls.__module__.partition(".")[0] == __name__.partition(".")[0] or "_library_class" in cls.__dict__
-    return not ours and not isinstance(module, nn.Sequential) and has_parts(module)
+    return not ours and not isinstance(module, nn.Sequential) and (has_parts(module) or has_units(module))
 
 
 def unfuse_blocks(model: nn.Module) -> nn.Module:

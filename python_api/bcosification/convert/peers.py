@@ -29,7 +29,8 @@ from ..nn import (
     LayerNorm2d,
     LogitBias,
 )
-from .blocks import FusionReport, fuse_blocks, set_recompute, unfuse_blocks
+from .blocks import fuse_blocks, set_recompute, unfuse_blocks
+from .fusion_report import FusionReport
 
 __all__ = ["fuse", "unfuse"]
 
@@ -301,6 +302,7 @@ class FuseReport(FusionReport):
         if self.already:
             kinds = _grouped(self.already).items()
             lines.append("already on the fused kernels: " + ", ".join(f"{len(n)} x {kind}" for (kind,), n in kinds))
+        lines += self.of_chains()
         if self.left:
             lines.append("left as they are:")
             for (kind, reason), names in _grouped(self.left).items():

@@ -17,9 +17,10 @@ from bcosification.convert.families import family_of
 from bcosification.convert.resolver import resolve
 
 TIMM_GLOBS = (
-    "resnet*", "resnext*", "vit_*", "deit*", "convnext*", "swin_*", "efficientnet*", "mobilenetv3*", "mixer*",
+    "resnet*", "resnext*", "vit_*", "deit*", "convnext*", "swin_*", "swinv2*", "efficientnet*", "mobilenetv3*",
+    "mixer*",
 )  # fmt: skip
-"""timm's names that this package has families for."""
+"""timm's names that people bring most; "*" is all of them."""
 
 
 @dataclass
@@ -162,9 +163,10 @@ def _row(name: str, pattern: str, build: Callable[[str], nn.Module], options: di
 
 
 def _short(message: str) -> str:
-    """An error's first line, or, of one that lists layers, their types and what is wrong with them, each once."""
+    """An error's first line, or, of one that lists layers, the first types and what is wrong with them, each once."""
     listed = [line.strip().rpartition(": ")[0] for line in message.splitlines() if line.startswith("  ")]
-    return "; ".join(listed) or message.partition("\n")[0]
+    more = [f"{len(listed) - 4} more"] if len(listed) > 4 else []
+    return "; ".join([*listed[:4], *more]) or message.partition("\n")[0]
 
 
 def summary(rows: Iterable[SurveyRow]) -> str:

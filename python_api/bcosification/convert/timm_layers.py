@@ -1,8 +1,8 @@
 """Rules for timm's layer types, and what is known of the forwards of its blocks.
 
-Attention keeps q, k and v projections linear, as everywhere here; q and k are constants in explanation mode, and the
-output projection becomes B-cos. In gated linear units the gate is such a constant. timm's own forwards run, with other
-layers inside; where that does not suffice a mixin below has the forward.
+timm's own forwards run, with other layers inside; where that does not suffice a mixin has the forward. In gated linear
+units the gate is a constant in explanation mode. Norms are in timm_norms.py, attention in timm_attention.py, what only
+one family has in that family's file.
 
 ``KNOWN_FORWARDS`` names the composite classes of timm whose forwards only call their children, add, scale by
 parameters, reshape, pad and concatenate. A timm class with children that has neither a rule nor an entry there may
@@ -12,14 +12,12 @@ compute what replacing layers cannot see, so the conversion refuses it (rules.py
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bcosification import nn as bnn
 from bcosification.convert import rules
 from bcosification.convert.class_change import ChangedForward, change_class
 from bcosification.convert.rules import NoRule, Options, find_rule, rule, type_name
-from bcosification.nn.modes import per_sample
 
 KNOWN_FORWARDS = {
     "timm.layers.classifier.ClassifierHead",
@@ -28,6 +26,7 @@ KNOWN_FORWARDS = {
     "timm.layers.hybrid_embed.HybridEmbed",
     "timm.layers.mlp.ConvMlp",
     "timm.layers.mlp.GlobalResponseNormMlp",
+    "timm.layers.mixed_conv2d.MixedConv2d",
     "timm.layers.mlp.Mlp",
     "timm.layers.patch_embed.PatchEmbed",
     "timm.models._efficientnet_blocks.ConvBnAct",
@@ -41,6 +40,8 @@ KNOWN_FORWARDS = {
     "timm.models.byobnet.DarkBlock",
     "timm.models.byobnet.DownsampleAvg",
     "timm.models.byobnet.EdgeBlock",
+    "timm.models.byobnet.MobileOneBlock",
+    "timm.models.byobnet.RepVggBlock",
     "timm.models.byobnet.Stem",
     "timm.models.convnext.ConvNeXtBlock",
     "timm.models.convnext.ConvNeXtStage",
@@ -49,6 +50,8 @@ KNOWN_FORWARDS = {
     "timm.models.eva.EvaBlockPostNorm",
     "timm.models.mlp_mixer.MixerBlock",
     "timm.models.resnet.BasicBlock",
+    "timm.models.res2net.Bottle2neck",
+    "timm.models.resnest.ResNestBottleneck",
     "timm.models.resnet.Bottleneck",
     "timm.models.resnetv2.Bottleneck",
     "timm.models.resnetv2.DownsampleAvg",
@@ -56,9 +59,18 @@ KNOWN_FORWARDS = {
     "timm.models.resnetv2.PreActBasic",
     "timm.models.resnetv2.PreActBottleneck",
     "timm.models.resnetv2.ResNetStage",
+    "timm.models.sknet.SelectiveKernelBasic",
+    "timm.models.sknet.SelectiveKernelBottleneck",
     "timm.models.swin_transformer.PatchMerging",
     "timm.models.swin_transformer.SwinTransformerBlock",
     "timm.models.swin_transformer.SwinTransformerStage",
+    "timm.models.swin_transformer_v2.PatchMerging",
+    "timm.models.swin_transformer_v2.SwinTransformerV2Block",
+    "timm.models.swin_transformer_v2.SwinTransformerV2Stage",
+    "timm.models.swin_transformer_v2_cr.PatchEmbed",
+    "timm.models.swin_transformer_v2_cr.PatchMerging",
+    "timm.models.swin_transformer_v2_cr.SwinTransformerV2CrBlock",
+    "timm.models.swin_transformer_v2_cr.SwinTransformerV2CrStage",
     "timm.models.vision_transformer.Block",
     "timm.models.vision_transformer.ParallelThingsBlock",
     "timm.models.vision_transformer.ResPostBlock",
@@ -72,11 +84,6 @@ rules.UNREAD["timm."] = KNOWN_FORWARDS
 rules.FACTORS |= {
     "timm.models.convnext.ConvNeXtBlock": ("gamma",),
     "timm.models.eva.EvaBlock": ("gamma_1", "gamma_2"),
-}
-
-rules.COMPOSITES |= {
-    "timm.layers.filter_response_norm.FilterResponseNormTlu2d": "it ends in max(y, τ): where τ is larger the output is "
-    "a constant that no input contributes to",
 }
 
 
@@ -114,9 +121,6 @@ def convert_children(layer: nn.Module, options: Options, keep: tuple[str, ...] =
 # --- layers with a counterpart --------------------------------------------------------------------------------------
 
 rule("timm.layers.linear.Linear")(rules.linear)
-rule("timm.layers.norm.LayerNorm", "timm.layers.norm.LayerNormFp32")(rules.layer_norm)
-rule("timm.layers.norm.LayerNorm2d", "timm.layers.norm.LayerNorm2dFp32")(rules.layer_norm2d)
-rule("timm.layers.norm.GroupNorm", "timm.layers.norm.GroupNorm1")(rules.group_norm)
 rule(
     "timm.layers.layer_scale.LayerScale",
     "timm.layers.layer_scale.LayerScale2d",
@@ -141,7 +145,8 @@ def gelu(layer: nn.Module, options: Options) -> nn.Module:
 
 
 rules.GATED["timm.layers.activations.QuickGELU"] = bnn.QuickGELU
-rule("timm.layers.activations.QuickGELU")(rules.gated_activation)
+rules.GATED["timm.layers.activations.Tanh"] = bnn.Tanh
+rule("timm.layers.activations.QuickGELU", "timm.layers.activations.Tanh")(rules.gated_activation)
 
 
 @rule("timm.layers.conv2d_same.Conv2dSame")
@@ -185,7 +190,7 @@ def cond_conv_residual(layer: nn.Module, options: Options) -> nn.Module:
 
 
 def unstandardized(layer: nn.Conv2d) -> nn.Conv2d:
-    """A StdConv2d or StdConv2dSame as the plain convolution that it is: its weight, standardised once.
+    """A (Scaled)StdConv2d(Same) as the plain convolution that it is: its weight, standardised and scaled once.
 
     Training moves the weight itself from then on, not one that is standardised at every step.
     """
@@ -205,6 +210,8 @@ def unstandardized(layer: nn.Conv2d) -> nn.Conv2d:
         dtype=weight.dtype,
     )
     standard = ((flat - mean) * (var + layer.eps).rsqrt()).view_as(weight)
+    if hasattr(layer, "gain"):
+        standard = standard * layer.gain.detach() * layer.scale
     new.weight = nn.Parameter(standard, requires_grad=layer.weight.requires_grad)
     new.register_parameter("bias", layer.bias)
     if getattr(layer, "same_pad", False):
@@ -214,91 +221,15 @@ def unstandardized(layer: nn.Conv2d) -> nn.Conv2d:
     return new.train(layer.training)
 
 
-@rule("timm.layers.std_conv.StdConv2d", "timm.layers.std_conv.StdConv2dSame")
+@rule(
+    "timm.layers.std_conv.StdConv2d",
+    "timm.layers.std_conv.StdConv2dSame",
+    "timm.layers.std_conv.ScaledStdConv2d",
+    "timm.layers.std_conv.ScaledStdConv2dSame",
+)
 def std_conv2d(layer: nn.Conv2d, options: Options) -> nn.Module:
     """StdConv2d -> a B-cos convolution whose weight is the standardised one."""
     return converted(unstandardized(layer), options)
-
-
-@rule("timm.layers.norm_act.BatchNormAct2d")
-def batch_norm_act2d(layer: nn.Module, options: Options) -> nn.Module:
-    """BatchNormAct2d -> the uncentered norm with the converted activation behind it."""
-    return _with_act(layer, rules.batch_norm2d(layer, options), bnn.BatchNormAct2d, options)
-
-
-@rule("timm.layers.norm_act.GroupNormAct", "timm.layers.norm_act.GroupNorm1Act")
-def group_norm_act(layer: nn.Module, options: Options) -> nn.Module:
-    """GroupNormAct -> GroupNorm of constant variance with the converted activation behind it."""
-    return _with_act(layer, rules.group_norm(layer, options), bnn.GroupNormAct, options)
-
-
-@rule("timm.layers.norm_act.LayerNormAct")
-def layer_norm_act(layer: nn.Module, options: Options) -> nn.Module:
-    """LayerNormAct -> LayerNorm of constant variance with the converted activation behind it."""
-    return _with_act(layer, rules.layer_norm(layer, options), bnn.LayerNormAct, options)
-
-
-@rule("timm.layers.norm_act.LayerNormAct2d")
-def layer_norm_act2d(layer: nn.Module, options: Options) -> nn.Module:
-    """LayerNormAct2d -> LayerNorm2d of constant variance with the converted activation behind it."""
-    return _with_act(layer, rules.layer_norm2d(layer, options), bnn.LayerNormAct2d, options)
-
-
-def _with_act(layer: nn.Module, norm: nn.Module, kind: type[nn.Module], options: Options) -> nn.Module:
-    norm.__class__ = kind
-    norm.drop, norm.act = converted(layer.drop, options), converted(layer.act, options)
-    return norm
-
-
-@rule(nn.RMSNorm, "timm.layers.norm.RmsNorm", "timm.layers.norm.RmsNorm2d")
-def rms_norm(layer: nn.Module, options: Options) -> nn.Module:
-    """RMSNorm, timm's RmsNorm and RmsNorm2d -> the same with a scale that is a constant in explanation mode."""
-    kind = bnn.RMSNorm2d if type(layer).__name__.endswith("2d") else bnn.RMSNorm
-    new = kind(layer.normalized_shape, layer.eps, layer.weight is not None, device="meta")
-    new.register_parameter("weight", layer.weight)
-    return new.train(layer.training)
-
-
-class HeldSimpleNorm2d(ChangedForward, bnn.ScalingGate):
-    """timm's SimpleNorm2d, x / std over the channels (the mean stays in x), with a scale that explanations hold."""
-
-    def scale(self, x: Tensor) -> Tensor:
-        root = (x.var(dim=1, keepdim=True) + self.eps).rsqrt()
-        return root if self.weight is None else root * self.weight.view(-1, 1, 1)
-
-
-@rule("timm.layers.norm.SimpleNorm2d")
-def simple_norm2d(layer: nn.Module, options: Options) -> nn.Module:
-    """SimpleNorm2d -> the same with a scale that is a constant in explanation mode."""
-    return change_class(layer, HeldSimpleNorm2d)
-
-
-class HeldEvoNorm2dS0(ChangedForward, bnn.ScaleAndShift):
-    """timm's EvoNorm2dS0, x·sigmoid(v·x) / std of the group, times weight, plus bias: all but x and bias held."""
-
-    def scale(self, x: Tensor) -> Tensor:
-        weight = self.weight.view(-1, 1, 1)
-        if self.v is None:
-            return weight
-        grouped = x.unflatten(1, (self.groups, x.shape[1] // self.groups))
-        std = (grouped.var(dim=(2, 3, 4), unbiased=False, keepdim=True) + self.eps).sqrt()
-        gate = torch.sigmoid(x * self.v.view(-1, 1, 1)).unflatten(1, grouped.shape[1:3])
-        return (gate / std).flatten(1, 2) * weight
-
-
-@rule("timm.layers.evo_norm.EvoNorm2dS0")
-def evo_norm2d_s0(layer: nn.Module, options: Options) -> nn.Module:
-    """EvoNorm2dS0 -> the same with gate and deviation constant in explanation mode."""
-    return change_class(layer, HeldEvoNorm2dS0)
-
-
-@rule("timm.layers.grn.GlobalResponseNorm")
-def global_response_norm(layer: nn.Module, options: Options) -> nn.Module:
-    """GlobalResponseNorm -> the same with factors that are constants in explanation mode."""
-    new = bnn.GlobalResponseNorm(layer.weight.shape[0], layer.eps, layer.channel_dim == -1, device="meta")
-    new.register_parameter("weight", layer.weight)
-    new.register_parameter("bias", layer.bias)
-    return new.train(layer.training)
 
 
 # --- pooling, padding -----------------------------------------------------------------------------------------------
@@ -386,6 +317,35 @@ def squeeze_excite(layer: nn.Module, options: Options) -> nn.Module:
     return change_class(layer, _GATES[type_name(type(layer))])
 
 
+@rule("timm.layers.global_context.GlobalContext")
+def global_context(layer: nn.Module, options: Options) -> nn.Module:
+    """GlobalContext: the shares of positions in the context and gates made of it are held, mlp_add becomes B-cos."""
+    shares = ("conv_attn", "mlp_scale", "gate")
+    convert_children(layer, options, keep=shares)
+    held(layer, "conv_attn", "gate")
+    layer.constant_children = tuple(name for name in shares if layer._modules.get(name) is not None)
+    return layer
+
+
+@rule("timm.layers.split_attn.SplitAttn")
+def split_attention(layer: nn.Module, options: Options) -> nn.Module:
+    """SplitAttn: the convolution of all splits becomes B-cos; the shares that they are added up with are held."""
+    shares = ("fc1", "bn1", "act1", "fc2", "rsoftmax")
+    convert_children(layer, options, keep=shares)
+    held(layer, "rsoftmax")
+    layer.constant_children = shares
+    return layer
+
+
+@rule("timm.layers.selective_kernel.SelectiveKernel")
+def selective_kernel(layer: nn.Module, options: Options) -> nn.Module:
+    """SelectiveKernel: the paths become B-cos; the shares that they are added up with are held."""
+    convert_children(layer, options, keep=("attn",))
+    held(layer, "attn")
+    layer.constant_children = ("attn",)
+    return layer
+
+
 @rule("timm.layers.mlp.GluMlp")
 def glu_mlp(layer: nn.Module, options: Options) -> nn.Module:
     """GluMlp: fc1, which makes value and gate in one product, and fc2 become B-cos; the activated gate is held."""
@@ -402,121 +362,3 @@ def swiglu(layer: nn.Module, options: Options) -> nn.Module:
     held(layer, "act")
     layer.constant_children = ("act", "fc1_g")
     return layer
-
-
-# --- attention ------------------------------------------------------------------------------------------------------
-
-_CONSTANT = ("q_norm", "k_norm", "q_proj", "k_proj", "q", "k", "gate", "rel_pos")
-"""Children of attention layers, where there are such, that make nothing but the attention matrix or a gate."""
-
-
-def _attention(layer: nn.Module, options: Options, *, linear: tuple[str, ...] = ()) -> nn.Module:
-    """Attention of any kind: q and k are held where they are made, the children named in ``linear`` stay linear."""
-    convert_children(layer, options, keep=(*linear, "qkv", "v_proj", "softmax", *_CONSTANT))
-    if layer._modules.get("qkv") is not None:
-        layer.qkv = rules.qkv_linear(layer.qkv, options)
-    elif not linear:
-        held(layer, "q_proj", "k_proj", "q", "k")
-    else:  # q and k come out of a projection with something else, and go through these
-        held(layer, "q_norm", "k_norm")
-    held(layer, "gate")
-    if layer._modules.get("rel_pos") is not None:
-        layer.rel_pos = converted(layer.rel_pos, options)
-    layer.constant_children = tuple(name for name in _CONSTANT if layer._modules.get(name) is not None)
-    return layer
-
-
-@rule(
-    "timm.layers.attention.Attention",
-    "timm.layers.attention.AttentionRope",
-    "timm.layers.diff_attention.DiffAttention",
-    "timm.models.swin_transformer.WindowAttention",
-    "timm.models.vision_transformer_relpos.RelPosAttention",
-)
-def attention(layer: nn.Module, options: Options) -> nn.Module:
-    """Attention: q, k, v projections stay linear, q and k (and an output gate) are held, proj becomes B-cos."""
-    return _attention(layer, options)
-
-
-@rule("timm.models.eva.EvaAttention")
-def eva_attention(layer: nn.Module, options: Options) -> nn.Module:
-    """EvaAttention, as ``attention``; the biases of q and v become those of the qkv layer, k's is 0."""
-    if layer.q_bias is not None:
-        _give_bias(layer.qkv, torch.cat([layer.q_bias, layer.k_bias, layer.v_bias]), layer.q_bias.requires_grad)
-        layer.q_bias = layer.k_bias = layer.v_bias = None
-    return _attention(layer, options)
-
-
-def _give_bias(linear: nn.Linear, bias: Tensor, trained: bool) -> None:
-    linear.bias = nn.Parameter(bias.detach().to(linear.weight.dtype), requires_grad=trained)
-
-
-@rule(
-    "timm.models.vision_transformer.ParallelScalingBlock",
-    "timm.models.vision_transformer.DiffParallelScalingBlock",
-)
-def parallel_scaling_block(layer: nn.Module, options: Options) -> nn.Module:
-    """ParallelScalingBlock: in_proj, which makes q, k, v and the MLP's hidden features, stays linear; the rest as ever.
-
-    ``mlp_bias`` becomes the part of in_proj's bias that it is.
-    """
-    if layer.mlp_bias is not None:
-        linear = layer.in_proj
-        rest = layer.mlp_bias.new_zeros(linear.out_features - layer.mlp_bias.numel())
-        _give_bias(linear, torch.cat([layer.mlp_bias, rest]), layer.mlp_bias.requires_grad)
-        layer.mlp_bias = None
-    return _attention(layer, options, linear=("in_proj",))
-
-
-@rule("timm.layers.attention_pool.AttentionPoolLatent")
-def attention_pool_latent(layer: nn.Module, options: Options) -> nn.Module:
-    """AttentionPoolLatent: the learned query and the keys are held, kv stays linear, proj and mlp become B-cos."""
-    if layer.pos_embed is not None:
-        raise NoRule("it adds positions of its own to the tokens")
-    return _attention(layer, options, linear=("kv",))
-
-
-@rule("timm.layers.pos_embed_rel.RelPosMlp", "timm.layers.pos_embed_rel.RelPosBias")
-def relative_position(layer: nn.Module, options: Options) -> nn.Module:
-    """Position bias of the attention matrix: made of the positions alone, so it is no part of an explanation; kept."""
-    layer.constant_children = tuple(layer._modules)
-    return layer
-
-
-class GainedAttentionPool2d(ChangedForward, bnn.DetachableModule):
-    """AttentionPool2d whose positions (and class token) count as the constants that they are."""
-
-    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        from timm.layers.pos_embed import resample_abs_pos_embed
-
-        n, _, height, width = x.shape
-        tokens = x.flatten(2).transpose(1, 2)
-        positions = resample_abs_pos_embed(
-            self.pos_embed.unsqueeze(0), (height, width), old_size=self.feat_size, num_prefix_tokens=1
-        )
-        first = tokens.mean(1, keepdim=True)
-        if self.cls_token is not None:
-            first = self._constant(self.cls_token.unsqueeze(0), n).expand(n, -1, -1)
-        tokens = torch.cat([first, tokens], dim=1) + self._constant(positions, n)
-        parts = (self.q, self.k, self.v)
-        qkv = [part(tokens) for part in parts] if self.qkv is None else self.qkv(tokens).chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for part in qkv)
-        heads = F.scaled_dot_product_attention(q, k, v)
-        tokens = self.drop(heads.transpose(1, 2).flatten(2))
-        return self._pool(tokens if pre_logits else self.proj(tokens), height, width)
-
-    def _constant(self, added: Tensor, n: int) -> Tensor:
-        if self.constant_gain is None:
-            return added
-        return added * per_sample(self.constant_gain, n, 3, "AttentionPool2d").to(added.dtype)
-
-
-@rule("timm.layers.attention_pool2d.AttentionPool2d")
-def attention_pool2d(layer: nn.Module, options: Options) -> nn.Module:
-    """AttentionPool2d: q, k, v projections stay linear, q and k are held, proj (the classifier) becomes B-cos."""
-    convert_children(layer, options, keep=("q", "k", "v", "qkv"))
-    if layer.qkv is not None:
-        layer.qkv = rules.qkv_linear(layer.qkv, options)
-    held(layer, "q", "k")
-    layer.constant_children = tuple(name for name in ("q", "k") if layer._modules.get(name) is not None)
-    return change_class(layer, GainedAttentionPool2d)

@@ -1,20 +1,23 @@
 """Blocks of unknown classes, fused by what their forward does: it is traced, and its chains run as one op.
 
-    conv -> uncentered BatchNorm (-> + residual | -> nn.Identity) (-> ReLU)
+    conv -> uncentered BatchNorm (-> nn.Identity) (-> + residual) (-> ReLU)
 
-are found in the graph of a forward, whatever the class and its parts are called. The block then runs the traced graph
-with each chain as one call of `convolution_norm_activation`, which looks at the modules themselves when it runs (hooks,
-parts replaced later). A forward whose graph may not be all that it does is refused with a reason.
+are found in the graph of a forward, whatever the class and its parts are called; convolution and norm may also be one
+module, a unit (`UNITS`). The block then runs the traced graph with each chain as one call of chains.py, which looks at
+the modules themselves when it runs (hooks, parts replaced later). A forward whose graph may not be all that it does is
+refused with a reason.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import linecache
 import operator
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +26,10 @@ from torch import fx, nn
 
 from ..nn import BatchNormUncentered2d, BcosConv2d
 
-__all__ = ["NotTraceable", "has_parts", "traced_class"]
+__all__ = ["Calls", "NotTraceable", "has_parts", "has_units", "is_unit", "traced_class"]
+
+UNITS = {"timm.layers.conv_bn_act.ConvNormAct"}
+"""Classes that are a convolution ``conv``, a norm ``bn``, and ``aa``, which most have none of, in this order."""
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
@@ -36,6 +42,27 @@ _TRUSTED = {"torch", "bcosification", "bcos_kernels", *sys.stdlib_module_names} 
 
 class NotTraceable(Exception):
     """Why the forward of a block is not known from a trace."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What chains become: functions of (conv, norm, relu or None, x, residual or None, recompute=, between=modules) and
+    of (unit, relu or None, x, residual or None, recompute=, between=modules), which return tensors."""
+
+    chain: Callable[..., torch.Tensor]
+    unit: Callable[..., torch.Tensor]
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether a module is of one of `UNITS`' classes, fused or not, with the library's own forward."""
+    library = getattr(type(module), "_library_class", type(module))
+    known = f"{library.__module__}.{library.__qualname__}" in UNITS
+    return known and library.forward.__module__ == library.__module__
+
+
+def has_units(module: nn.Module) -> bool:
+    """Whether a child of a module is a unit."""
+    return any(part is not None and is_unit(part) for part in module._modules.values())
 
 
 def has_parts(module: nn.Module) -> bool:
@@ -55,6 +82,9 @@ class _Tracer(fx.Tracer):
 
 def _trace(module: nn.Module) -> fx.Graph:
     """The graph of a module's forward; NotTraceable where the forward decides something that the graph does not say."""
+    optional = [p.name for p in inspect.signature(module.forward).parameters.values() if p.default is not p.empty]
+    if optional:
+        raise NotTraceable(f"its forward takes {', '.join(optional)} or not, and a trace would be of one of the two")
     names: set[str] = set()
 
     def record(frame: types.FrameType, event: str, _: Any) -> None:
@@ -137,57 +167,73 @@ def _is_relu(module: nn.Module, node: fx.Node | None) -> bool:
     return _is_call_of(node, _RELUS) and len(node.args) == 1 and not node.kwargs.keys() - {"inplace"}
 
 
-def _fuse_chain(module: nn.Module, graph: fx.Graph, norm: fx.Node, call: Callable) -> bool:
-    """Replace the chain that a norm's node stands in by one call; False where it stands behind no convolution."""
-    conv = norm.args[0]
-    if _part(module, norm, BatchNormUncentered2d) is None or _part(module, conv, BcosConv2d) is None:
-        return False
-    if _only_user(conv) is not norm or _is_changed_in_place(module, conv.args[0]):
-        return False
-    chain, residual, relu, between = [conv, norm], None, None, []
-    after = _only_user(norm)
-    skipped = after
-    while skipped is not None and _is_identity(module, skipped):
-        between.append(skipped)
-        skipped = _only_user(skipped)
-    if between and _is_relu(module, skipped):
-        chain += between
-        after = skipped
-    else:
-        between = []
-    if _is_call_of(after, _ADDITIONS) and len(after.args) == 2 and not after.kwargs:
-        other = [operand for operand in after.args if operand is not norm]
-        if len(other) == 1 and isinstance(other[0], fx.Node):
-            residual = other[0]
-            chain.append(after)
-            after = _only_user(after)
-    if _is_relu(module, after):
-        relu = after.target if after.op == "call_module" else ""
-        chain.append(after)
-    last = chain[-1]
-    with graph.inserting_before(last):
-        parts = [graph.get_attr(conv.target), graph.get_attr(norm.target)]
-        parts.append(None if relu is None else graph.get_attr(relu or "_traced_relu"))
+def _fuse_chain(module: nn.Module, graph: fx.Graph, end: fx.Node, calls: Calls) -> tuple[str, ...] | None:
+    """Replace the chain that a norm's or a unit's node stands in by one call; None where there is none.
+
+    Returns the names of convolution and norm, or of the unit.
+    """
+    parts = _parts(module, end)
+    if not parts or _is_changed_in_place(module, parts[0].args[0]):
+        return None
+    x, names = parts[0].args[0], tuple(node.target for node in parts)
+    between, residual, relu, chain = _behind(module, end)
+    if len(parts) == 1 and not chain:
+        return None  # a unit alone is a chain already
+    chain = [*parts, *chain]
+    with graph.inserting_before(chain[-1]):
+        arguments = [graph.get_attr(name) for name in names]
+        arguments.append(None if relu is None else graph.get_attr(relu or "_traced_relu"))
         options = {"recompute": graph.get_attr(_RECOMPUTE)}
         if between:
             options["between"] = tuple(graph.get_attr(node.target) for node in between)
-        fused = graph.call_function(call, (*parts, conv.args[0], residual), options)
-    last.replace_all_uses_with(fused)
+        call = calls.unit if len(parts) == 1 else calls.chain
+        fused = graph.call_function(call, (*arguments, x, residual), options)
+    chain[-1].replace_all_uses_with(fused)
     for node in reversed(chain):
         graph.erase_node(node)
-    return True
+    return names
+
+
+def _parts(module: nn.Module, end: fx.Node) -> list[fx.Node]:
+    """The nodes of a convolution and the norm behind it, or of a unit; none for other nodes."""
+    unit = _part(module, end, nn.Module)
+    if unit is not None and is_unit(unit):
+        return [end]
+    conv = end.args[0] if end.args else None
+    if _part(module, end, BatchNormUncentered2d) is None or _part(module, conv, BcosConv2d) is None:
+        return []
+    return [conv, end] if _only_user(conv) is end else []
+
+
+def _behind(module: nn.Module, norm: fx.Node) -> tuple[list[fx.Node], fx.Node | None, str | None, list[fx.Node]]:
+    """What of a chain follows its norm: nn.Identitys, the residual, the ReLU's name ("" for a function), all nodes."""
+    between, chain, residual, relu = [], [], None, None
+    last, after = norm, _only_user(norm)
+    while after is not None and _is_identity(module, after):
+        between.append(after)
+        last, after = after, _only_user(after)
+    if _is_call_of(after, _ADDITIONS) and len(after.args) == 2 and not after.kwargs:
+        other = [operand for operand in after.args if operand is not last]
+        if len(other) == 1 and isinstance(other[0], fx.Node):
+            residual = other[0]
+            chain = [*between, after]
+            after = _only_user(after)
+    if _is_relu(module, after):
+        relu = after.target if after.op == "call_module" else ""
+        chain = [*(chain or between), after]
+    return between if chain else [], residual, relu, chain
 
 
 _RECOMPUTE = "recompute_activations"
 _classes: dict[tuple[type, str], type] = {}
 
 
-def traced_class(module: nn.Module, call: Callable) -> type | None:
-    """A subclass of a block's class that runs its chains by ``call``; None if there is no chain in its forward.
+def traced_class(module: nn.Module, calls: Calls) -> type | None:
+    """A subclass of a block's class that runs its chains by ``calls``; None if there is no chain in its forward.
 
     Args:
         module: the block; its forward must be its class's.
-        call: (conv, norm, relu or None, x, residual or None, recompute=, between=modules) → tensor.
+        calls: what runs the chains.
 
     Raises:
         NotTraceable: the forward is no fixed sequence of calls.
@@ -204,7 +250,7 @@ def traced_class(module: nn.Module, call: Callable) -> type | None:
     graph = graphs[0]
     if _text(graph) != _text(graphs[1]):
         raise NotTraceable("its forward does other things in training than in eval mode")
-    found = [_fuse_chain(module, graph, node, call) for node in list(graph.nodes) if node.op == "call_module"]
+    found = [_fuse_chain(module, graph, node, calls) for node in list(graph.nodes) if node.op == "call_module"]
     if not any(found):
         return None
     code = graph.python_code(root_module="self")
@@ -223,6 +269,7 @@ def traced_class(module: nn.Module, call: Callable) -> type | None:
                 "_library_class": library,
                 "_traced": True,
                 "_traced_relu": nn.ReLU(),
+                "fused_chains": tuple(names for names in found if names and len(names) == 2),
                 _RECOMPUTE: False,
                 "forward": members["forward"],
                 "__deepcopy__": _deepcopy,

@@ -163,7 +163,7 @@ class BatchNormUncentered2d(DetachableModule):
             return BatchNormUncentered2d.forward(self, conv.forward(x), residual, activation)
         running_var, use_batch, momentum = self._statistics()
         return bcos_kernels.conv2d_batch_norm(
-            x,
+            conv.padded(x),
             conv.weight,
             conv.bias,
             conv.stride,

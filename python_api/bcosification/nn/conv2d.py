@@ -116,9 +116,13 @@ class BcosConv2d(BcosLayer):
     def _unit_dim(self) -> int:
         return -3
 
+    def padded(self, x: Tensor) -> Tensor:
+        """What the op is given for x: x itself; more where ``padding`` cannot say how a subclass pads."""
+        return x
+
     def transform(self, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
         return bcos_kernels.conv2d(
-            x,
+            self.padded(x),
             weight,
             bias,
             self.stride,

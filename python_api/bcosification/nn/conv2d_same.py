@@ -36,5 +36,5 @@ class BcosConv2dSame(BcosConv2d):
         torch.Size([1, 8, 4, 4])
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(pad_same(x, self.kernel_size, self.stride, self.dilation))
+    def padded(self, x: Tensor) -> Tensor:
+        return pad_same(x, self.kernel_size, self.stride, self.dilation)

@@ -462,12 +462,12 @@ def test_reports_count_what_is_the_same():
         warnings.simplefilter("error")  # a converted model is fused already: no reason to warn
         converted = fuse(bcosify(torchvision.models.resnet18(num_classes=2)))
     expected = "already on the fused kernels: 21 x BcosConv2d, 20 x BatchNormUncentered2d, 8 x FusedBasicBlock, "
-    expected += "3 x FusedSequential"
+    expected += "3 x FusedSequential\n20 of 20 BatchNorms run as one op with the convolution before them"
     assert str(converted.fusion_report) == expected
     peer = fuse(build("basic"))
     fused = Counter(entry[1:] for entry in peer.fusion_report.fused)
     lines = [f"{count} x {before} -> {after}" for (before, after), count in fused.items()]
-    assert max(fused.values()) > 1 and str(peer.fusion_report).splitlines() == lines
+    assert max(fused.values()) > 1 and str(peer.fusion_report).splitlines() == [*lines, *peer.fusion_report.of_chains()]
     assert {kind for _, kind in fuse(peer).fusion_report.already} == {after for _, after in fused}
     model = fuse(build("uncentered position norm"))
     norms = [name for name, kind, _ in model.fusion_report.left if kind == "PositionNormUncentered2d"]

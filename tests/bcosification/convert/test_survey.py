@@ -11,21 +11,21 @@ from benchmarks.protocol import RESULTS
 
 
 def test_rows_say_what_converts_and_why_not():
-    names = ["resnetv2_50d_frn", "resnet10t", "resnet50_clip_gap", "convnext_atto", "vit_tiny_r_s16_p8_224"]
+    names = ["lambda_resnet26t", "resnet10t", "resnet50_clip_gap", "convnext_atto", "vit_tiny_r_s16_p8_224"]
     rows = survey([names[0], "resnet10*t", *names[1:]], progress=False)
     found = {row.name: row for row in rows}
     assert list(found) == names and found["resnet10t"].pattern == "resnet10*t"
-    failed = found["resnetv2_50d_frn"]
-    assert not failed.converts and failed.pattern == failed.name and failed.family == "timm_resnetv2"
-    assert "FilterResponseNormTlu2d: it ends in max" in failed.reason and "stem" not in failed.reason
+    failed = found["lambda_resnet26t"]
+    assert not failed.converts and failed.pattern == failed.name and failed.family == "timm_byobnet"
+    assert "LambdaLayer: what its forward does" in failed.reason and "stages" not in failed.reason
     good = found["resnet10t"]
     assert good.converts and good.bcos_layers == 15 and good.type == "ResNet"
     assert (good.head, good.head_move_changes, good.rebuilt_from) == ("before the pooling", "", "description")
     assert found["resnet50_clip_gap"].head == "none" and found["vit_tiny_r_s16_p8_224"].head == "where it is"
     assert "after the head's norm" in found["convnext_atto"].head_move_changes
     lines = summary(rows).splitlines()
-    assert lines[0].split() == ["resnetv2_50d_frn", "0", "of", "1", "0.0", "%"]
-    assert lines[5].split() == ["all", "4", "of", "5", "80.0", "%"] and lines[6].startswith("resnetv2_50d_frn: ")
+    assert lines[0].split() == ["lambda_resnet26t", "0", "of", "1", "0.0", "%"]
+    assert lines[5].split() == ["all", "4", "of", "5", "80.0", "%"] and lines[6].startswith("lambda_resnet26t: ")
 
 
 def test_a_pattern_that_fits_nothing():

@@ -171,6 +171,14 @@ def test_nothing_between_norm_and_activation_is_passed_over_until_there_is_somet
         patched.setattr(nn.ReLU, "forward", lambda *_: pytest.fail("the ReLU ran on its own"))
         results(fused)
     results(plain)  # running statistics
+    residuals = []
+    original = BatchNormUncentered2d.behind
+    with monkeypatch.context() as patched:  # the addition is part of the second chain, past the nn.Identity before it
+        patched.setattr(
+            BatchNormUncentered2d, "behind", lambda *given: residuals.append(given[3] is not None) or original(*given)
+        )
+        assert_same(fused, plain)
+    assert residuals == [False, True]
     for block in (plain, fused):
         block.drop = nn.Softplus()
     assert_same(fused, plain)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bcosification.convert.class_change import change_class
+from bcosification.convert.blocks import recomputes
+from bcosification.convert.chains import convolution_norm_activation
+from bcosification.convert.class_change import ChangedForward, change_class
 from bcosification.convert.families.base import HeadBeforePool, register
 from bcosification.convert.families.timm_family import TimmFamily, averages
 from bcosification.convert.rules import Options
@@ -14,8 +16,21 @@ _CONVERTS = "convolutions, BatchNorms, SiLUs and Hardswishes; the classifier bef
 _KEEPS = "squeeze-and-excitation and the routing of conditional convolutions, whose outputs are constants"
 
 
-class HeadBeforePoolEfficientNet(HeadBeforePool):
-    """The classifier, a 1x1 convolution, before the global pooling."""
+class FusedEfficientNet(ChangedForward):
+    """The first and the last convolution with the norms behind them as one op each."""
+
+    fused_chains = (("conv_stem", "bn1"), ("conv_head", "bn2"))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        if self.grad_checkpointing:
+            return super().forward_features(x)
+        low = recomputes(self)
+        x = self.blocks(convolution_norm_activation(self.conv_stem, self.bn1, None, x, recompute=low))
+        return convolution_norm_activation(self.conv_head, self.bn2, None, x, recompute=low)
+
+
+class HeadBeforePoolEfficientNet(FusedEfficientNet, HeadBeforePool):
+    """Besides, the classifier, a 1x1 convolution, before the global pooling."""
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if pre_logits:
@@ -33,23 +48,37 @@ class TimmEfficientNet(TimmFamily):
     example_size = (64, 64)
     converts, keeps = _CONVERTS, _KEEPS
     head_name = "classifier"
-    mixin: type[HeadBeforePool] = HeadBeforePoolEfficientNet
+    mixins: tuple[type[ChangedForward], type[HeadBeforePool]] = (FusedEfficientNet, HeadBeforePoolEfficientNet)
+    """Of models whose head stays where it is, and of those whose head moves."""
 
     def moves_head(self, model: nn.Module) -> bool:
         return averages(model.global_pool)
 
     def prepare(self, model: nn.Module, options: Options, head_moves: bool) -> nn.Module:
         model = super().prepare(model, options, head_moves)
-        return change_class(model, self.mixin) if head_moves else model
+        return change_class(model, self.mixins[head_moves])
 
 
-class HeadBeforePoolMobileNetV3(HeadBeforePool):
+class FusedMobileNetV3(ChangedForward):
+    """The first convolution with the norm behind it as one op."""
+
+    fused_chains = (("conv_stem", "bn1"),)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        if self.grad_checkpointing:
+            return super().forward_features(x)
+        return self.blocks(convolution_norm_activation(self.conv_stem, self.bn1, None, x, recompute=recomputes(self)))
+
+
+class HeadBeforePoolMobileNetV3(FusedMobileNetV3, HeadBeforePool):
     """The head's convolution, norm and activation and the classifier at every position, before the global pooling."""
+
+    fused_chains = (*FusedMobileNetV3.fused_chains, ("conv_head", "norm_head"))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if pre_logits:
             return super().forward_head(x, pre_logits=True)
-        x = self.act2(self.norm_head(self.conv_head(x)))
+        x = convolution_norm_activation(self.conv_head, self.norm_head, self.act2, x, recompute=recomputes(self))
         x = self.classifier(F.dropout(x, self.drop_rate, self.training))
         return self.flatten(self.global_pool(x))
 
@@ -63,7 +92,7 @@ class TimmMobileNetV3(TimmEfficientNet):
     example_name = "mobilenetv3_small_050"
     converts, keeps = _CONVERTS, _KEEPS
     cannot = "be exact at B = 1 with the head before the pooling: an activation comes first (head='keep' is)"
-    mixin = HeadBeforePoolMobileNetV3
+    mixins = (FusedMobileNetV3, HeadBeforePoolMobileNetV3)
 
     def head_move_changes(self, model: nn.Module) -> str | None:
         if isinstance(model.act2, nn.Identity) and isinstance(model.norm_head, nn.Identity):

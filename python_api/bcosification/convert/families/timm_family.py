@@ -6,12 +6,13 @@ import json
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bcosification.convert import timm_layers
+from bcosification.convert import timm_attention, timm_layers, timm_norms  # noqa: F401  (they register rules)
 from bcosification.convert.class_change import ChangedForward, change_class
 from bcosification.convert.families.base import Family, HeadBeforePool
-from bcosification.convert.rules import Options, type_name
+from bcosification.convert.rules import Options, double_input_channels, type_name
 
 _CLASSIFIER_HEADS = ("timm.layers.classifier.ClassifierHead", "timm.layers.classifier.NormMlpClassifierHead")
 
@@ -34,13 +35,15 @@ class TimmFamily(Family):
         return self.build({"name": self.example_name, "arguments": {"num_classes": 5, **self.example_arguments}})
 
     def input_layer(self, model: nn.Module) -> str | None:
+        return next(iter(self._readers(model)), None)
+
+    def _readers(self, model: nn.Module) -> list[str]:
+        """The convolutions that read the image: those that timm names, or else the first one."""
         first = configuration(model).get("first_conv")
-        names = [first] if isinstance(first, str) else list(first or [])
         modules = dict(model.named_modules())
-        for name in [*names, *modules]:
-            if isinstance(modules.get(name), nn.Conv2d):
-                return name
-        return None
+        names = [first] if isinstance(first, str) else list(first or [])
+        named = [name for name in names if isinstance(modules.get(name), nn.Conv2d)]
+        return named or [name for name, module in modules.items() if isinstance(module, nn.Conv2d)][:1]
 
     def head(self, model: nn.Module) -> str | None:
         found = dict(model.named_modules()).get(self.head_name)
@@ -49,8 +52,10 @@ class TimmFamily(Family):
     def prepare(self, model: nn.Module, options: Options, head_moves: bool) -> nn.Module:
         # Its channels are doubled before it is converted, and [W, -W] / 2 standardised is not W's.
         name = self.input_layer(model)
-        if name is not None and type(model.get_submodule(name)).__name__.startswith("StdConv2d"):
+        if name is not None and "StdConv2d" in type(model.get_submodule(name)).__name__:
             model.set_submodule(name, timm_layers.unstandardized(model.get_submodule(name)))
+        for name in self._readers(model)[1:] if options.inverse else ():  # branches of a re-parametrised stem
+            double_input_channels(model.get_submodule(name))
         return model
 
     def input_size(self, model: nn.Module) -> tuple[int, int] | None:
@@ -77,6 +82,66 @@ class TimmFamily(Family):
         import timm
 
         return timm.create_model(architecture["name"], pretrained=False, **architecture["arguments"])
+
+
+_WIDTHS = ("in_channels", "out_channels", "num_features", "in_features", "out_features", "groups", "expand_chs")
+
+
+def narrowed(model: nn.Module, divisor: int, classes: int = 5) -> nn.Module:
+    """A model like this one, on "meta", with random weights and ``divisor`` times fewer channels, in place.
+
+    For examples of networks whose constructors take no width: all but the image's channels have to be multiples.
+    """
+    layers = [(name, layer) for name, layer in model.named_modules() if list(layer.parameters(recurse=False))]
+    last = [name for name, layer in layers if isinstance(layer, nn.Linear)][-1:]
+    for name, layer in model.named_modules():
+        for given in _WIDTHS:
+            value = layer.__dict__.get(given)
+            if value is None or (given == "in_channels" and value == 3) or (given == "groups" and value == 1):
+                continue
+            if value % divisor and not (name in last and given == "out_features"):
+                raise ValueError(f"narrowed: expected {given} of {name!r} to be a multiple of {divisor}, got {value}")
+            setattr(layer, given, classes if name in last and given == "out_features" else value // divisor)
+    for _, layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+        elif isinstance(layer, nn.Linear):
+            shape = (layer.out_features, layer.in_features)
+        else:
+            shape = (layer.num_features,)
+        for key, old in [*layer._parameters.items(), *layer._buffers.items()]:
+            if old is not None and old.dim():
+                new = torch.zeros(shape if key == "weight" else shape[:1])
+                setattr(layer, key, nn.Parameter(new) if key in layer._parameters else new)
+            elif old is not None:
+                setattr(layer, key, torch.tensor(0))
+        layer.reset_parameters()
+    return model
+
+
+class HeadBeforePoolLinear(HeadBeforePool):
+    """A classifier that is alone behind the global pooling, before it, as the 1x1 convolution that it becomes."""
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if pre_logits:
+            return super().forward_head(x, pre_logits=True)
+        if hasattr(self, "head_drop"):
+            x = self.head_drop(x)
+        else:
+            x = F.dropout(x, float(self.drop_rate), self.training)
+        x = self.global_pool(self.get_classifier()(x))
+        return self.flatten(x) if "flatten" in self._modules else x.flatten(1)
+
+
+class PooledHeadFamily(TimmFamily):
+    """Families whose global_pool is followed by dropout and the classifier ``head_name`` alone."""
+
+    def moves_head(self, model: nn.Module) -> bool:
+        return averages(model.global_pool)
+
+    def prepare(self, model: nn.Module, options: Options, head_moves: bool) -> nn.Module:
+        model = super().prepare(model, options, head_moves)
+        return change_class(model, HeadBeforePoolLinear) if head_moves else model
 
 
 class HeadBeforePoolClassifierHead(ChangedForward):

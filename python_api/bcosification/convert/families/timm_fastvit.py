@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from bcosification.convert import timm_layers
+from bcosification.convert import timm_attention, timm_layers
 from bcosification.convert.families.base import register
 from bcosification.convert.families.timm_family import ClassifierHeadFamily
-from bcosification.convert.rules import Options, double_input_channels, linear_as_it_is, rule
+from bcosification.convert.rules import linear_as_it_is, rule
 
 timm_layers.KNOWN_FORWARDS |= {
     "timm.models.fastvit.AttentionBlock",
@@ -20,7 +20,7 @@ timm_layers.KNOWN_FORWARDS |= {
     "timm.models.fastvit.RepMixerBlock",
     "timm.models.fastvit.ReparamLargeKernelConv",
 }
-rule("timm.models.fastvit.Attention")(timm_layers.attention)
+rule("timm.models.fastvit.Attention")(timm_attention.attention)
 rule("timm.models.fastvit.LayerScale2d")(linear_as_it_is)
 
 
@@ -41,8 +41,7 @@ class TimmFastViT(ClassifierHeadFamily):
     keeps = "layer scales, squeeze-and-excitation, q, k, v projections; q and k constant"
     cannot = "fold the branches into one convolution (before: timm's reparameterize_model)"
 
-    def prepare(self, model: nn.Module, options: Options, head_moves: bool) -> nn.Module:
-        second = getattr(model.stem[0], "conv_scale", None)
-        if options.inverse and second is not None:
-            double_input_channels(second.conv)
-        return super().prepare(model, options, head_moves)
+    def _readers(self, model: nn.Module) -> list[str]:
+        readers, second = super()._readers(model), "stem.0.conv_scale.conv"  # which timm does not name of every model
+        has = getattr(model.stem[0], "conv_scale", None) is not None and second not in readers
+        return [*readers, second] if has else readers

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bcosification.convert.blocks import convolution_norm_activation, recomputes
-from bcosification.convert.class_change import change_class
+from bcosification.convert.blocks import recomputes
+from bcosification.convert.chains import stem_norm_activation
+from bcosification.convert.class_change import ChangedForward, change_class
 from bcosification.convert.families.base import HeadBeforePool, register
 from bcosification.convert.families.timm_family import ClassifierHeadFamily, TimmFamily, averages
 from bcosification.convert.rules import Options
@@ -15,14 +16,20 @@ _CONVERTS = "convolutions (also standardised ones), norms, SiLUs, max pooling; t
 _KEEPS = "ReLUs, blur and average pooling, squeeze-and-excitation, whose scales are constants"
 
 
-class HeadBeforePoolTimmResNet(HeadBeforePool):
-    """The classifier, a 1x1 convolution, before the global pooling; the stem's norm and activation in one pass."""
+class FusedStemResNet(ChangedForward):
+    """The stem's last convolution, norm and activation as one op."""
+
+    fused_chains = (("conv1", "bn1"),)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        if isinstance(self.conv1, nn.Sequential) or self.grad_checkpointing:
+        if self.grad_checkpointing:
             return super().forward_features(x)
-        x = convolution_norm_activation(self.conv1, self.bn1, self.act1, x, recompute=recomputes(self))
+        x = stem_norm_activation(self.conv1, self.bn1, self.act1, x, recompute=recomputes(self))
         return self.layer4(self.layer3(self.layer2(self.layer1(self.maxpool(x)))))
+
+
+class HeadBeforePoolTimmResNet(FusedStemResNet, HeadBeforePool):
+    """Besides, the classifier, a 1x1 convolution, before the global pooling."""
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if pre_logits:
@@ -51,7 +58,7 @@ class TimmResNet(TimmFamily):
 
     def prepare(self, model: nn.Module, options: Options, head_moves: bool) -> nn.Module:
         model = super().prepare(model, options, head_moves)
-        return change_class(model, HeadBeforePoolTimmResNet) if head_moves else model
+        return change_class(model, HeadBeforePoolTimmResNet if head_moves else FusedStemResNet)
 
 
 @register("timm.models.resnetv2.ResNetV2")
@@ -64,7 +71,7 @@ class TimmResNetV2(ClassifierHeadFamily):
     example_arguments = {"layers": (1, 1, 1, 1), "channels": (32, 64, 64, 64), "stem_chs": 32}
     example_size = (64, 64)
     converts, keeps = _CONVERTS, _KEEPS
-    cannot = "convert FilterResponseNorm; keep standardising weights (they are standardised once)"
+    cannot = "keep standardising weights (they are standardised once)"
 
 
 @register("timm.models.byobnet.ByobNet")
@@ -72,13 +79,19 @@ class TimmByobNet(ClassifierHeadFamily):
     """stem, stages, final_conv, head: a ClassifierHead, a NormMlpClassifierHead, or CLIP's attention pooling."""
 
     name = "timm_byobnet"
-    title = "timm ByobNet (ResNet-TS, ResNets of CLIP)"
+    title = "timm ByobNet (ResNet-TS, ResNets of CLIP, RepVGG, MobileOne)"
     example_name = "resnet33ts"
     example_arguments = {"width_factor": 1 / 16, "num_features": 640}
     example_size = (64, 64)
     converts = "convolutions, norms, SiLUs; the classifier before the pooling, or attention pooling's projection"
     keeps = "ReLUs, average pooling, squeeze-and-excitation; q, k, v projections of attention pooling, q and k constant"
-    cannot = "convert blocks with self-attention or re-parametrised branches"
+    cannot = "convert blocks with self-attention; join the branches of RepVGG and MobileOne afterwards"
+
+    def _readers(self, model: nn.Module) -> list[str]:
+        if type(model.stem).__name__ not in ("MobileOneBlock", "RepVggBlock"):
+            return super()._readers(model)
+        branches = [name for name, part in model.stem.named_modules() if isinstance(part, nn.Conv2d)]
+        return [f"stem.{name}" for name in branches]  # timm names the first of each kind
 
     def head(self, model: nn.Module) -> str | None:
         self_attention = isinstance(getattr(model.head, "proj", None), nn.Linear)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from bcosification import nn as bnn
-from bcosification.convert.blocks import convolution_norm_activation, recomputes
+from bcosification.convert.blocks import recomputes
+from bcosification.convert.chains import convolution_norm_activation
 from bcosification.convert.class_change import ChangedForward, change_class
 from bcosification.convert.families.base import register
 from bcosification.convert.families.positionwise_head import PositionwiseHead, PositionwiseHeadFamily
@@ -19,6 +20,8 @@ from bcosification.convert.rules import Options, type_name
 
 class ConvertedBasicConv(ChangedForward):
     """conv, bn and the ReLU, which torchvision calls as a function, as a layer, ``activation``."""
+
+    fused_chains = (("conv", "bn"),)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return convolution_norm_activation(self.conv, self.bn, self.activation, x, recompute=recomputes(self))

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bcosification.convert.blocks import convolution_norm_activation, recomputes
+from bcosification.convert.blocks import recomputes
+from bcosification.convert.chains import convolution_norm_activation
 from bcosification.convert.class_change import change_class
 from bcosification.convert.families.base import Family, HeadBeforePool, register
 from bcosification.convert.rules import Options
@@ -15,6 +16,8 @@ from bcosification.convert.rules import Options
 
 class HeadBeforePoolResNet(HeadBeforePool):
     """The classifier, a 1x1 convolution, before the global pooling."""
+
+    fused_chains = (("conv1", "bn1"),)
 
     def _forward_impl(self, x: torch.Tensor) -> torch.Tensor:
         x = convolution_norm_activation(self.conv1, self.bn1, self.relu, x, recompute=recomputes(self))

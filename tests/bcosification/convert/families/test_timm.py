@@ -84,7 +84,11 @@ def test_the_comparison_with_the_frozen_network_would_find_a_gate_that_is_not_he
     assert relative_error(explanation.weights, replay.gradient(explanation.targets)) > 1e-8
 
 
-@pytest.mark.parametrize("label", ["resnet", "resnet v2", "byobnet, mlp head", "vit, mean", "convnext", "mixer"])
+_VERIFIED = ["resnet", "resnet v2", "byobnet, mlp head", "vit, mean", "convnext", "mixer", "swin v2", "swin v2, cr"]
+_VERIFIED += ["resnet v2, filter response", "resnet v2, EvoNorm"]  # timm computes these norms in float32
+
+
+@pytest.mark.parametrize("label", _VERIFIED)
 def test_verify_says_ok(label):
     network, images = make(label)
     report = verify(network, bcosify(network), images)
@@ -259,14 +263,68 @@ def test_activations_can_go_but_gates_stay():
     assert type(removed.bn2.act) is nn.Identity and type(removed.blocks[0][0].se.gate) is nn.Sigmoid
 
 
+@pytest.mark.parametrize("applies", [True, False])
+@pytest.mark.parametrize("kind", ["EvoNorm2dS0", "EvoNorm2dS0a"])
+def test_evo_norms_hold_gate_and_deviation(kind, applies):
+    torch.manual_seed(0)
+    layer = getattr(timm.layers.evo_norm, kind)(8, groups=2, apply_act=applies)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 8, 4, 4, requires_grad=True)
+    new = find_rule(layer)(copy.deepcopy(layer), Options(b=1.0, bias="keep"))
+    torch.testing.assert_close(new(x), layer(x))
+    with bnn.explanation_mode(new):
+        y = new(x)
+    torch.testing.assert_close(y, layer(x))
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(slope * x, y - layer.bias.view(-1, 1, 1))  # nothing but x's factor and the bias
+
+
+@pytest.mark.parametrize("rectifies", [True, False])
+def test_the_threshold_of_a_filter_response_norm_is_a_constant(rectifies):
+    from timm.layers.filter_response_norm import FilterResponseNormAct2d, FilterResponseNormTlu2d
+
+    torch.manual_seed(0)
+    for layer in (FilterResponseNormTlu2d(3, apply_act=rectifies), FilterResponseNormAct2d(3, apply_act=rectifies)):
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter)
+        x = torch.randn(2, 3, 4, 4, requires_grad=True)
+        weight, bias, tau = layer.weight, layer.bias, getattr(layer, "tau", None)
+        new = find_rule(layer)(copy.deepcopy(layer), Options(b=1.0, bias="keep"))
+        torch.testing.assert_close(new(x), layer(x))
+        scale = (weight.view(-1, 1, 1) / (x.square().mean((2, 3), keepdim=True) + layer.eps).sqrt()).detach()
+        gain = torch.ones(2, requires_grad=True)
+        with bnn.explanation_mode(new):
+            for module in new.modules():
+                module.constant_gain = gain
+            y = new(x)
+        torch.testing.assert_close(y, layer(x))
+        least = -torch.inf if not rectifies else 0.0 if tau is None else tau.view(-1, 1, 1)
+        passes = (x * scale + bias.view(-1, 1, 1) > least).float()
+        direct, of_gain = torch.autograd.grad(y.sum(), [x, gain])
+        torch.testing.assert_close(direct, passes * scale)
+        constant = passes * bias.view(-1, 1, 1) + (0 if tau is None else (1 - passes) * tau.view(-1, 1, 1))
+        torch.testing.assert_close(of_gain, constant.expand_as(x).sum((1, 2, 3)))
+
+
+def test_the_threshold_of_a_filter_response_norm_goes_with_the_biases():
+    network, images = make("resnet v2, filter response")
+    assert "model.stem.norm1.act.bias" in bcosify(network, bias="keep").state_dict()
+    converted = bcosify(network)
+    assert not any(name.endswith("bias") for name in converted.state_dict())
+    explanation = explain(converted, images)
+    # Nothing is left that adds but the input's normalisation and the logit bias.
+    weights = explanation.weights.unflatten(1, (2, 3))
+    mean = torch.tensor(converted.config["mean"], dtype=torch.float64)
+    mean = torch.stack([mean, 1 - mean])
+    constant = -(weights.sum((-1, -2)) * mean).sum((1, 2)) + converted.config["logit_bias"]
+    torch.testing.assert_close(explanation.constant, constant, rtol=1e-9, atol=1e-9)
+
+
 def test_unknown_forwards_and_layers_are_refused():
     with torch.device("meta"):
-        network = timm.create_model("resnetv2_50d_frn")
-    with pytest.raises(ValueError, match="(?s)FilterResponseNormTlu2d: it ends in max.*: stem.norm1, "):
-        bcosify(network)
-    with torch.device("meta"):
-        network = timm.create_model("regnetx_002")
-    with pytest.raises(ValueError, match="(?s)RegNet: what its forward does .* is not known.*regnet.Bottleneck"):
+        network = timm.create_model("lambda_resnet26rpt_256")
+    with pytest.raises(ValueError, match="(?s)SelfAttnBlock: what its forward does .* is not known.*lambda_layer.Lamb"):
         bcosify(network, head="keep")
     with pytest.warns(UserWarning, match="without a rule are kept"):
         bcosify(network, head="keep", on_unknown="keep")
