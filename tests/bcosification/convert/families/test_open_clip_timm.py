@@ -268,7 +268,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="its class token or the mean of its tokens, got one with two attentional"):
         bcosify(coca(**POOLED | {"attentional_pool": "parallel"}))
     model = open_clip.CLIP(
-        embed_dim=10, vision_cfg=dict(timm_model_name="ghostnet_050", timm_model_pretrained=False, timm_pool="avg",
+        embed_dim=10, vision_cfg=dict(timm_model_name="starnet_s1", timm_model_pretrained=False, timm_pool="avg",
                                       timm_proj="linear", image_size=64), text_cfg=TEXT)  # fmt: skip
-    with pytest.raises(ValueError, match="timm.models.ghostnet.GhostNet: what its forward does"):
+    with pytest.raises(ValueError, match="timm.models.starnet.StarNet: what its forward does"):
         bcosify(model)
