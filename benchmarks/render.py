@@ -1,6 +1,6 @@
 """Tables and plots from the committed rows: nothing is measured here.
 
-    python -m benchmarks.render            # tables into README.md and docs/performance.md, plots into docs/images
+    python -m benchmarks.render            # tables into README.md and docs/, plots into docs/images
     python -m benchmarks.render --check    # exit code 1 if a table in them is not what the rows give
 
 A table stands between `<!-- benchmark:NAME -->` and `<!-- /benchmark -->`, and is replaced there; NAME is one of
@@ -20,7 +20,7 @@ from .networks import NETWORKS
 from .protocol import RESULTS, geometric_mean, load_rows
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/performance.md")
+DOCUMENTS = ("README.md", "docs/performance.md", "docs/families.md")
 MARKED = re.compile(r"(<!-- benchmark:(?P<name>[\w-]*) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
 
 TITLES = {
@@ -230,26 +230,37 @@ def layers(folder: Path) -> str:
     return _table(["forward + backward", *(LAYER_TITLES[name] for name in columns), "our worst"], table)
 
 
-def families(folder: Path) -> str:
-    """What each family of models converts, and the errors of its example: `bcosify families --check --json`'s file."""
+def _families(folder: Path) -> tuple[list[dict], str]:
+    """The rows of `bcosify families --check --json`'s file, and when and how they were found."""
     path = folder / "families.json"
     if not path.exists():
-        return "Not verified yet."
+        return [], "Not verified yet."
     content = json.loads(path.read_text(encoding="utf-8"))
-    lines = [
-        "| models | become B-cos, or constant in explanations | stay | cannot | error at B = 1 | error of W(x) |",
-        "|" + " --- |" * 6,
-    ]
-    for row in content["families"]:
+    told = f"Small models with random weights, in float64, verified on {content['machine']['date']}"
+    return content["families"], f"{told} with torch {content['machine']['torch']}."
+
+
+def families(folder: Path) -> str:
+    """The errors of the example of every family of models."""
+    rows, told = _families(folder)
+    lines = ["| models | error at B = 1 | error of W(x) |", "|" + " --- |" * 3]
+    for row in rows:
         if row["equivalence"] is None:
             errors = [row["problem"], "–"]
         else:
             errors = [f"{row['equivalence']:.0e}", f"{row['explanation']:.0e}"]
             errors[0] += "" if row["ok"] else " **failed**"
-        cells = [row["title"], row["converts"], row["keeps"], row["cannot"] or "–", *errors]
-        lines.append("| " + " | ".join(cells) + " |")
-    told = f"Small models with random weights, in float64, verified on {content['machine']['date']}"
-    return "\n".join([*lines, "", f"{told} with torch {content['machine']['torch']}."])
+        lines.append("| " + " | ".join([row["title"], *errors]) + " |")
+    return "\n".join([*lines, "", told]) if rows else told
+
+
+def conversions(folder: Path) -> str:
+    """What of the models of every family becomes B-cos, what stays, and what is not possible."""
+    rows, told = _families(folder)
+    lines = ["| models | become B-cos, or constant in explanations | stay | cannot |", "|" + " --- |" * 4]
+    for row in rows:
+        lines.append("| " + " | ".join([row["title"], row["converts"], row["keeps"], row["cannot"] or "–"]) + " |")
+    return "\n".join(lines) if rows else told
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -261,6 +272,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "explanations": explanations,
     "layers": layers,
     "families": families,
+    "conversions": conversions,
 }
 
 

@@ -21,6 +21,7 @@ def test_the_example_runs(monkeypatch, tmp_path):
 
 
 def test_the_table_has_every_family_of_torchvision():
-    rows = re.findall(r"^\| (torchvision [^|]*?) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    written = PAGE.read_text(encoding="utf-8").partition("## All families")[0]  # that one is rendered
+    rows = re.findall(r"^\| (torchvision [^|]*?) \|", written, re.MULTILINE)
     titles = [family.title for name, family in FAMILIES.items() if name.startswith("torchvision.")]
     assert sorted(rows) == sorted(titles)
