@@ -43,7 +43,7 @@ def test_convert(original, converted, capsys):
 def test_convert_says_how_to_fine_tune(original, tmp_path, capsys):
     assert main(["convert", f"transformers:{original}", "--out", str(tmp_path / "m")]) == 0
     out = capsys.readouterr().out
-    assert "BertForSequenceClassification: 24 of 33 layers converted, 10 of them to B-cos layers" in out
+    assert "BertForSequenceClassification: 22 of 33 layers converted, 8 of them to B-cos layers" in out
     assert "model(**inputs, labels=labels).loss" in out and "bcosify finetune" not in out
     assert main(["convert", f"transformers:{original}", "--mean", "0.5", "--out", str(tmp_path / "n")]) == 2
     assert "expected no --mean and --std for" in capsys.readouterr().err

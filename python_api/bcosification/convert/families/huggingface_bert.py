@@ -45,7 +45,7 @@ class Encoder(TextFamily):
     library = ""
     """Module that its classes come from."""
 
-    keeps = "word embeddings, of which W is the map; q and k, held; attention matrices"
+    keeps = "word embeddings, of which W is the map; q, k, v projections; q and k constant"
     cannot = "hold attentions other than eager and sdpa; convert decoders; be fine-tuned by bcosify finetune"
 
     def _encoder(self, model: nn.Module) -> nn.Module:
@@ -145,7 +145,7 @@ class HuggingFaceBert(Encoder):
 
     name = "huggingface_bert"
     title = "Hugging Face BertForSequenceClassification"
-    converts = "v, attention outputs, MLPs, pooler, classifier; LayerNorms, GELUs, the pooler's tanh"
+    converts = "attention outputs, MLPs, pooler, classifier; LayerNorms, GELUs, the pooler's tanh"
     body, library = "bert", BERT
 
     def configuration(self) -> type:
@@ -167,7 +167,7 @@ class HuggingFaceRoberta(Encoder):
 
     name = "huggingface_roberta"
     title = "Hugging Face RobertaForSequenceClassification"
-    converts = "v, attention outputs, MLPs, both layers of the classifier; LayerNorms, GELUs, the classifier's tanh"
+    converts = "attention outputs, MLPs, both layers of the classifier; LayerNorms, GELUs, the classifier's tanh"
     body, library = "roberta", ROBERTA
 
     def configuration(self) -> type:
@@ -228,7 +228,7 @@ class HuggingFaceDistilBert(Encoder):
 
     name = "huggingface_distilbert"
     title = "Hugging Face DistilBertForSequenceClassification"
-    converts = "v, attention outputs, MLPs, both layers of the classifier; LayerNorms, GELUs"
+    converts = "attention outputs, MLPs, both layers of the classifier; LayerNorms, GELUs"
     body, library = "distilbert", DISTILBERT
     sizes = {
         "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "vocab_size": 40, "max_position_embeddings": 16,
@@ -266,6 +266,15 @@ def held_projection(layer: nn.Module, options: Options) -> nn.Module:
     if type(layer) is not nn.Linear:
         raise NoRule("it projects to queries or keys: expected an nn.Linear")
     return change_class(layer, HeldProjection)
+
+
+@rule(
+    *(f"{module}.{name}SelfAttention.value" for module, name in LIKE_BERT.items()),
+    f"{DISTILBERT}.DistilBertSelfAttention.v_lin",
+)
+def value_projection(layer: nn.Module, options: Options) -> nn.Module:
+    """The projection to values stays linear, as in every other attention, and is a part of W."""
+    return linear_as_it_is(layer, options)
 
 
 _EMBEDDINGS = [*(f"{module}.{name}Embeddings" for module, name in LIKE_BERT.items()), f"{DISTILBERT}.Embeddings"]
