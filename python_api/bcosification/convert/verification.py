@@ -25,6 +25,7 @@ from bcosification.convert.preprocessing import Preprocessing
 from bcosification.convert.rules import Options, biases, type_name
 from bcosification.convert.text import BcosifiedText
 from bcosification.convert.wrapper import BcosifiedModel
+from bcosification.json_files import finite
 from bcosification.nn.evaluation_mode import evaluation_mode
 from bcosification.weights_files import shortened
 
@@ -164,7 +165,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types (errors that are not finite as None)."""
-        return _finite(asdict(self))
+        return finite(asdict(self))
 
     def to_html(self) -> str:
         """The report as one HTML page that needs nothing else."""
@@ -241,14 +242,6 @@ class Report:
 
 def _verdict(ok: bool) -> str:
     return "ok" if ok else "FAILED"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 Inputs = Tensor | Mapping[str, Tensor]

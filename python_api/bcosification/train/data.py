@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from bcosification.names import did_you_mean, meant
+from bcosification.names import did_you_mean, meant, shortened
 from bcosification.train.image_files import load_image
 from bcosification.train.shards import ShardImages, is_shards, split_shards
 
@@ -353,9 +353,8 @@ def _unreadable(path: str, full: bool) -> str | None:
     return None
 
 
-def _shortened(names: Sequence[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(repr(str(name)) for name in names[:limit]) + more
+def _shortened(names: Sequence[str]) -> str:
+    return shortened([repr(str(name)) for name in names], 5)
 
 
 class _Epochs(Dataset):
