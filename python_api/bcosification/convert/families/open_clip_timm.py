@@ -44,8 +44,8 @@ class OpenClipTimm(Family):
     converts = "timm's network, as its family does; the projection, at every position where positions are averaged"
     keeps = "what its family keeps"
     cannot = (
-        "convert timm networks without a family; be exact at B = 1 with the projection before a pooling that a norm "
-        "follows (head='keep' is)"
+        "convert networks of no family; be exact at B = 1 with proj before a pooling that a norm follows "
+        "(head='keep' is)"
     )
     example_options = {"mean": 0.5, "std": 0.5}
     embeds = True
