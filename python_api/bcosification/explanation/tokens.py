@@ -8,7 +8,6 @@ with E_t the embedding of token t before positions and segments are added to it,
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from bcosification.convert.linear_map import dynamic_linear_map
 from bcosification.convert.text import BcosifiedText
 from bcosification.explanation.explaining import Targets, check_sum, checked_targets
+from bcosification.json_files import json_text
 from bcosification.nn import explanation_mode
 from bcosification.nn.evaluation_mode import evaluation_mode
 
@@ -203,7 +203,7 @@ class TokenExplanation:
         files = [folder / "explanations.html", folder / "explanations.json"]
         files[0].write_text(self.page(), encoding="utf-8")
         summary = [self._summary(i) for i in range(len(self))]
-        files[1].write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        files[1].write_text(json_text(summary, indent=2, ensure_ascii=False), encoding="utf-8")
         if figures:
             for i in range(len(self)):
                 files.append(folder / f"{i:04d}.png")
