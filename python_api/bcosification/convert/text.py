@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -108,11 +109,19 @@ class BcosifiedText(BcosifiedModel):
         classes = logits.shape[-1]
         if classes == 1:
             return F.mse_loss(logits.view(-1), labels.view(-1).to(logits))
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"BcosifiedText: expected labels as a tensor, got {type(labels).__name__}")
         if labels.shape != logits.shape:
             if labels.is_floating_point() or labels.shape != logits.shape[:1]:
                 raise ValueError(
                     f"BcosifiedText: expected labels {tuple(logits.shape[:1])} of integers or {tuple(logits.shape)}, "
                     f"got {tuple(labels.shape)} {labels.dtype}"
+                )
+            readable = labels.device.type == "cpu" and not torch.compiler.is_compiling() and values_readable(labels)
+            if readable and not bool(((labels >= 0) & (labels < classes)).all()):
+                raise ValueError(
+                    f"BcosifiedText: expected labels from 0 to {classes - 1}, got {int(labels.min())} to "
+                    f"{int(labels.max())}"
                 )
             labels = F.one_hot(labels.long(), classes)
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits))
@@ -240,7 +249,7 @@ class BcosifiedText(BcosifiedModel):
         self._tokenizer = value
 
     def tokenize(self, texts: str | Sequence[str], **options: Any) -> Mapping[str, Tensor]:
-        """What the model and ``explain`` take, of N texts: padded, cut at the model's number of positions.
+        """What the model and ``explain`` take, of N texts: padded, cut at the model's number of positions (warns then).
 
         Args:
             texts: one or N texts.
@@ -252,6 +261,17 @@ class BcosifiedText(BcosifiedModel):
         texts = [texts] if isinstance(texts, str) else list(texts)
         options = {"padding": True, "truncation": True, "max_length": self.config["max_tokens"], **options}
         encoded = self.tokenizer(texts, return_tensors="pt", **options)
+        longest = encoded["input_ids"].shape[-1]
+        if options["truncation"] is True and longest >= options["max_length"]:
+            whole = self.tokenizer(texts, **{**options, "truncation": False, "padding": False}, verbose=False)
+            cut = [i for i, ids in enumerate(whole["input_ids"]) if len(ids) > longest]
+            if cut:
+                more = f" (and too many in {len(cut) - 1} others)" if len(cut) > 1 else ""
+                warnings.warn(
+                    f"tokenize: expected texts of at most {longest} tokens, got {len(whole['input_ids'][cut[0]])} in "
+                    f"text {cut[0]}{more}: what is beyond is left out",
+                    stacklevel=2,
+                )
         return encoded.to(self.word_embeddings.weight.device)
 
     def _tokenizer_at_hand(self) -> Any:

@@ -125,11 +125,11 @@ class TokenExplanation:
         lines = [f"{'token':<{width}}  contribution"]
         for token, value in pairs:
             bar = ("+" if value > 0 else "-") * (round(20 * abs(value) / largest) if largest else 0)
-            lines.append(f"{token:<{width}}  {value:>+12.4f}  {bar}".rstrip())
-        lines.append(f"{'constant':<{width}}  {float(self.constant[i]):>+12.4f}")
+            lines.append(f"{token:<{width}}  {value:>+12.4g}  {bar}".rstrip())
+        lines.append(f"{'constant':<{width}}  {float(self.constant[i]):>+12.4g}")
         target = int(self.targets[i])
         name = self.class_name(target)
-        lines.append(f"{'logit':<{width}}  {float(self.logits[i, target]):>+12.4f}  {name}")
+        lines.append(f"{'logit':<{width}}  {float(self.logits[i, target]):>+12.4g}  {name}")
         return "\n".join(lines)
 
     def html(self, i: int, tokens: Sequence[str] | None = None) -> str:
@@ -149,8 +149,8 @@ class TokenExplanation:
         name = escape(self.class_name(target))
         return (
             f'<section><p class="text">{words}</p>\n<p class="about"><b>{name}</b>{note}: logit '
-            f"{float(self.logits[i, target]):.3f} = contributions {float(self.contributions[i].double().sum()):+.3f} "
-            f"and constant {float(self.constant[i]):+.3f}</p></section>"
+            f"{float(self.logits[i, target]):.4g} = contributions {float(self.contributions[i].double().sum()):+.4g} "
+            f"and constant {float(self.constant[i]):+.4g}</p></section>"
         )
 
     def page(self, title: str = "Contributions of tokens") -> str:
@@ -185,7 +185,7 @@ class TokenExplanation:
         axes.invert_yaxis()
         axes.axvline(0, color="black", linewidth=0.8)
         target = int(self.targets[i])
-        axes.set_xlabel(f"contribution to the logit of {self.class_name(target)}, {float(self.logits[i, target]):.3f}")
+        axes.set_xlabel(f"contribution to the logit of {self.class_name(target)}, {float(self.logits[i, target]):.4g}")
         return figure
 
     def save(self, folder: str | Path, *, figures: bool = True) -> list[Path]:

@@ -540,15 +540,15 @@ def check_source(data, *, evaluation_only: bool = False, labelled: bool = True) 
             )
         split_shards(data, HELD_OUT_SHARE)
         return
-    if root.is_dir():
+    if str(data) in EMBEDDED:  # a folder of that name is ./digits: a run in it would hide the data that it was made of
+        _import_sklearn()
+    elif root.is_dir():
         missing = [] if evaluation_only or not labelled else [name for name in SPLITS if not (root / name).is_dir()]
         if missing:
             raise FileNotFoundError(
                 f"data: expected {root}/train and {root}/val, each with one sub-folder per class; missing: "
                 + ", ".join(f"{name}/" for name in missing)
             )
-    elif str(data) in EMBEDDED:
-        _import_sklearn()
     else:
         names = ", ".join(EMBEDDED)
         shards = "" if labelled else ", or shards (*.tar)"
@@ -583,7 +583,7 @@ def build_datamodule(
         FileNotFoundError, ValueError: no such name or folder, no classes, no images; see FolderImages.
     """
     options = dict(batch_size=batch_size, num_workers=num_workers, seed=seed, name=str(data), labelled=labelled)
-    if str(data) in EMBEDDED and not Path(str(data)).is_dir():
+    if str(data) in EMBEDDED:
         maker, shift = (digits, 2) if str(data) == "digits" else (scenes, 4)
         parts = []
         for split in SPLITS:

@@ -203,7 +203,7 @@ def embedded(config: FinetuneConfig) -> bool:
     """Whether the data are one of the sets that are made here."""
     from .data import EMBEDDED
 
-    return config.data in EMBEDDED and not Path(config.data).is_dir()
+    return config.data in EMBEDDED
 
 
 def image_size(config: FinetuneConfig, model, teacher=None) -> tuple[int, bool]:

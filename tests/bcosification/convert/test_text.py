@@ -146,7 +146,8 @@ def test_a_folder_by_its_name(folder, monkeypatch):
     assert model.config["tokenizer"] == str(folder) and model.config["source"] == info["spec"]
     encoded = model.tokenize(TEXTS)
     assert encoded["input_ids"].tolist() == model.tokenizer(TEXTS, padding=True)["input_ids"]
-    assert model.tokenize("good " * 40)["input_ids"].shape == (1, 16)
+    with pytest.warns(UserWarning, match="at most 16 tokens, got 42 in text 0"):
+        assert model.tokenize("good " * 40)["input_ids"].shape == (1, 16)
     pair = model.tokenize(["good"], text_pair=["bad"])
     assert pair["token_type_ids"].tolist() == [[0, 0, 0, 1, 1]]
     direct = bcosify(transformers.BertForSequenceClassification.from_pretrained(folder))
@@ -244,3 +245,31 @@ def test_the_model_card(folder, tmp_path, monkeypatch):
     assert (tmp_path / "pictures" / "explanations.html").is_file()
     model.config["source"] = "transformers:somebody/bert"
     assert 'base_model: "somebody/bert"' in model_card(model)
+
+
+def test_texts_that_are_cut_are_told(folder, recwarn):
+    model = bcosify(resolve(f"transformers:{folder}")[0])
+    limit = model.config["max_tokens"]
+    model.tokenize(["good " * (limit - 2), "bad"])  # with the two tokens around it, just as many
+    assert not [w for w in recwarn if "tokenize" in str(w.message)]
+    told = rf"at most {limit} tokens, got {limit + 3} in text 1 \(and too many in 1 other"
+    with pytest.warns(UserWarning, match=told):
+        encoded = model.tokenize(["bad", "good " * (limit + 1), "good " * limit])
+    assert encoded["input_ids"].shape == (3, limit)
+
+
+@pytest.mark.parametrize("labels, error, message", [
+    ([0, 1], TypeError, "expected labels as a tensor, got list"),
+    (torch.tensor([0, 3]), ValueError, "expected labels from 0 to 2, got 0 to 3"),
+    (torch.tensor([0, -100]), ValueError, "expected labels from 0 to 2, got -100 to 0"),
+])  # fmt: skip
+def test_labels_that_are_none(labels, error, message):
+    with pytest.raises(error, match=message):
+        bcosify(classifier())(**inputs(), labels=labels)
+
+
+def test_other_models_of_texts_are_refused_as_such():
+    config = transformers.ElectraConfig(vocab_size=30, hidden_size=8, embedding_size=8, num_hidden_layers=1,
+                                        num_attention_heads=2, intermediate_size=16)  # fmt: skip
+    with pytest.raises(ValueError, match="expected an encoder with a sequence .*, got transformers.*Electra"):
+        bcosify(transformers.ElectraForSequenceClassification(config))

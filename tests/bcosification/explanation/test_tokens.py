@@ -157,9 +157,9 @@ def test_tokens_in_words(explanation):
     with pytest.raises(ValueError, match="expected 9 tokens for text 1, got 2"):
         explanation.pairs(1, ["a", "b"])
     lines = explanation.table(1).splitlines()
-    assert lines[2].split()[:2] == ["very", f"{pairs[1][1]:+.4f}"]
-    assert lines[-2].split() == ["constant", f"{float(explanation.constant[1]):+.4f}"]
-    assert lines[-1].endswith("bad & ugly") and f"{float(explanation.logits[1, 0]):+.4f}" in lines[-1]
+    assert lines[2].split()[:2] == ["very", f"{pairs[1][1]:+.4g}"]
+    assert lines[-2].split() == ["constant", f"{float(explanation.constant[1]):+.4g}"]
+    assert lines[-1].endswith("bad & ugly") and f"{float(explanation.logits[1, 0]):+.4g}" in lines[-1]
     strongest = max(range(4), key=lambda t: abs(pairs[t][1]))
     assert [i for i, line in enumerate(lines) if re.search(r"[+-]{20}$", line)] == [strongest + 1]
     none = explain(bcosify(classifier()), inputs())

@@ -14,6 +14,7 @@ from bcosification.train.data import (
     FolderImages,
     ImageDataModule,
     build_datamodule,
+    check_source,
     digits,
     evaluation_transform,
     scenes,
@@ -261,3 +262,13 @@ def test_evaluation_only_takes_class_folders_directly(folder):
         folder, image_size=16, evaluation_only=True, class_names=["cat", "bee", "ant"], num_workers=0
     )
     assert {label for path, label in numbered.val.samples if "/cat/" in path} == {0}
+
+
+def test_a_folder_does_not_hide_data_that_come_with_the_package(tmp_path, monkeypatch):
+    """A run named like its data would otherwise be taken for them when it is resumed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits" / "best").mkdir(parents=True)
+    check_source("digits")
+    assert build_datamodule("digits").num_classes == 10
+    with pytest.raises(FileNotFoundError, match="expected digits/train and digits/val"):
+        check_source("./digits")
