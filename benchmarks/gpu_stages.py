@@ -166,7 +166,7 @@ def builds(run: Run) -> None:
     if reason is not None:
         run.add("cutlass", "bfloat16", status="not run", reason=first_line(reason))
     else:
-        jobs = str(max(1, min(4, (os.cpu_count() or 1) // 2)))
+        jobs = str(max(1, min(8, (os.cpu_count() or 1) // 2)))
         run.attempt("cutlass", "bfloat16", build("-m", "bcos_kernels.cutlass_build", "--jobs", jobs))
     status, text = _tool(sys.executable, "-m", "bcos_kernels", "--json")  # asks anew what can be loaded
     if status == 0:

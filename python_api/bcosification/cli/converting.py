@@ -159,7 +159,7 @@ def add_families(commands) -> argparse.ArgumentParser:
         "The exit code is 1 if a check fails.",
         usage="bcosify families [options] [NAME ...]",
     )  # fmt: skip
-    command.add_argument("names", metavar="NAME", nargs="*", help="those families only (default: all)")
+    command.add_argument("names", metavar="NAME", nargs="*", help="only those with this in their name (default: all)")
     command.add_argument("--check", action="store_true", help="verify a small model of each")
     command.add_argument("--json", metavar="FILE", help="write the list there, too")
     add_common(command)

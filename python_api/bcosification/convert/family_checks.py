@@ -57,7 +57,7 @@ def family_reports(names: Sequence[str] = (), *, check: bool = False) -> list[Fa
     """All families, the generic one last.
 
     Args:
-        names: those of these names only; default: all.
+        names: those of these names only, or whose names or titles have one of these in them; default: all.
         check: convert the example of each (random weights, float64) and verify it; seconds.
 
     Raises:
@@ -68,7 +68,10 @@ def family_reports(names: Sequence[str] = (), *, check: bool = False) -> list[Fa
         families.setdefault(family.name, (family, []))[1].append(class_name)
     ordered = {name: families[name] for name in sorted(families)}
     ordered[Family.name] = (Family(), [])
-    unknown = [name for name in names if name not in ordered]
+    called = {name: f"{name} {family.title}".lower() for name, (family, _) in ordered.items()}
+    found = {name: [name] if name in ordered else [n for n in ordered if name.lower() in called[n]] for name in names}
+    chosen = {name for several in found.values() for name in several} or set(ordered)
+    unknown = [name for name, several in found.items() if not several]
     if unknown:
         near = did_you_mean(name for one in unknown for name in meant(one, ordered, most=2))
         raise ValueError(
@@ -77,7 +80,7 @@ def family_reports(names: Sequence[str] = (), *, check: bool = False) -> list[Fa
         )
     reports = []
     for name, (family, classes) in ordered.items():
-        if not names or name in names:
+        if name in chosen:
             told = {key: getattr(family, key) for key in ("title", "converts", "keeps", "cannot")}
             report = FamilyReport(name, classes=classes, **told)
             if check:

@@ -27,6 +27,13 @@ def test_every_family_is_told_once():
         family_reports(["nothing"])
 
 
+def test_names_by_their_parts():
+    swin = family_reports(["timm Swin Transformer V2"])
+    assert [report.name for report in swin] == ["timm_swin_v2", "timm_swin_v2_cr"]
+    assert {report.name for report in family_reports(["bert"])} >= {"huggingface_bert", "huggingface_roberta"}
+    assert [report.name for report in family_reports(["sequential"])] == ["sequential"]
+
+
 @pytest.mark.parametrize("name", [*FOUND, "generic"])
 def test_examples_are_of_their_family_and_verified(name):
     family = Family() if name == "generic" else next(f for f in FAMILIES.values() if f.name == name)

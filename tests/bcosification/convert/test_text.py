@@ -273,3 +273,8 @@ def test_other_models_of_texts_are_refused_as_such():
                                         num_attention_heads=2, intermediate_size=16)  # fmt: skip
     with pytest.raises(ValueError, match="expected an encoder with a sequence .*, got transformers.*Electra"):
         bcosify(transformers.ElectraForSequenceClassification(config))
+
+
+def test_a_regression_of_several_numbers_is_no_classifier():
+    with pytest.raises(ValueError, match="problem_type='regression' and 3 outputs"):
+        bcosify(classifier(problem_type="regression"))

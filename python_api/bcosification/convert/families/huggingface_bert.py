@@ -65,6 +65,11 @@ class Encoder(TextFamily):
                 f"bcosify: expected an encoder, got {type(model).__name__} with is_decoder={config.is_decoder} and "
                 f"add_cross_attention={config.add_cross_attention}"
             )
+        if config.problem_type == "regression" and config.num_labels > 1:
+            raise ValueError(
+                f"bcosify: expected a classifier, got {type(model).__name__} with problem_type='regression' and "
+                f"{config.num_labels} outputs; its loss and the logit bias of a conversion are those of classes"
+            )
         implementation = config._attn_implementation
         if implementation not in ATTENTION:
             raise ValueError(
