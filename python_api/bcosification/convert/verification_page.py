@@ -8,7 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bcosification.convert.verification import Report
+    from bcosification.convert.verification_report import Report
 
 SMALLEST = 1e-18
 """Where the bars of errors begin; they end at 1."""
