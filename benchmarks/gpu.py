@@ -115,6 +115,25 @@ def first_line(error: object) -> str:
     return str(error).strip().partition("\n")[0][:200]
 
 
+def output_of(*command: str, timeout: float = 60, **environment: str) -> tuple[int, str]:
+    """(exit status, output); 127 where there is no such program, 124 where it took too long: it is ended then, with all
+    that it has started."""
+    try:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+            env={**os.environ, **environment}, start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        return 127, str(error)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return 124, f"took more than {timeout:.0f} s"
+    return process.returncode, output
+
+
 @dataclasses.dataclass
 class Run:
     """What a stage works with.
@@ -191,7 +210,7 @@ class Stage:
 
 
 def stages() -> dict[str, Stage]:
-    from . import gpu_correctness, gpu_finetune
+    from . import gpu_choices, gpu_correctness, gpu_finetune, gpu_layers, gpu_networks, gpu_profile
     from . import gpu_stages as s
 
     listed = (
@@ -202,10 +221,14 @@ def stages() -> dict[str, Stage]:
         Stage("correctness", "all backends over options, streams, graphs, compilation, 2^31 elements", 540, 5,
               gpu_correctness.correctness),
         Stage("tuning", "what is right is timed and unlocked: the tuning table of this GPU", 540, 5, s.tune),
-        Stage("layers", "layers of ResNet-50 and ViTs against plain and the peer's, eager and compiled", 540, 4,
-              s.layers),
-        Stage("networks", "training steps, memory, inference and explanations of ResNet-50 and ViTs", 580, 6,
-              s.networks),
+        Stage("layers", "layers of ResNet-50 and ViTs against plain, the peer's and the floor, eager and compiled", 540,
+              4, gpu_layers.layers),
+        Stage("networks", "training steps, memory, inference and explanations of CNNs, ViTs and CLIP's RN50", 580, 6,
+              gpu_networks.networks),
+        Stage("profile", "where a training step's time goes, by kernel; counters of single kernels", 540, 2,
+              gpu_profile.profile),
+        Stage("choices", "graphs against eager steps, where the norm comes from, rates of passes, tiles", 540, 3,
+              gpu_choices.choices),
         Stage("finetune", "a ResNet-50 fine-tuned through the input pipeline: rates, losses, memory, kernels", 580, 2,
               gpu_finetune.finetune),
         Stage("sanitizer", "memory checker and race checker; guard bands and bitwise repeats", 540, 2, s.sanitizer),

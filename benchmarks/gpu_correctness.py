@@ -11,6 +11,7 @@ import bcos_kernels
 from bcos_kernels import functional, reference, selftest, selftest_cases, tuning
 
 from .gpu import Run, first_line
+from .gpu_graphs import captured
 
 
 def _check(run: Run, case: selftest_cases.Case, precision: str, backends: list[str]) -> None:
@@ -99,18 +100,10 @@ def _graphs(run: Run, case: selftest_cases.Case, backend: str) -> dict:
     expected = outputs()
     for name, t in tensors.items():
         t.copy_(kept[name] * 0.5)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            outputs()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = outputs()
+    replay = captured(outputs, run.device)
     for name, t in tensors.items():
         t.copy_(kept[name])
-    graph.replay()
+    got = replay()
     torch.cuda.synchronize()
     return _same(got, expected)
 

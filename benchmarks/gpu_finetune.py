@@ -10,6 +10,7 @@ not the peers'. Then the kernels that take the most time, as shares of a step.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import tempfile
 import time
 import warnings
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from bcosification.evaluation.measuring import interleaved, summarized
 
 from .gpu import OutOfTime, Run
+from .gpu_profile import MOST, kernel_times
 
 CLASSES = 8
 MIB = 2**20
@@ -106,23 +108,11 @@ def on_device(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Ten
     return images, labels.to(device, non_blocking=True)
 
 
-def kernel_shares(training: Training, batch: tuple[Tensor, Tensor], steps: int, most: int = 12) -> dict[str, float]:
-    """Kernel (on a CPU: operation) → its share of the time that all take, the largest first."""
-    on_gpu = training.device.type == "cuda"
-    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[activity]) as profile:
-        for _ in range(steps):
-            training.step(*batch)
-        if on_gpu:
-            torch.cuda.synchronize()
-    times: dict[str, float] = {}
-    for event in profile.key_averages():
-        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        if spent > 0:
-            times[event.key[:120]] = times.get(event.key[:120], 0.0) + spent
-    total = sum(times.values())
-    largest = sorted(times, key=times.__getitem__, reverse=True)[:most]
-    return {name: times[name] / total for name in largest}
+def kernel_shares(training: Training, batch: tuple[Tensor, Tensor], steps: int) -> dict[str, float]:
+    """Kernel (on a CPU: operation) → its share of the time that all take, the largest first; not the small ones."""
+    times = kernel_times(lambda: training.step(*batch), steps, training.device)
+    total = sum(ms for ms, _ in times.values())
+    return {name: ms / total for name, (ms, _) in itertools.islice(times.items(), MOST)}
 
 
 def finetune(run: Run) -> None:

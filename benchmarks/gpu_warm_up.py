@@ -1,6 +1,6 @@
 """Compiles the Triton kernels that later stages launch, side by side.
 
-    python -m benchmarks.gpu_warm_up PART PARTS [--rehearse]
+    python -m benchmarks.gpu_warm_up PART PARTS [--tiles] [--rehearse]
 
 Triton compiles a kernel where it is first launched, seconds of one core each, and keeps it on disk. Stages launch one
 case after the other; on a machine that is lent for minutes, with cores to spare, compiling would be most of them. Here
@@ -10,6 +10,7 @@ PARTS processes launch a share of the cases each, and what they compute is throw
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import torch
 import bcos_kernels
 from bcos_kernels import selftest, selftest_cases, tuning
 
+from . import gpu_choices
 from .gpu import ROOT, OutOfTime, Run
 from .gpu_cases import layer_cases, tuned_cases
 
@@ -46,6 +48,11 @@ def calls(rehearsal: bool = False) -> list[tuple[selftest_cases.Case, str]]:
     return sorted(checked + timed, key=lambda call: (call[0].op, call[1]))
 
 
+def tiled_calls(rehearsal: bool = False) -> list[tuple[selftest_cases.Case, str, str]]:
+    """(case, precision, tile) of the stage `choices`."""
+    return [(*of, name) for of in gpu_choices.tiled_cases(rehearsal) for name in gpu_choices.variants(of[1])]
+
+
 def _launch(case: selftest_cases.Case, precision: str, backend: str, device: torch.device) -> None:
     function = getattr(bcos_kernels.functional, case.op)
     with selftest._tf32(precision == "tf32"), selftest.exactly(backend):
@@ -59,19 +66,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_warm_up", description=__doc__.partition("\n\n")[0])
     parser.add_argument("part", type=int)
     parser.add_argument("parts", type=int)
+    parser.add_argument("--tiles", action="store_true", help="what the stage choices launches, tile by tile")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, a few calls of the definition")
     options = parser.parse_args(argv)
     if not 0 <= options.part < options.parts:
         parser.error(f"expected 0 <= PART < PARTS, got {options.part} and {options.parts}")
     device = torch.device("cpu" if options.rehearse else "cuda")
     backend = "reference" if options.rehearse else "triton"
-    every = calls(options.rehearse)
+    every = tiled_calls(options.rehearse) if options.tiles else [(*call, None) for call in calls(options.rehearse)]
     share = every[len(every) * options.part // options.parts : len(every) * (options.part + 1) // options.parts]
     raised = 0
     start = time.perf_counter()
-    for case, precision in share:
+    for case, precision, tile in share:
+        variant = gpu_choices.variants(precision)[tile] if tile else None
         try:
-            _launch(case, precision, backend, device)
+            with gpu_choices.tiles(*variant) if variant else contextlib.nullcontext():
+                _launch(case, precision, backend, device)
         except NotImplementedError:
             pass
         except Exception as error:  # whatever it is, the stage of this case meets it again and makes a row of it
@@ -81,12 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def side_by_side(run: Run) -> dict:
-    """All parts at once, each in a process; a row of how that went."""
+def side_by_side(run: Run, *options: str) -> dict:
+    """All parts at once, each in a process that has the options; a row of how that went."""
     parts = 2 if run.rehearsal else max(1, min(PARTS, (os.cpu_count() or 1) - 2))
     start = time.perf_counter()
     command = [sys.executable, "-m", "benchmarks.gpu_warm_up"]
-    extra = ["--rehearse"] if run.rehearsal else []
+    extra = [*options, *(["--rehearse"] if run.rehearsal else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(

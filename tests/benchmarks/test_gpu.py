@@ -13,16 +13,23 @@ import torch
 
 from bcos_kernels import selftest, selftest_cases
 from bcosification.evaluation import measuring
-from benchmarks import gpu, gpu_correctness, gpu_finetune, gpu_guards, gpu_stages, gpu_warm_up, networks, wheels
-from benchmarks.protocol import load_rows
+from benchmarks import (
+    floor,
+    gpu,
+    gpu_correctness,
+    gpu_finetune,
+    gpu_guards,
+    gpu_layers,
+    gpu_networks,
+    gpu_stages,
+    gpu_warm_up,
+    networks,
+    wheels,
+)
+from tests.benchmarks.gpu_rows import CPU, rates_of, rows_of
 
 STAGES = gpu.stages()
-CPU = torch.device("cpu")
 without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-
-
-def rows_of(stage, folder):
-    return {(row["case"], row["contender"]): row for row in load_rows(f"gpu_{stage}", folder)}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -37,7 +44,7 @@ def test_the_list(capsys):
 
 @pytest.mark.parametrize("arguments, message", [(["--stage", "speed"], "expected some of environment, .*, got speed"),
                                                 (["--limit", "0"], "expected seconds > 0, got 0"),
-                                                (["--budget", "90"], "expected more than 100 seconds for 8 stages, "
+                                                (["--budget", "90"], "expected more than 120 seconds for 10 stages, "
                                                                      "got 90")])  # fmt: skip
 def test_arguments_that_are_none(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -234,18 +241,6 @@ def test_stages_have_what_comes_as_wheels(tmp_path, monkeypatch, capfd):
 # --- the stages, rehearsed --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def rehearse(tmp_path, monkeypatch):
-    monkeypatch.setenv("BCOS_TUNING_CACHE", str(tmp_path / "elsewhere"))
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-
-    def run(name):
-        status = gpu.run_here(STAGES[name], tmp_path, 120, rehearsal=True)
-        return status, rows_of(name, tmp_path)
-
-    return run
-
-
 def test_environment(rehearse):
     status, rows = rehearse("environment")
     assert status == gpu.DONE
@@ -263,7 +258,7 @@ def test_builds(rehearse):
 
 def test_builds_are_made_again_on_every_machine(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(gpu_stages, "_tool", lambda *command, **options: (made.append(command), (0, "built"))[1])
+    monkeypatch.setattr(gpu_stages, "output_of", lambda *command, **options: (made.append(command), (0, "built"))[1])
     monkeypatch.setattr(gpu_stages.gpu_warm_up, "side_by_side", lambda run: {"status": "compiled"})
     for _ in range(2):
         assert gpu.run_here(STAGES["builds"], tmp_path, 60, rehearsal=True) == gpu.DONE
@@ -380,10 +375,10 @@ def test_tuning_writes_row_after_row(tmp_path, monkeypatch):
 def test_a_tool_that_hangs_is_ended_with_its_children(tmp_path):
     started = tmp_path / "started"
     script = f"sh -c 'sleep 1; touch {tmp_path / 'survived'}' & touch {started}; wait"
-    assert gpu_stages._tool("sh", "-c", script, timeout=0.3) == (124, "took more than 0 s")
+    assert gpu.output_of("sh", "-c", script, timeout=0.3) == (124, "took more than 0 s")
     time.sleep(1.2)
     assert started.exists() and not (tmp_path / "survived").exists()
-    assert gpu_stages._tool("no-such-tool")[0] == 127 and gpu_stages._tool("sh", "-c", "exit 7") == (7, "")
+    assert gpu.output_of("no-such-tool")[0] == 127 and gpu.output_of("sh", "-c", "exit 7") == (7, "")
 
 
 @pytest.mark.parametrize(
@@ -422,7 +417,9 @@ def test_networks(rehearse):
     of_the_package = {who: row for (case, who), row in rows.items() if case.endswith("package bcos")}
     rows = {key: row for key, row in rows.items() if not key[0].endswith("package bcos")}
     assert {who for _, who in rows} == {f"{who}, {task}" for who in ("plain", "ours") for task in tasks}
-    assert set(of_the_package) == {f"{who}, {task}" for who in ("plain", "bcos", "bcos, fused") for task in tasks}
+    assert set(of_the_package) == {
+        f"{who}, {task}" for who in ("plain", "bcos", "bcos, fused", "bcos, fused, NCHW") for task in tasks
+    }
     assert 0 < of_the_package["bcos, fused, training"]["difference_from_peer"] < 1e-2
     assert all(row["images_per_s"] > 0 for row in of_the_package.values())
     ours = next(row for (_, who), row in rows.items() if who == "ours, training")
@@ -430,7 +427,7 @@ def test_networks(rehearse):
 
 
 def test_a_package_s_network_with_other_gradients_is_wrong(rehearse, monkeypatch):
-    build = gpu_stages.Models.build
+    build = gpu_networks.Models.build
 
     def off(models, contender):
         model = build(models, contender)
@@ -440,7 +437,7 @@ def test_a_package_s_network_with_other_gradients_is_wrong(rehearse, monkeypatch
                 list(model.parameters())[1].mul_(1.1)
         return model
 
-    monkeypatch.setattr(gpu_stages.Models, "build", off)
+    monkeypatch.setattr(gpu_networks.Models, "build", off)
     status, rows = rehearse("networks")
     assert status == gpu.WRONG
     assert rows["resnet18, float32, batch 2, package bcos", "bcos, fused"]["status"] == "wrong"
@@ -450,10 +447,73 @@ def test_networks_without_the_package(rehearse, monkeypatch):
     def missing(models):
         raise networks.NotHere("needs bcos", "pip install bcos")
 
-    monkeypatch.setattr(gpu_stages.Models, "peer", missing)
+    monkeypatch.setattr(gpu_networks.Models, "peer", missing)
     status, rows = rehearse("networks")
     assert status == gpu.DONE
     assert rows["resnet18, float32, batch 2, package bcos", "bcos"]["reason"] == "needs bcos: pip install bcos"
+
+
+def test_the_networks_that_are_measured():
+    """All of section 10's, at every precision; what needs no compiler first."""
+    every = list(gpu_networks.plan())
+    assert len(set(every)) == len(every) and {name for name, _, _ in every} == set(gpu_networks.KNOWN)
+    assert {(name, precision) for name, precision, group in every if group == "eager"} == {
+        (name, precision) for name in gpu_networks.KNOWN for precision in ("bfloat16", "tf32", "float32")
+    }
+    first = [group for _, _, group in every[: len(gpu_networks.KNOWN)]]
+    assert set(first) == {"eager"}
+    assert all(name in networks.NETWORKS for name, _, group in every if group == gpu_networks.PACKAGE)
+
+
+def test_a_network_whose_library_is_not_there(tmp_path, monkeypatch):
+    network = gpu_networks.Measured(list, 2, needs="no_such_library")
+    monkeypatch.setattr(gpu_networks, "REHEARSED", {"resnet18": network})
+    run = gpu.Run(CPU, True, gpu.Rows("networks", tmp_path, CPU), tmp_path, time.monotonic() + 60)
+    gpu_networks.networks(run)
+    row = rows_of("networks", tmp_path)["resnet18, float32, batch 2, eager", "all"]
+    assert (row["status"], row["reason"]) == ("not run", "needs no_such_library") and not run.wrong
+
+
+def test_clip_s_tower_is_measured_as_it_is_converted():
+    """The one network of the stage that is no classifier: by a small model of its kind."""
+    from tests.bcosification.small_clip import clip
+
+    images = torch.rand(3, 3, 32, 32, dtype=torch.float64)
+    model = gpu_networks.converted_of(clip("resnet"), images)
+    variances = [norm.running_var for norm in model.modules() if getattr(norm, "running_var", None) is not None]
+    assert variances and all((var != 1).any() for var in variances)
+
+
+def test_rows_have_the_floor_where_the_rates_are_known(rehearse, tmp_path):
+    _, before = rehearse("layers")
+    assert not any("floor_ms" in row for row in before.values())
+    rates_of(tmp_path)
+    run = gpu.Run(CPU, True, gpu.Rows("layers", tmp_path, CPU), tmp_path, time.monotonic() + 60, again=True)
+    gpu_layers.layers(run)
+    rows = rows_of("layers", tmp_path)
+    case = next(case for case, _ in rows if case.startswith("linear float32") and "autotune" not in case)
+    work, backward = floor.of_layer(selftest_cases.linear("MLP", 10, 16, 8), 4)
+    row = rows[case, "plain"]
+    assert row["forward_floor_ms"] == pytest.approx(work.bytes / 10e6, rel=1e-4)
+    assert row["floor_ms"] == pytest.approx((work.bytes + backward.bytes) / 10e6, rel=1e-4)
+    assert row["device_ms"] > 0 and row["device_forward_ratio"] == 1
+    assert "floor_ms" not in rows[case, "peer"]
+
+
+def test_what_a_graph_cannot_hold_is_timed_without_one(rehearse, monkeypatch):
+    def refuses(function, device):
+        if len(refused) == 1:
+            refused.append(function)
+            raise RuntimeError("operation not permitted when stream is capturing")
+        refused.append(function)
+        return function
+
+    refused = []
+    monkeypatch.setattr(gpu_layers, "captured", refuses)
+    status, rows = rehearse("layers")
+    assert status == gpu.DONE
+    without = [of for of, row in rows.items() if "device_ms" not in row]
+    assert len(without) == 1 and without[0][1] != "plain" and rows[without[0]]["ratio"] > 0
 
 
 def test_finetune(rehearse):

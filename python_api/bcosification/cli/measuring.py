@@ -137,6 +137,10 @@ def add_benchmark(commands) -> argparse.ArgumentParser:
     add_shared(command, "--arch")
     group = command.add_argument_group("measuring")
     group.add_argument("--batch", type=int, metavar="N", help="images at once (default: 8 on a CPU, else 64)")
+    group.add_argument(
+        "--explained", type=int, metavar="N",
+        help="images of the batch that are explained (default: all); the peers explain one after the other",
+    )  # fmt: skip
     group.add_argument("--size", type=int, metavar="PIXELS", help="edge of the images (default: the model's)")
     group.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
@@ -158,7 +162,7 @@ def add_benchmark(commands) -> argparse.ArgumentParser:
 
 def _benchmark(arguments: argparse.Namespace) -> int:
     spec = model_spec(arguments)
-    for name, value in (("--batch", arguments.batch), ("--size", arguments.size)):
+    for name, value in (("--batch", arguments.batch), ("--size", arguments.size), ("--explained", arguments.explained)):
         if value is not None and value < 1:
             raise ValueError(f"expected {name} >= 1, got {value}")
     file = output_file("--json", arguments.json)
@@ -177,6 +181,8 @@ def _benchmark(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--no-compile: expected a contender that is not compiled, got {arguments.contenders}")
     device = usable_device(arguments.device)
     batch = arguments.batch or (8 if device.type == "cpu" else 64)
+    if arguments.explained is not None and arguments.explained > batch:
+        raise ValueError(f"expected --explained of at most {batch}, the batch, got {arguments.explained}")
     if is_converted(spec):
         folder = run_folder(spec)
         refuse_conversion(arguments, folder)
@@ -188,8 +194,9 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     height, width = (arguments.size,) * 2 if arguments.size else converted.config["input_size"] or (224, 224)
     images = torch.rand(batch, converted.channels, height, width, generator=torch.Generator().manual_seed(0))
     result = benchmark(
-        original, converted, images.to(device), contenders=contenders, rounds=arguments.rounds, dtype=arguments.dtype
-    )
+        original, converted, images.to(device), contenders=contenders, rounds=arguments.rounds, dtype=arguments.dtype,
+        explained=arguments.explained,
+    )  # fmt: skip
     print(f"{spec}, {result}")
     if file is not None:
         file.write_text(json_text({"model": spec, **result.to_dict()}), encoding="utf-8")

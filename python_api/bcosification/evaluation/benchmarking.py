@@ -216,8 +216,9 @@ class Benchmark:
             parameters); of ours also fallback_share (of the time in B-cos layers and norms, of one call, that on the
             backend "reference": ops that no kernel runs) and fallback_ops (their names). Where a contender did not run:
             task, contender, failed (the reason).
-        settings: contenders, baseline, batch, size (height, width), dtype, device, rounds; texts, the number of
-            directions that the embeddings of an image tower are compared with, None for classifiers.
+        settings: contenders, baseline, batch, explained (images of the explanations), size (height, width), dtype,
+            device, rounds; texts, the number of directions that the embeddings of an image tower are compared with,
+            None for classifiers.
         machine: see `measuring.machine`.
     """
 
@@ -256,7 +257,9 @@ class Benchmark:
                 "",
                 f"Images per second, and the time relative to {CONTENDERS[settings['baseline']]}"
                 f"{_spread_told(settings['rounds'])}.",
-                "Explanations: of plain the input gradient; peer-style one image after the other, as the peers do.",
+                "Explanations"
+                + (f" of {settings['explained']} images" if settings["explained"] < settings["batch"] else "")
+                + ": of plain the input gradient; peer-style one image after the other, as the peers do.",
                 *([f"An image tower: its embeddings are compared with {settings['texts']:,} random directions, in "
                    "place of texts."] if settings.get("texts") else []),
                 "Memory of a training step: kept for the backward, and the most at once, beyond parameters.",
@@ -332,6 +335,7 @@ def benchmark(
     contenders: Sequence[str] = DEFAULT_CONTENDERS,
     rounds: int = 5,
     dtype: str = "float32",
+    explained: int | None = None,
     progress: bool = True,
 ) -> Benchmark:
     """Speed and memory of a model, plain and as a B-cos model with the peers' layers and with ours.
@@ -350,13 +354,16 @@ def benchmark(
         contenders: names of `CONTENDERS`; ratios are to the first. Default plain, peer, peer-compiled, ours.
         rounds: timed calls of each contender and task, default 5.
         dtype: "float32" (default), or "bfloat16" or "float16": autocast, with parameters in float32.
+        explained: how many of the images are explained, the first ones; default all. The peers explain one after the
+            other, which takes long for a large batch.
         progress: tell on stderr what is being done (default).
 
     Returns:
         A `Benchmark`. Neither model is changed.
 
     Raises:
-        ValueError: unknown or repeated contenders or dtypes, rounds < 1, images that the model does not take.
+        ValueError: unknown or repeated contenders or dtypes, rounds < 1, more images explained than there are, or none;
+            images that the model does not take.
         RuntimeError: a contender computes other numbers; nothing was timed then.
 
     Example:
@@ -364,7 +371,11 @@ def benchmark(
         >>> print(benchmark(network, bcosify(network), torch.rand(8, 3, 224, 224)))
     """
     check_options(contenders, rounds, dtype)
-    run = _Run(original, converted, images, tuple(contenders), rounds, dtype, progress)
+    explained = len(images) if explained is None else explained
+    if not 1 <= explained <= len(images):
+        there = len(images)
+        raise ValueError(f"benchmark: explained: expected 1 to {there}, the images that there are, got {explained}")
+    run = _Run(original, converted, images, tuple(contenders), rounds, dtype, explained, progress)
     return run()
 
 
@@ -415,7 +426,7 @@ def _tried(model: nn.Module, images: Tensor) -> object:
 
 
 class _Run:
-    def __init__(self, original, converted, images, contenders, rounds, dtype, progress):
+    def __init__(self, original, converted, images, contenders, rounds, dtype, explained, progress):
         self.device = images.device
         self.texts = TEXTS if isinstance(converted, BcosifiedCLIP) else None
         if self.texts:
@@ -423,6 +434,7 @@ class _Run:
         self.original = copy.deepcopy(original).to(self.device, memory_format=torch.channels_last)
         self.converted = copy.deepcopy(converted).to(self.device, memory_format=torch.channels_last)
         self.images = images.contiguous(memory_format=torch.channels_last)
+        self.explained = self.images[:explained]
         self.labels = torch.arange(len(images), device=self.device)
         self.contenders, self.rounds, self.dtype, self.progress = contenders, rounds, dtype, progress
         self.autocast = None if dtype == "float32" else DTYPES[dtype]
@@ -443,6 +455,7 @@ class _Run:
             "contenders": list(self.contenders),
             "baseline": self.contenders[0],
             "batch": len(self.images),
+            "explained": len(self.explained),
             "size": list(self.images.shape[-2:]),
             "dtype": self.dtype,
             "device": self.device.type,
@@ -501,7 +514,8 @@ class _Run:
             if name in failed:
                 self.rows.append({"task": task, "contender": name, "failed": failed[name]})
             elif name in summary:
-                rate = len(self.images) / summary[name]["median_ms"] * 1e3
+                images = self.explained if task == "explanation" else self.images
+                rate = len(images) / summary[name]["median_ms"] * 1e3
                 self.rows.append(
                     {"task": task, "contender": name, "images_per_s": rate, **summary[name], **memory.get(name, {}),
                      **slow.get(name, {})}
@@ -527,16 +541,16 @@ class _Run:
                 _check_same(name, "logits", _error(inference(model, self.images, **options), expected), self.autocast)
             return lambda: inference(model, self.images, **options)
         if kind == "plain":
-            return lambda: input_gradient(model, self.images, **options)
+            return lambda: input_gradient(model, self.explained, **options)
         if kind == "peer":
-            encoded = encode(model, self.images)
+            encoded = encode(model, self.explained)
             return lambda: explain_one_by_one(model, encoded, **options)
 
         def ours():
             with warnings.catch_warnings(), _autocast(self.device, self.autocast):
                 if self.autocast is not None:
                     warnings.simplefilter("ignore")  # in 16 bits the sum of the contributions is the logit roughly
-                return explain(model, self.images, batch_size=len(self.images))
+                return explain(model, self.explained, batch_size=len(self.explained))
 
         return ours
 

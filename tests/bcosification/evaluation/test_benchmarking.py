@@ -63,6 +63,19 @@ def test_every_contender_has_its_rows(pair, eager_compiler):
     assert kept["peer"] > 1.5 * kept["ours"] > 1.5 * kept["ours-low"]
 
 
+def test_explanations_of_the_first_images(pair, monkeypatch):
+    network, converted = pair
+    seen = []
+    monkeypatch.setattr(benchmarking, "explain", lambda model, x, **o: (seen.append(x), explain(model, x, **o))[1])
+    explain = bcosification.explain
+    result = benchmark(network, converted, IMAGES, contenders=("plain", "peer", "ours"), explained=2, **QUICK)
+    assert all(torch.equal(x, IMAGES[:2]) for x in seen[1:]) and len(seen) > 2  # the first checks numbers
+    for row in result.rows:
+        images = 2 if row["task"] == "explanation" else 3
+        assert row["images_per_s"] == pytest.approx(images / row["median_ms"] * 1e3)
+    assert result.settings["explained"] == 2 and "Explanations of 2 images: of plain" in str(result)
+
+
 def test_the_share_of_the_fallback_is_told(pair, monkeypatch):
     network, converted = pair
 
@@ -239,6 +252,8 @@ def test_the_error_is_relative_to_all_gradients_together():
         (dict(contenders=("ours", "ours")), "got ours, ours"),
         (dict(contenders=()), "got none"),
         (dict(rounds=0), "expected rounds >= 1, got 0"),
+        (dict(explained=0), "explained: expected 1 to 3, the images that there are, got 0"),
+        (dict(explained=4), "explained: expected 1 to 3, the images that there are, got 4"),
         (dict(dtype="int8"), "dtype: expected one of float32, bfloat16, float16, got 'int8'"),
         (dict(size=2), "expected a size that the model takes, got 2 x 2: "),
     ],
