@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from . import render_gpu
 from .networks import NETWORKS
 from .protocol import RESULTS, geometric_mean, load_rows
 
@@ -273,6 +274,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "layers": layers,
     "families": families,
     "conversions": conversions,
+    **render_gpu.TABLES,
 }
 
 
@@ -383,11 +385,8 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(f"{name} is not up to date: make bench-render" for name in stale) or "up to date")
         return 1 if stale else 0
     images = ROOT / "docs" / "images"
-    drawn = [
-        path.name
-        for path, draw in ((images / "networks.png", draw_networks), (images / "layers.png", draw_layers))
-        if draw(path)
-    ]
+    plots = {"networks.png": draw_networks, "layers.png": draw_layers, render_gpu.PLOT: render_gpu.draw_layers}
+    drawn = [name for name, draw in plots.items() if draw(images / name, RESULTS)]
     print(f"tables changed in: {', '.join(stale) or 'no document'}; drawn: {', '.join(drawn) or 'nothing'}")
     return 0
 
