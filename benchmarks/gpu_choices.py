@@ -34,7 +34,7 @@ from bcosification.evaluation.benchmarking import Step
 from bcosification.evaluation.measuring import interleaved, summarized
 
 from .gpu import Run, first_line
-from .gpu_graphs import captured
+from .gpu_graphs import captured, capturing_stream
 from .gpu_networks import KNOWN, REHEARSED, autocast_of, converted_of, rates
 
 DIRECTIONS = ("forward", "backward")
@@ -110,7 +110,8 @@ def calls_of(device: torch.device, case: Case, precision: str, backend: str) -> 
         with selftest.exactly(backend):
             return function(**leaves, **case.options)
 
-    y = forward()
+    with capturing_stream(device):
+        y = forward()
     dy = torch.randn_like(y)
     return forward, lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
 

@@ -41,13 +41,13 @@ def test_kinds_of_kernels(kernel, kind):
 
 REPORT = """==PROF== Connected to process 7
 ==PROF== Disconnected
-"ID","Process ID","Kernel Name","gpu__time_duration.sum","dram__bytes.sum","{memory}","{compute}"
-"","","","ns","byte","%","%"
-"0","7","at::cuda::spin_kernel(long)","1,024","0","0","0"
-"1","7","linear_forward_persistent_kernel","50,000","200,000,000","61.5","70.25"
-"2","7","void bcos::cuda::scale_kernel<float>(bcos::cuda::Scale)","2000","8000000","","3"
-"3","7","at::cuda::spin_kernel(long)","1024","0","0","0"
-"4","7","conv2d_forward_kernel","9000","7","1","2"
+"ID","Process ID","Kernel Name","{us}","{MB_read}","{MB_written}","{memory}","{compute}"
+"","","","ns","byte","byte","%","%"
+"0","7","at::cuda::spin_kernel(long)","1,024","0","0","0","0"
+"1","7","linear_forward_persistent_kernel","50,000","150,000,000","50,000,000","61.5","70.25"
+"2","7","void bcos::cuda::scale_kernel<float>(bcos::cuda::Scale)","2000","8000000","0","","3"
+"3","7","at::cuda::spin_kernel(long)","1024","0","0","0","0"
+"4","7","conv2d_forward_kernel","9000","7","0","1","2"
 """.format(**{name: metric for metric, name in gpu_profile.METRICS.items()})
 
 
@@ -55,10 +55,13 @@ def test_a_report_of_counters():
     found = gpu_profile.counters(REPORT, gpu_profile.looked_at())
     linear, conv2d = gpu_profile.looked_at()[:2]
     assert found == [
-        (linear, "linear_forward_persistent_kernel", {"us": 50.0, "MB_moved": 200.0, "memory": 61.5, "compute": 70.25}),
-        (linear, "void bcos::cuda::scale_kernel<float>", {"us": 2.0, "MB_moved": 8.0, "compute": 3.0}),
-        (conv2d, "conv2d_forward_kernel", {"us": 9.0, "MB_moved": pytest.approx(7e-6), "memory": 1.0, "compute": 2.0}),
-    ]
+        (linear, "linear_forward_persistent_kernel",
+         {"us": 50.0, "MB_read": 150.0, "MB_written": 50.0, "memory": 61.5, "compute": 70.25}),
+        (linear, "void bcos::cuda::scale_kernel<float>",
+         {"us": 2.0, "MB_read": 8.0, "MB_written": 0.0, "compute": 3.0}),
+        (conv2d, "conv2d_forward_kernel",
+         {"us": 9.0, "MB_read": pytest.approx(7e-6), "MB_written": 0.0, "memory": 1.0, "compute": 2.0}),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("said, status", [((0, REPORT), "done"), ((1, "==ERROR== ERR_NVGPUCTRPERM"), "not run"),
