@@ -1,7 +1,7 @@
 """Tables and plots of the rows of `make gpu`, and whether the targets are met. Nothing is measured here.
 
-Without rows every table says so. What a table shows of a row is named by the stage that writes it: gpu_layers.py,
-gpu_networks.py, gpu_choices.py, gpu_finetune.py.
+Without rows every table says so. What a table shows of a row is named by the stage that writes it: gpu/layers.py,
+gpu/networks.py, gpu/choices.py, gpu/finetune.py.
 """
 
 from __future__ import annotations

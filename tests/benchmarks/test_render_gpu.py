@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import gpu, render_gpu
-from tests.benchmarks.gpu_rows import CPU
+from benchmarks import render_gpu
+from benchmarks.gpu import running
+from tests.benchmarks.gpu.rows import CPU
 
 MACHINE = {
     "device": "Abacus", "torch": "2.99", "triton": "9.9", "commit": "c0ffee", "date": "2031-01-01", "sources": "0"
@@ -14,7 +15,7 @@ WHERE = "On Abacus, torch 2.99, Triton 9.9, c0ffee, 2031-01-01."
 
 
 def write(folder, stage, rows):
-    written = gpu.Rows(stage, folder, CPU)
+    written = running.Rows(stage, folder, CPU)
     written.machine = MACHINE
     for (case, contender), values in rows.items():
         written.add(case, contender, **values)

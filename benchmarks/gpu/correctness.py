@@ -1,4 +1,4 @@
-"""The stage `correctness` of benchmarks/gpu.py: numbers, and the ways in which an op can be called on a GPU."""
+"""The stage `correctness` of `make gpu`: numbers, and the ways in which an op can be called on a GPU."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 import bcos_kernels
 from bcos_kernels import functional, reference, selftest, selftest_cases, tuning
 
-from .gpu import Run, first_line
-from .gpu_graphs import captured
+from .graphs import captured
+from .running import Run, first_line
 
 
 def _check(run: Run, case: selftest_cases.Case, precision: str, backends: list[str]) -> None:

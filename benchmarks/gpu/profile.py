@@ -1,12 +1,14 @@
-"""The stage `profile` of benchmarks/gpu.py: where the time of a training step goes, and what single kernels reach.
+"""The stage `profile` of `make gpu`: where the time of a training step goes, and what single kernels reach.
 
-    python -m benchmarks.gpu_profile BACKEND      # launches what the stage has Nsight Compute look at
+    python -m benchmarks.gpu.profile BACKEND      # launches what the stage has Nsight Compute look at
 
-| case | contenders | values | | --- | --- | --- | | step: … | plain, ours | step_ms, kernels_ms that its kernels run,
-busy (their share of the step), launches, and the share of the kernels' time by kind | | kernels of …: … | the kernels
-that take the most | share of the kernels' time, launches a step, microseconds a launch | | counters: … | kernels of a
-layer, by Nsight Compute where it runs | microseconds, MB_read and MB_written of memory, memory and compute: per cent of
-the device's peak |
+Rows, by how their case begins:
+
+    step:            plain's and ours: step_ms; kernels_ms that its kernels run; busy, their share of the step;
+                     launches; the shares of the kernels' time by kind.
+    kernels of …:    the kernels that take the most: share of the kernels' time, launches a step, us_a_launch.
+    counters of …:   kernels of a layer, by Nsight Compute where it runs: us, MB_read and MB_written of memory; memory
+                     and compute, per cent of the device's peaks; MB_at_least, what forward and backward have to move.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ from bcos_kernels.selftest_cases import Case, conv2d, layer_norm, linear
 from bcosification.evaluation.benchmarking import Step
 from bcosification.evaluation.measuring import interleaved, summarized
 
-from . import floor
-from .gpu import OutOfTime, Run, first_line, output_of
-from .gpu_networks import KNOWN, REHEARSED, autocast_of, converted_of
+from .. import floor
+from .networks import KNOWN, REHEARSED, autocast_of, converted_of
+from .running import OutOfTime, Run, first_line, output_of
 
 KINDS = {
     "products and convolutions of the library": r"gemm|cutlass|cudnn|wgrad|dgrad|fprop|conv|xmma|nvjet|splitk",
@@ -142,7 +144,7 @@ def looked_at() -> list[Case]:
 
 def launches(backend: str, device: torch.device, cases: Sequence[Case]) -> None:
     """What the profiler looks at: a mark, then the forward and the backward of a case; before that once to warm up."""
-    from .gpu_choices import calls_of
+    from .choices import calls_of
 
     for case in cases:
         forward, backward = calls_of(device, case, "bfloat16", backend)
@@ -185,7 +187,7 @@ def looked_at_by_ncu(run: Run, backend: str) -> None:
     cases = looked_at()
     command = [
         "ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw", "--print-units",
-        "base", "--metrics", ",".join(METRICS), sys.executable, "-m", "benchmarks.gpu_profile", backend,
+        "base", "--metrics", ",".join(METRICS), sys.executable, "-m", "benchmarks.gpu.profile", backend,
     ]  # fmt: skip
     status, report = output_of(*command, timeout=max(run.left(), 1))
     if status == 124:

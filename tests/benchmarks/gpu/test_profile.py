@@ -6,13 +6,13 @@ import time
 
 import pytest
 
-from benchmarks import gpu, gpu_profile
-from tests.benchmarks.gpu_rows import CPU, rows_of
+from benchmarks.gpu import command, profile, running
+from tests.benchmarks.gpu.rows import CPU, rows_of
 
 
 def test_profile(rehearse):
     status, rows = rehearse("profile")
-    assert status == gpu.DONE
+    assert status == command.DONE
     label = "step: resnet18, float32, batch 2"
     for who in ("plain", "ours"):
         row = rows[label, who]
@@ -21,7 +21,7 @@ def test_profile(rehearse):
         assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
         assert ("share: B-cos kernels" in shares) == (who == "ours")
         kernels = {k: row for (case, k), row in rows.items() if case.startswith(f"kernels of {who}: ")}
-        assert len(kernels) == gpu_profile.MOST and all(row["us_a_launch"] > 0 for row in kernels.values())
+        assert len(kernels) == profile.MOST and all(row["us_a_launch"] > 0 for row in kernels.values())
     assert rows["counters", "all"]["reason"] == "no GPU"
 
 
@@ -36,7 +36,7 @@ def test_profile(rehearse):
     ("abacus", "other"),
 ])  # fmt: skip
 def test_kinds_of_kernels(kernel, kind):
-    assert gpu_profile.kind_of(kernel) == kind
+    assert profile.kind_of(kernel) == kind
 
 
 REPORT = """==PROF== Connected to process 7
@@ -48,12 +48,12 @@ REPORT = """==PROF== Connected to process 7
 "2","7","void bcos::cuda::scale_kernel<float>(bcos::cuda::Scale)","2000","8000000","0","","3"
 "3","7","at::cuda::spin_kernel(long)","1024","0","0","0","0"
 "4","7","conv2d_forward_kernel","9000","7","0","1","2"
-""".format(**{name: metric for metric, name in gpu_profile.METRICS.items()})
+""".format(**{name: metric for metric, name in profile.METRICS.items()})
 
 
 def test_a_report_of_counters():
-    found = gpu_profile.counters(REPORT, gpu_profile.looked_at())
-    linear, conv2d = gpu_profile.looked_at()[:2]
+    found = profile.counters(REPORT, profile.looked_at())
+    linear, conv2d = profile.looked_at()[:2]
     assert found == [
         (linear, "linear_forward_persistent_kernel",
          {"us": 50.0, "MB_read": 150.0, "MB_written": 50.0, "memory": 61.5, "compute": 70.25}),
@@ -67,9 +67,9 @@ def test_a_report_of_counters():
 @pytest.mark.parametrize("said, status", [((0, REPORT), "done"), ((1, "==ERROR== ERR_NVGPUCTRPERM"), "not run"),
                                           ((0, REPORT.partition('"0"')[0]), "failed")])  # fmt: skip
 def test_what_the_profiler_says(said, status, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_profile, "output_of", lambda *command, timeout: said)
-    run = gpu.Run(CPU, True, gpu.Rows("profile", tmp_path, CPU), tmp_path, time.monotonic() + 60)
-    gpu_profile.looked_at_by_ncu(run, "triton")
+    monkeypatch.setattr(profile, "output_of", lambda *command, timeout: said)
+    run = running.Run(CPU, True, running.Rows("profile", tmp_path, CPU), tmp_path, time.monotonic() + 60)
+    profile.looked_at_by_ncu(run, "triton")
     rows = rows_of("profile", tmp_path)
     assert rows["counters: triton", "ncu"]["status"] == status and run.wrong == (status == "failed")
     layers = {case for case, _ in rows if case.startswith("counters of triton: ")}

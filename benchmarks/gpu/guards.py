@@ -1,6 +1,6 @@
 """What stands in for a memory checker: bands around every tensor of a launcher, and bitwise repeats.
 
-compute-sanitizer python -m benchmarks.gpu_guards BACKEND    # a small set of calls, for the checkers themselves
+compute-sanitizer python -m benchmarks.gpu.guards BACKEND    # a small set of calls, for the checkers themselves
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
-"""The stage `choices` of benchmarks/gpu.py: what the kernels' design leaves to measurement, each question a few
-contenders.
+"""The stage `choices` of `make gpu`: what the kernels' design leaves to measurement.
 
-| case | contenders | values | | --- | --- | --- | | norm: … | the library's product; Triton's forward without a norm
-(B = 1), with the norm from the tiles of its main loop, from a pass of its own, from squares that the producer of x
-has left | median_ms, ratio to the library's product | | tiles: … | Triton's kernels as configs.py has them, and with
-other tiles | median_ms and ratio to configs.py's | | pass: … | memory-bound ops by backend | median_ms, GB_per_s by
-the bytes that have to move, share of the copy's rate | | launching: … | training steps of networks, eager and as a
-CUDA graph; small batches are what launching holds up | median_ms, ratio to plain eager, host_ms that the host takes
-for a step |
+Rows, by how their case begins; times are of CUDA graphs, but for those of eager steps:
 
-All times but those of eager steps are of CUDA graphs. Which backend serves a shape class is what the stage `tuning`
-settles, recomputation (`ours-low`) the stage `networks`.
+    norm:       the library's product; Triton's forward without a norm (B = 1), with the norm from the tiles of its main
+                loop, from a pass of its own, and from squares that the producer of x has left. Ratios to the product.
+    tiles:      Triton's kernels with the tiles of configs.py, and with others. Ratios to configs.py's.
+    pass:       memory-bound ops by backend: GB_per_s by the bytes that have to move, their share of the copy's rate.
+    launching:  training steps of networks, eager and as a CUDA graph; host_ms is what the host takes for a step, which
+                holds small batches up. Ratios to plain's eager step.
+
+Which backend serves a shape class is what the stage `tuning` settles, recomputation (`ours-low`) the stage `networks`.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ from bcos_kernels.triton_kernels.configs import Config
 from bcosification.evaluation.benchmarking import Step
 from bcosification.evaluation.measuring import interleaved, summarized
 
-from .gpu import Run, first_line
-from .gpu_graphs import captured, capturing_stream
-from .gpu_networks import KNOWN, REHEARSED, autocast_of, converted_of, rates
+from .graphs import captured, capturing_stream
+from .networks import KNOWN, REHEARSED, autocast_of, converted_of, rates
+from .running import Run, first_line
 
 DIRECTIONS = ("forward", "backward")
 
@@ -352,8 +351,8 @@ def choices(run: Run) -> None:
         return
     due = [of for of in tiled_cases(run.rehearsal) if any(run.due(_tiled_label(*of, way)) for way in DIRECTIONS)]
     if due:
-        from . import gpu_warm_up
+        from . import warm_up
 
-        run.add("tiles", "compiled side by side", **gpu_warm_up.side_by_side(run, "--tiles"))
+        run.add("tiles", "compiled side by side", **warm_up.side_by_side(run, "--tiles"))
     for case, precision in due:
         tiles_of(run, case, precision)

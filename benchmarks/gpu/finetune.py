@@ -1,5 +1,5 @@
-"""The stage `finetune` of benchmarks/gpu.py: a B-cosified ResNet-50 fine-tuned for a few hundred steps on made-up
-images, through the input pipeline that `bcosify finetune` uses, beside the plain network and the peers' formulas.
+"""The stage `finetune` of `make gpu`: a B-cosified ResNet-50 fine-tuned for a few hundred steps on made-up images,
+through the input pipeline that `bcosify finetune` uses, beside the plain network and the peers' formulas.
 
 Rows, a contender each: images_per_s with the pipeline and its ratio of times to plain's; waiting, the share of the time
 that the host waited for images; resident_ms and its ratio, a step on images that are on the device already; first and
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from bcosification.evaluation.measuring import interleaved, summarized
 
-from .gpu import OutOfTime, Run
-from .gpu_profile import MOST, kernel_times
+from .profile import MOST, kernel_times
+from .running import OutOfTime, Run
 
 CLASSES = 8
 MIB = 2**20

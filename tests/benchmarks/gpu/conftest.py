@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import gpu
-from tests.benchmarks.gpu_rows import rows_of
+from benchmarks.gpu import command
+from tests.benchmarks.gpu.rows import rows_of
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def rehearse(tmp_path, monkeypatch):
 
     def run(name):
         """(exit status, rows) of a stage."""
-        status = gpu.run_here(gpu.stages()[name], tmp_path, 120, rehearsal=True)
+        status = command.run_here(command.all_stages()[name], tmp_path, 120, rehearsal=True)
         return status, rows_of(name, tmp_path)
 
     return run

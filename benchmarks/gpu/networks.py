@@ -1,9 +1,9 @@
-"""The stage `networks` of benchmarks/gpu.py: whole networks at batches as one device holds them.
+"""The stage `networks` of `make gpu`: whole networks at batches as one device holds them.
 
-A case is a network at a precision with a group of contenders: "eager"; "compiled", by torch.compile; or "package
-bcos", the package's own network as it is and fused by us, beside the plain one. Precisions are bfloat16 and float16
-(autocast), tf32 (float32 whose products run so) and float32. Rows of the plain network have floor_ms, what its layers
-take at the rates that the stage `environment` measured (floor.py), and of its training step tflop_per_s.
+A case is a network at a precision with a group of contenders: "eager"; "compiled", by torch.compile; or "package bcos",
+the package's own network as it is and fused by us, beside the plain one. Precisions are bfloat16 and float16, by
+autocast, tf32 (float32 whose products run so) and float32. Rows of the plain network have floor_ms, what its layers
+take at the rates that the stage `environment` has measured (floor.py).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from bcos_kernels import selftest
 from bcosification.evaluation.benchmarking import Step, explain_one_by_one, gradient_error, inference, input_gradient
 from bcosification.evaluation.measuring import interleaved, summarized
 
-from . import floor
-from .gpu import Run, first_line
-from .networks import NETWORKS, Models, NotHere, calibrated, inputs
+from .. import floor
+from ..networks import NETWORKS, Models, NotHere, calibrated, inputs
+from .running import Run, first_line
 
 PACKAGE = "package bcos"
 GROUPS = {

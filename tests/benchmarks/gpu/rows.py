@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks import gpu
+from benchmarks.gpu import running
 from benchmarks.protocol import load_rows
 
 CPU = torch.device("cpu")
@@ -16,7 +16,7 @@ def rows_of(stage, folder):
 
 def rates_of(folder):
     """What the stage environment would have left there."""
-    rows = gpu.Rows("environment", folder, CPU)
+    rows = running.Rows("environment", folder, CPU)
     rows.add("bandwidth", "copy, read + written", GB_per_s=10.0)
     for name in ("float32", "bfloat16", "tf32"):
         rows.add("matrix product 64^3", name, TFLOP_per_s=0.1)

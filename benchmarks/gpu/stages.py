@@ -1,4 +1,4 @@
-"""The stages of benchmarks/gpu.py that are no file of their own: what each measures, and its rows.
+"""The stages of `make gpu` that are no file of their own: what each measures, and its rows.
 
 Errors are fractions of what is allowed (bcos_kernels/selftest.py). Times are medians by CUDA events, contenders in
 turn. A row of something wrong has status "wrong", of something that raised "failed", with the first line of why.
@@ -23,10 +23,10 @@ import torch
 from bcos_kernels import cutlass_build, selftest, selftest_cases, selftest_commands, tuning
 from bcosification.evaluation.measuring import interleaved
 
-from . import gpu_warm_up
-from .gpu import OutOfTime, Run, first_line, output_of
-from .gpu_cases import tuned_cases
-from .gpu_guards import SKIPPED, guarded, repeated
+from . import warm_up
+from .cases import tuned_cases
+from .guards import SKIPPED, guarded, repeated
+from .running import OutOfTime, Run, first_line, output_of
 
 # --- environment ------------------------------------------------------------------------------------------------------
 
@@ -131,7 +131,7 @@ def builds(run: Run) -> None:
 
     if run.rehearsal:
         run.attempt("setup.py", "native", build("-c", "print('built')"))
-        run.attempt("triton", "compiled side by side", partial(gpu_warm_up.side_by_side, run))
+        run.attempt("triton", "compiled side by side", partial(warm_up.side_by_side, run))
         return
     run.attempt("setup.py", "native", build("setup.py", "build_ext", "--inplace"))
     reason = cutlass_build.unbuildable_reason()
@@ -144,7 +144,7 @@ def builds(run: Run) -> None:
     if status == 0:
         for name, why in json.loads(text[text.index("{") : text.rindex("}") + 1])["backends"].items():
             run.add("backends", name, status="usable" if why is None else "not usable", reason=why or "")
-    run.attempt("triton", "compiled side by side", partial(gpu_warm_up.side_by_side, run))
+    run.attempt("triton", "compiled side by side", partial(warm_up.side_by_side, run))
 
 
 # --- tuning -----------------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def _sanitized(run: Run, tool: str, checker: str, backend: str) -> dict:
     log = run.out / f"gpu_{checker}_{backend.replace(':', '_')}.log"
     command = [
         tool, "--tool", checker, "--error-exitcode", "86", "--log-file", str(log), sys.executable, "-m",
-        "benchmarks.gpu_guards", backend,
+        "benchmarks.gpu.guards", backend,
     ]  # fmt: skip
     # no cache of blocks: it would hide what lies outside of a tensor
     status, text = output_of(*command, timeout=max(run.left(), 1), PYTORCH_NO_CUDA_MEMORY_CACHING="1")

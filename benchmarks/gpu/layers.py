@@ -1,4 +1,4 @@
-"""The stage `layers` of benchmarks/gpu.py: single layers of ResNet-50 and ViTs, against plain and the peer's.
+"""The stage `layers` of `make gpu`: single layers of ResNet-50 and ViTs, against plain and the peer's.
 
 Rows, a contender each: median_ms and ratio (to plain's) of forward and backward, forward_ms and forward_ratio; the
 same with device_ before it from CUDA graphs, what the device takes without the time that launching does. A network
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from bcos_kernels import selftest, selftest_cases
 from bcosification.evaluation.measuring import interleaved, summarized
 
-from . import floor
-from .gpu import Run, first_line
-from .gpu_cases import layer_cases
-from .gpu_graphs import captured
-from .gpu_networks import rates
+from .. import floor
+from .cases import layer_cases
+from .graphs import captured
+from .networks import rates
+from .running import Run, first_line
 
 COMPILED = ", max-autotune"
 SUITES = (("bfloat16", ""), ("bfloat16", COMPILED), ("tf32", ""))

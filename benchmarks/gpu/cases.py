@@ -1,4 +1,4 @@
-"""What the stages of benchmarks/gpu.py time: calls at the sizes of networks."""
+"""What the stages of `make gpu` time: calls at the sizes of networks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 
 from bcos_kernels import selftest_cases
 
-from .shapes import convolutions
+from ..shapes import convolutions
 
 
 def tuned_cases() -> list[selftest_cases.Case]:

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels that later stages launch, side by side.
 
-    python -m benchmarks.gpu_warm_up PART PARTS [--tiles] [--rehearse]
+    python -m benchmarks.gpu.warm_up PART PARTS [--tiles] [--rehearse]
 
 Triton compiles a kernel where it is first launched, seconds of one core each, and keeps it on disk. Stages launch one
 case after the other; on a machine that is lent for minutes, with cores to spare, compiling would be most of them. Here
@@ -22,9 +22,9 @@ import torch
 import bcos_kernels
 from bcos_kernels import selftest, selftest_cases, tuning
 
-from . import gpu_choices
-from .gpu import ROOT, OutOfTime, Run
-from .gpu_cases import layer_cases, tuned_cases
+from . import choices
+from .cases import layer_cases, tuned_cases
+from .running import ROOT, OutOfTime, Run
 
 PARTS = 12
 """Processes at most: each has a context on the GPU, half a GiB of its memory."""
@@ -50,7 +50,7 @@ def calls(rehearsal: bool = False) -> list[tuple[selftest_cases.Case, str]]:
 
 def tiled_calls(rehearsal: bool = False) -> list[tuple[selftest_cases.Case, str, str]]:
     """(case, precision, tile) of the stage `choices`."""
-    return [(*of, name) for of in gpu_choices.tiled_cases(rehearsal) for name in gpu_choices.variants(of[1])]
+    return [(*of, name) for of in choices.tiled_cases(rehearsal) for name in choices.variants(of[1])]
 
 
 def _launch(case: selftest_cases.Case, precision: str, backend: str, device: torch.device) -> None:
@@ -63,7 +63,7 @@ def _launch(case: selftest_cases.Case, precision: str, backend: str, device: tor
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_warm_up", description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.warm_up", description=__doc__.partition("\n\n")[0])
     parser.add_argument("part", type=int)
     parser.add_argument("parts", type=int)
     parser.add_argument("--tiles", action="store_true", help="what the stage choices launches, tile by tile")
@@ -78,9 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     raised = 0
     start = time.perf_counter()
     for case, precision, tile in share:
-        variant = gpu_choices.variants(precision)[tile] if tile else None
+        variant = choices.variants(precision)[tile] if tile else None
         try:
-            with gpu_choices.tiles(*variant) if variant else contextlib.nullcontext():
+            with choices.tiles(*variant) if variant else contextlib.nullcontext():
                 _launch(case, precision, backend, device)
         except NotImplementedError:
             pass
@@ -95,7 +95,7 @@ def side_by_side(run: Run, *options: str) -> dict:
     """All parts at once, each in a process that has the options; a row of how that went."""
     parts = 2 if run.rehearsal else max(1, min(PARTS, (os.cpu_count() or 1) - 2))
     start = time.perf_counter()
-    command = [sys.executable, "-m", "benchmarks.gpu_warm_up"]
+    command = [sys.executable, "-m", "benchmarks.gpu.warm_up"]
     extra = [*options, *(["--rehearse"] if run.rehearsal else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = [

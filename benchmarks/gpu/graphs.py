@@ -1,4 +1,4 @@
-"""CUDA graphs for the stages of benchmarks/gpu.py: what a device takes alone, without the time that launching does."""
+"""CUDA graphs for the stages of `make gpu`: what a device takes alone, without the time that launching does."""
 
 from __future__ import annotations
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from bcos_kernels.triton_kernels import configs
-from benchmarks import gpu, gpu_choices, gpu_warm_up
-from tests.benchmarks.gpu_rows import CPU, rates_of, rows_of
+from benchmarks.gpu import choices, command, running, warm_up
+from tests.benchmarks.gpu.rows import CPU, rates_of, rows_of
 
 
 def test_choices(rehearse):
     """Without Triton's interpreter: what the other backends can be asked."""
     status, rows = rehearse("choices")
-    assert status == gpu.DONE
+    assert status == command.DONE
     label = "launching: resnet18, float32, batch 2"
     assert {who for case, who in rows if case == label} == {
         "plain", "plain, CUDA graph", "ours", "ours, CUDA graph"
@@ -31,9 +31,9 @@ def test_choices(rehearse):
 
 def test_rates_of_passes_are_shares_of_the_copy_s(tmp_path):
     rates_of(tmp_path)
-    run = gpu.Run(CPU, True, gpu.Rows("choices", tmp_path, CPU), tmp_path, time.monotonic() + 60)
-    each = gpu_choices.passes(rehearsal=True)[0]
-    gpu_choices.pass_of(run, each, ["reference", "cpu"])
+    run = running.Run(CPU, True, running.Rows("choices", tmp_path, CPU), tmp_path, time.monotonic() + 60)
+    each = choices.passes(rehearsal=True)[0]
+    choices.pass_of(run, each, ["reference", "cpu"])
     for row in rows_of("choices", tmp_path).values():
         assert row["share_of_copy"] == pytest.approx(row["GB_per_s"] / 10, rel=1e-3)
     forward = rows_of("choices", tmp_path)[f"pass: {each.case.op} float32, {each.case}, forward", "cpu"]
@@ -44,18 +44,18 @@ def test_only_tiles_that_a_call_looks_up_are_tried():
     def looks_up():
         configs.config_for(1000, 1000, 64, torch.float32)
 
-    assert gpu_choices._consulted(looks_up) == {(32, "large")}
-    assert gpu_choices._consulted(lambda: configs.descriptor_config_for(1000, 48, 64, torch.bfloat16)) == {"tall"}
-    tile = gpu_choices.TILES[32, "large"][0]
-    with gpu_choices.tiles((32, "large"), tile):
+    assert choices._consulted(looks_up) == {(32, "large")}
+    assert choices._consulted(lambda: configs.descriptor_config_for(1000, 48, 64, torch.bfloat16)) == {"tall"}
+    tile = choices.TILES[32, "large"][0]
+    with choices.tiles((32, "large"), tile):
         assert configs.config_for(1000, 1000, 64, torch.float32) == tile
-    with gpu_choices.tiles("large", tile):
+    with choices.tiles("large", tile):
         assert configs.descriptor_config_for(1000, 128, 64, torch.bfloat16) == tile
     assert configs.config_for(1000, 1000, 64, torch.float32) != tile
 
 
 def test_tiles_to_try_are_none_of_those_that_are_used():
-    both = (configs.CONFIGS, gpu_choices.TILES), (configs.DESCRIPTOR_CONFIGS, gpu_choices.DESCRIPTOR_TILES)
+    both = (configs.CONFIGS, choices.TILES), (configs.DESCRIPTOR_CONFIGS, choices.DESCRIPTOR_TILES)
     for table, tried in both:
         for form, tiles in tried.items():
             assert table[form] not in tiles and len(set(tiles)) == len(tiles)
@@ -71,22 +71,22 @@ def test_norms_and_tiles_in_the_interpreter(tmp_path):
     program = f"""
 import time, torch
 from pathlib import Path
-from benchmarks import gpu, gpu_choices
-run = gpu.Run(torch.device("cpu"), True, gpu.Rows("choices", Path({str(tmp_path)!r}), torch.device("cpu")),
+from benchmarks.gpu import choices, running
+run = running.Run(torch.device("cpu"), True, running.Rows("choices", Path({str(tmp_path)!r}), torch.device("cpu")),
               Path({str(tmp_path)!r}), time.monotonic() + 100)
-gpu_choices.norms_of(run, gpu_choices.norm_cases(True)[0])
-for case, precision in gpu_choices.tiled_cases(True):
-    gpu_choices.tiles_of(run, case, precision)
+choices.norms_of(run, choices.norm_cases(True)[0])
+for case, precision in choices.tiled_cases(True):
+    choices.tiles_of(run, case, precision)
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=gpu.ROOT, env=environment)
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=running.ROOT, env=environment)
     rows = rows_of("choices", tmp_path)
     (norm,) = {case for case, _ in rows if case.startswith("norm: ")}
     assert {who for case, who in rows if case == norm} == {
         "library, product alone", "no norm", "norm in the main loop", "norm from the producer", "norm from a pass"
     }  # fmt: skip
     forward = {who for case, who in rows if case.startswith("tiles: ") and case.endswith("forward")}
-    assert len(forward) == 1 + len(gpu_choices.TILES[32, "large"]) and "configs.py" in forward
+    assert len(forward) == 1 + len(choices.TILES[32, "large"]) and "configs.py" in forward
 
 
 def test_parts_of_the_warm_up_of_tiles(monkeypatch):
@@ -96,9 +96,9 @@ def test_parts_of_the_warm_up_of_tiles(monkeypatch):
         tile = configs.CONFIGS[32, "large"]
         launched.append((case, precision, tile))
 
-    monkeypatch.setattr(gpu_warm_up, "_launch", launch)
+    monkeypatch.setattr(warm_up, "_launch", launch)
     for part in range(3):
-        assert gpu_warm_up.main([str(part), "3", "--tiles", "--rehearse"]) == 0
-    (case, precision), = gpu_choices.tiled_cases(True)
-    tiles = [configs.CONFIGS[32, "large"], *gpu_choices.TILES[32, "large"]]
+        assert warm_up.main([str(part), "3", "--tiles", "--rehearse"]) == 0
+    ((case, precision),) = choices.tiled_cases(True)
+    tiles = [configs.CONFIGS[32, "large"], *choices.TILES[32, "large"]]
     assert launched == [(case, precision, tile) for tile in tiles]
