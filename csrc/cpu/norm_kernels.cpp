@@ -6,7 +6,7 @@
 //   weights w_hat = w/|w| per unit, dw = (dw_hat - w_hat (w_hat . dw_hat))/|w|; a unit of norm 0 gives 0
 //
 // Traffic: sum_squares reads x; add_norm_term reads x and dx and writes their sum; the maps are 1/C of an activation.
-#include "element.h"
+#include "groups.h"
 
 namespace bcos::cpu::BCOS_ISA {
 namespace {
@@ -245,6 +245,30 @@ void window_norm_rows(
   window_norm_rows_of<S>(static_cast<const W*>(from), false, to, sums, w, groups, begin, end);
 }
 
+// dx += x * factor, one factor for per_group channels.
+template <class S>
+void add_products(S* __restrict dx, const S* __restrict x, const Wide<S>* __restrict factor, int64_t groups, int64_t per_group) {
+  using W = Wide<S>;
+  const Layout l{1, 1, groups * per_group, groups, true};
+  if (per_group == 1) {
+#pragma omp simd
+    for (int64_t i = 0; i < groups; i++) dx[i] = store<S>(load(dx[i]) + load(x[i]) * factor[i]);
+  } else if (has_short_groups(l)) {
+    W factors[kBlock];
+    for_blocks_of_groups(l, [&](int64_t group, int64_t first, int64_t count, int64_t channels) {
+      repeat(factors, factor + group, count, per_group);
+#pragma omp simd
+      for (int64_t c = 0; c < channels; c++) dx[first + c] = store<S>(load(dx[first + c]) + load(x[first + c]) * factors[c]);
+    });
+  } else {
+    for (int64_t g = 0; g < groups; g++) {
+      const W value = factor[g];
+#pragma omp simd
+      for (int64_t c = g * per_group; c < (g + 1) * per_group; c++) dx[c] = store<S>(load(dx[c]) + load(x[c]) * value);
+    }
+  }
+}
+
 // dx += x * (transposed box filter of q), groups innermost. scratch: (out_width + width, groups).
 template <class S>
 void window_spread_rows(
@@ -274,15 +298,7 @@ void window_spread_rows(
     }
     S* __restrict dx = static_cast<S*>(dx_) + item * w.width * l.channels;
     const S* __restrict x = static_cast<const S*>(x_) + item * w.width * l.channels;
-    if (per_group == 1) {
-#pragma omp simd
-      for (int64_t i = 0; i < pixels; i++) dx[i] = store<S>(load(dx[i]) + load(x[i]) * map[i]);
-      continue;
-    }
-    for (int64_t i = 0; i < pixels; i++) {
-      const W factor = map[i];
-      for (int64_t c = i * per_group; c < (i + 1) * per_group; c++) dx[c] = store<S>(load(dx[c]) + load(x[c]) * factor);
-    }
+    add_products(dx, x, map, pixels, per_group);
   }
 }
 

@@ -5,7 +5,9 @@
 //             q = (dL/dn)/|p|, dL/dn = -sum_o g (dy/dn terms): math.h holds the formulas
 //
 // Traffic: forward reads and writes y once, in place; backward reads dy and y, writes da.
-#include "element.h"
+#include <cstring>
+
+#include "groups.h"
 
 namespace bcos::cpu::BCOS_ISA {
 namespace {
@@ -16,7 +18,8 @@ inline void scale_run(
     S* __restrict y, const S* a, S* kept, uint8_t* index, int64_t count, int64_t max_out, int64_t unit_stride,
     int64_t output_stride, Wide<S> exponent, Norm norm) {
   using W = Wide<S>;
-  if (max_out == 1 && kept == nullptr) {
+  if (max_out == 1) {
+    if (kept != nullptr) std::memcpy(kept, a, count * sizeof(S));
 #pragma omp simd
     for (int64_t i = 0; i < count; i++) {
       const W v = load(a[i]);
@@ -52,9 +55,29 @@ inline T* offset(T* pointer, int64_t by) {
 }
 
 template <class S, Mode mode>
+void scale_rows_of_short_groups(const ScaleArguments& s, int64_t begin, int64_t end) {
+  using W = Wide<S>;
+  const Layout& l = s.layout;
+  W reciprocal[kBlock];
+  for (int64_t r = begin; r < end; r++) {
+    for_blocks_of_groups(l, [&](int64_t group, int64_t channel, int64_t groups, int64_t channels) {
+      if constexpr (mode != Mode::one) {
+        reciprocals(reciprocal, static_cast<const W*>(s.n) + r * l.groups + group, groups, l.channels / l.groups);
+      }
+      const int64_t at = r * l.channels + channel;
+      scale_run<S, mode>(
+          static_cast<S*>(s.y) + at, static_cast<const S*>(s.a) + at * s.max_out, offset(static_cast<S*>(s.kept), at),
+          offset(s.index, at), channels, s.max_out, 1, s.max_out, static_cast<W>(s.exponent),
+          [&reciprocal](int64_t i) { return reciprocal[i]; });
+    });
+  }
+}
+
+template <class S, Mode mode>
 void scale_rows_of(const ScaleArguments& s, int64_t begin, int64_t end) {
   using W = Wide<S>;
   const Layout& l = s.layout;
+  if (has_short_groups(l)) return scale_rows_of_short_groups<S, mode>(s, begin, end);
   const int64_t per_group = l.channels / l.groups;
   const W* n = static_cast<const W*>(s.n);
   for (int64_t r = begin; r < end; r++) {
@@ -132,55 +155,99 @@ inline W per_norm(W n_dn, W n, bool linear_norm) {
   return norm == 0 ? W(0) : n_dn / (n * norm);
 }
 
-template <class S, Source source>
+// Sums over a run of outputs: of n dL/dn and of dL/dB.
+template <class W>
+struct Sums {
+  W n_dn, db;
+};
+
+// One run of outputs without a maximum; `norm(i)` gives 1/n. With `parts` what every output adds to n dL/dn goes there, too.
+// detach is a constant: with a branch on it in the loop general B does not vectorise.
+template <class S, Source source, bool detach, bool has_parts, class Norm>
+inline Sums<Wide<S>> backward_run(
+    S* __restrict da, const S* __restrict dy, const S* __restrict values, Wide<S>* __restrict parts, int64_t count,
+    Wide<S> exponent, Norm norm) {
+  using W = Wide<S>;
+  W n_dn = 0, db = 0;
+#pragma omp simd reduction(+ : n_dn, db)
+  for (int64_t c = 0; c < count; c++) {
+    const auto t = gradients<W, source>(load(dy[c]), load(values[c]), norm(c), exponent, detach);
+    da[c] = store<S>(t.da);
+    if constexpr (has_parts) parts[c] = t.dn;
+    n_dn += t.dn;
+    if constexpr (source == Source::general && !detach) db += t.db;
+  }
+  return {n_dn, db};
+}
+
+// The same with a maximum over units.
+template <class S, Source source, bool detach, bool has_parts, class Norm>
+inline Sums<Wide<S>> backward_run_of_maximum(
+    S* __restrict da, const S* __restrict dy, const S* __restrict values, const uint8_t* index, Wide<S>* __restrict parts,
+    int64_t count, int64_t max_out, Wide<S> exponent, Norm norm) {
+  using W = Wide<S>;
+  W n_dn = 0, db = 0;
+  for (int64_t c = 0; c < count; c++) {
+    const auto t = gradients<W, source>(load(dy[c]), load(values[c]), norm(c), exponent, detach);
+    spread(da + c * max_out, t.da, index[c], max_out, 1);
+    if constexpr (has_parts) parts[c] = t.dn;
+    n_dn += t.dn;
+    db += t.db;
+  }
+  return {n_dn, db};
+}
+
+template <class S, Source source, bool detach>
 void backward_rows_of(const ScaleBackwardArguments& s, int64_t begin, int64_t end) {
   using W = Wide<S>;
   const Layout& l = s.layout;
   const int64_t per_group = l.channels / l.groups;
-  const W exponent = static_cast<W>(s.exponent);
-  const bool detach = s.detach;
+  const bool short_groups = has_short_groups(l);
+  W reciprocal[kBlock], parts[kBlock];
+  // a run of channels from `at` on
+  const auto run = [&s](auto has_parts, W* parts, int64_t at, int64_t count, auto norm) {
+    constexpr bool kParts = decltype(has_parts)::value;
+    const S* dy = static_cast<const S*>(s.dy) + at;
+    const S* values = source == Source::one ? dy : static_cast<const S*>(s.source) + at;
+    S* da = static_cast<S*>(s.da) + at * s.max_out;
+    const W exponent = static_cast<W>(s.exponent);
+    if (s.max_out == 1) return backward_run<S, source, detach, kParts>(da, dy, values, parts, count, exponent, norm);
+    return backward_run_of_maximum<S, source, detach, kParts>(
+        da, dy, values, s.index + at, parts, count, s.max_out, exponent, norm);
+  };
   for (int64_t r = begin; r < end; r++) {
-    W row_db = 0;
-    for (int64_t g = 0; g < l.groups; g++) {
-      const int64_t window = r * l.groups + g;
-      const W n = source == Source::one ? W(1) : static_cast<const W*>(s.n)[window];
-      const W reciprocal = 1 / n;
-      const int64_t at = r * l.channels + g * per_group;
-      const S* __restrict dy = static_cast<const S*>(s.dy) + at;
-      const S* __restrict values = source == Source::one ? dy : static_cast<const S*>(s.source) + at;
-      S* __restrict da = static_cast<S*>(s.da) + at * s.max_out;
-      W n_dn = 0, db = 0;
-      if (s.max_out == 1) {
-#pragma omp simd reduction(+ : n_dn, db)
-        for (int64_t c = 0; c < per_group; c++) {
-          const auto t = gradients<W, source>(load(dy[c]), load(values[c]), reciprocal, exponent, detach);
-          da[c] = store<S>(t.da);
-          n_dn += t.dn;
-          if constexpr (source == Source::general) db += t.db;
-        }
-      } else {
-        for (int64_t c = 0; c < per_group; c++) {
-          const auto t = gradients<W, source>(load(dy[c]), load(values[c]), reciprocal, exponent, detach);
-          spread(da + c * s.max_out, t.da, s.index[at + c], s.max_out, 1);
-          n_dn += t.dn;
-          db += t.db;
-        }
+    const W* n = source == Source::one ? nullptr : static_cast<const W*>(s.n) + r * l.groups;
+    W* q = s.q == nullptr ? nullptr : static_cast<W*>(s.q) + r * l.groups;
+    W db = 0;
+    if (source != Source::one && short_groups) {
+      for_blocks_of_groups(l, [&](int64_t group, int64_t first, int64_t groups, int64_t channels) {
+        reciprocals(reciprocal, n + group, groups, per_group);
+        const auto norm = [&reciprocal](int64_t c) { return reciprocal[c]; };
+        db += run(std::true_type{}, parts, r * l.channels + first, channels, norm).db;
+        if (q == nullptr) return;
+        sum_groups(parts, groups, per_group);
+        for (int64_t g = 0; g < groups; g++) q[group + g] = per_norm(parts[g], n[group + g], s.linear_norm);
+      });
+    } else {
+      for (int64_t g = 0; g < l.groups; g++) {
+        const W value = source == Source::one ? W(1) : 1 / n[g];
+        const auto norm = [value](int64_t) { return value; };
+        const auto sums = run(std::false_type{}, nullptr, r * l.channels + g * per_group, per_group, norm);
+        if (q != nullptr) q[g] = per_norm(sums.n_dn, source == Source::one ? W(1) : n[g], s.linear_norm);
+        db += sums.db;
       }
-      if (s.q != nullptr) static_cast<W*>(s.q)[window] = per_norm(n_dn, n, s.linear_norm);
-      row_db += db;
     }
-    if (s.db != nullptr) static_cast<W*>(s.db)[r] = row_db;
+    if (s.db != nullptr) static_cast<W*>(s.db)[r] = db;
   }
 }
 
-template <class S, Source source>
+template <class S, Source source, bool detach>
 void backward_planes_of(const ScaleBackwardArguments& s, int64_t begin, int64_t end) {
   using W = Wide<S>;
   const Layout& l = s.layout;
   const int64_t per_group = l.channels / l.groups;
   const int64_t blocks = (l.pixels + kBlock - 1) / kBlock;
   const W exponent = static_cast<W>(s.exponent);
-  const bool detach = s.detach;
   W reciprocal[kBlock], n_dn[kBlock];
   for (int64_t item = begin; item < end; item++) {  // (image, group, block)
     const int64_t plane = item / blocks, first = item % blocks * kBlock;
@@ -227,23 +294,29 @@ inline Source source_of(const ScaleBackwardArguments& s) {
   return s.from_a ? Source::a : Source::y;
 }
 
+// Calls f with the source and whether scales are constant as types.
+template <class F>
+void for_source(const ScaleBackwardArguments& s, F f) {
+  const auto with = [&](auto source) { s.detach ? f(source, std::true_type{}) : f(source, std::false_type{}); };
+  switch (source_of(s)) {
+    case Source::y: return with(std::integral_constant<Source, Source::y>{});
+    case Source::a: return with(std::integral_constant<Source, Source::a>{});
+    case Source::general: return with(std::integral_constant<Source, Source::general>{});
+    case Source::one: return with(std::integral_constant<Source, Source::one>{});
+  }
+}
+
 template <class S>
 void scale_backward_rows(const ScaleBackwardArguments& s, int64_t begin, int64_t end) {
-  switch (source_of(s)) {
-    case Source::y: return backward_rows_of<S, Source::y>(s, begin, end);
-    case Source::a: return backward_rows_of<S, Source::a>(s, begin, end);
-    case Source::general: return backward_rows_of<S, Source::general>(s, begin, end);
-    case Source::one: return backward_rows_of<S, Source::one>(s, begin, end);
-  }
+  for_source(s, [&](auto source, auto detach) {
+    backward_rows_of<S, decltype(source)::value, decltype(detach)::value>(s, begin, end);
+  });
 }
 template <class S>
 void scale_backward_planes(const ScaleBackwardArguments& s, int64_t begin, int64_t end) {
-  switch (source_of(s)) {
-    case Source::y: return backward_planes_of<S, Source::y>(s, begin, end);
-    case Source::a: return backward_planes_of<S, Source::a>(s, begin, end);
-    case Source::general: return backward_planes_of<S, Source::general>(s, begin, end);
-    case Source::one: return backward_planes_of<S, Source::one>(s, begin, end);
-  }
+  for_source(s, [&](auto source, auto detach) {
+    backward_planes_of<S, decltype(source)::value, decltype(detach)::value>(s, begin, end);
+  });
 }
 
 }  // namespace
