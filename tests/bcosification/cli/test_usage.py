@@ -1,5 +1,6 @@
 """Help without extras, missing packages, wrong options: told in one line, nothing written."""
 
+import os
 import re
 import subprocess
 import sys
@@ -238,3 +239,24 @@ def test_misspelt_names(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", ["bcosification.cli families", "bcosification.cli --version", "bcos_kernels"])
+def test_a_reader_that_leaves_ends_a_command_quietly(arguments):
+    """As `bcosify families | head` does, whose head has read enough."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as output:
+        done = subprocess.run(
+            [sys.executable, "-m", *arguments.split()], stdout=output, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_told(monkeypatch, capsys):
+    def broken(*_, **__):
+        raise BrokenPipeError("of a loading process")
+
+    monkeypatch.setattr("bcosification.convert.family_checks.family_reports", broken)
+    assert main(["families"]) == 2
+    assert "bcosify families: error: of a loading process" in capsys.readouterr().err
