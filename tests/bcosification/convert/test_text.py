@@ -278,3 +278,17 @@ def test_other_models_of_texts_are_refused_as_such():
 def test_a_regression_of_several_numbers_is_no_classifier():
     with pytest.raises(ValueError, match="problem_type='regression' and 3 outputs"):
         bcosify(classifier(problem_type="regression"))
+
+
+def test_what_is_for_images_is_refused():
+    model = classifier()
+    for options, named in (
+        ({"inverse": True}, "inverse=True"),
+        ({"normalize_input": True}, "normalize_input=True"),
+        ({"inverse": True, "normalize_input": True}, "inverse=True and normalize_input=True"),
+        ({"mean": 0.5}, "mean= and std="),
+    ):
+        with pytest.raises(ValueError, match=f"expected no {named} for transformers.*Bert.*, which reads no images"):
+            bcosify(model, **options)
+    given = bcosify(model, inverse=False, normalize_input=False)
+    assert given.config["options"] == bcosify(model).config["options"]
