@@ -11,6 +11,7 @@ depend on (seed, epoch, index), not on the number of workers, so that a resumed 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from bcosification.names import did_you_mean, meant, shortened
+from bcosification.train.configuration import EMBEDDED
 from bcosification.train.image_files import load_image
 from bcosification.train.shards import ShardImages, is_shards, split_shards
 
@@ -37,7 +39,6 @@ __all__ = [
     "scenes",
 ]
 
-EMBEDDED = ("digits", "scenes")
 SPLITS = ("train", "val")
 VALIDATION_SHARE = 0.2
 HELD_OUT_SHARE = 0.05  # of the images of a folder without train/ and val/
@@ -298,6 +299,14 @@ class FolderImages(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
+    @functools.cached_property
+    def contents(self) -> str:
+        """A digest of the files below the folder and of their labels, wherever the folder lies."""
+        digest, start = hashlib.sha256(), len(str(self.root))
+        for path, label in self.samples:
+            digest.update(f"{path[start:]}\t{label}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
     def __getitem__(self, index: int):
         path, label = self.samples[index]
         try:
@@ -456,6 +465,13 @@ class ImageDataModule(_lightning_datamodule()):
     @property
     def unreadable(self) -> list[tuple[str, str]]:
         return [entry for part in (self.train, self.val) for entry in getattr(part, "unreadable", [])]
+
+    def state_dict(self) -> dict:
+        """What a checkpoint keeps: which images these are, so that a resumed run can tell whether it has the same."""
+        parts = {"train": self.train, "val": self.val}
+        images = {name: 0 if part is None else len(part) for name, part in parts.items()}
+        contents = {name: getattr(part, "contents", "") for name, part in parts.items()}
+        return {"classes": self.class_names, "images": images, "contents": contents}
 
     def train_dataloader(self) -> DataLoader:
         if self.train is None:
