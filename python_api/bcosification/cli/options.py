@@ -11,7 +11,10 @@ STANDARD_HELP = (
     "torchvision:NAME or just NAME (resnet18), timm:NAME, open_clip:NAME/TAG, bcosification:NAME "
     "(simple_vit_s_patch16_224), or a weights file together with --arch"
 )
-CONVERTIBLE_HELP = f"{STANDARD_HELP}; transformers:NAME or transformers:FOLDER for Hugging Face's classifiers of texts"
+CONVERTIBLE_HELP = (
+    f"{STANDARD_HELP}; transformers:NAME or transformers:FOLDER for Hugging Face's classifiers of texts and CLIP's "
+    "image towers"
+)
 FOLDER_HELP = "a folder that finetune, distill or convert wrote (a run stands for its best epoch)"
 
 EMBEDDED_HELP = "digits, scenes (both come with scikit-learn: nothing is downloaded)"

@@ -79,7 +79,7 @@ def add_distill(commands) -> argparse.ArgumentParser:
     )  # fmt: skip
     add = adder(DistillConfig())
     group = command.add_argument_group("what")
-    add(group, "--model", f"open_clip:NAME/TAG; or {FOLDER_HELP}", metavar="MODEL")
+    add(group, "--model", f"open_clip:NAME/TAG, or transformers:NAME; or {FOLDER_HELP}", metavar="MODEL")
     add(
         group, "--data", f"{EMBEDDED_HELP}, a folder of images, with train/ and val/ in it or without, or tar shards: "
         "a folder of them, or 'DIR/{00000..00331}.tar'", metavar="DATA",

@@ -38,12 +38,12 @@ from bcosification.convert.text import BcosifiedText
 from bcosification.convert.wrapper import BcosifiedModel, auto_logit_bias
 
 FORMAT = 1
+"""Version of the layout of ``BcosifiedModel.config`` (and so of config.json)."""
 READERS_OF_TEXT = (
     "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM", "ForCausalLM",
     "LMHeadModel",
 )  # fmt: skip
 """Ends of the names of classes of transformers that no advice about images helps."""
-"""Version of the layout of ``BcosifiedModel.config`` (and so of config.json)."""
 
 _CHOICES = {
     "bias": ("remove", "keep", "decay"),
@@ -227,7 +227,7 @@ def check_convertible(model: nn.Module) -> None:
             )
     known = next((known for prefix, known in SIBLINGS.items() if type_name(type(model)).startswith(prefix)), None)
     if type_name(type(model)).startswith("transformers.") and type(model).__name__.endswith(READERS_OF_TEXT):
-        known = known or next(iter(SIBLINGS.values()))
+        known = known or SIBLINGS["transformers.models.bert."]
     if known is not None and type(family_of(model)) is Family:
         raise ValueError(f"bcosify: expected {known}, got {type_name(type(model))}")
     owners: dict[Any, str] = {}
