@@ -145,6 +145,11 @@ def test_every_missing_package_is_told_before_anything_is_done(command, package,
             ["evaluate", "resnet18", "--data", "digits", "--device", "abacus"],
             "--device: expected a device that is usable",
         ),
+        (
+            ["evaluate", "vit_b_16", "--no-pretrained", "--data", "digits", "--image-size", "100"],
+            "--image-size: expected a size that vit_b_16 takes (its own: 224 x 224), got 100",
+        ),
+        (["evaluate", "resnet18", "--data", "digits", "--image-size", "0"], "expected --image-size >= 1, got 0"),
         (["convert", "resnet18", "--no-pretrained", "--out", "x", "--b", "0"], "expected --b >= 1"),
         (["benchmark", "resnet18", "--batch", "0"], "expected --batch >= 1, got 0"),
         (["benchmark", "resnet18", "--rounds", "0"], "expected --rounds >= 1, got 0"),
@@ -232,6 +237,18 @@ def test_misspelt_commands_and_options(arguments, message, capsys):
         (["finetune", "--model", "resnet18", "--data", "digit", "--out", "x"], "got 'digit'; did you mean digits?"),
         (["finetune", "--recipe", "digts", "--out", "x"], "got 'digts'; did you mean digits?"),
         (["families", "torchvision_resnt"], "lists, got torchvision_resnt; did you mean torchvision_resnet or"),
+        (
+            ["distill", "--model", "ViT-B-32", "--data", "digits", "--out", "x"],
+            "the folder of a converted one, got ViT-B-32; did you mean open_clip:ViT-B-32/TAG?",
+        ),
+        (
+            ["distill", "--model", "ViT-S-32-alt", "--data", "digits", "--out", "x"],
+            "the folder of a converted one, got ViT-S-32-alt; did you mean open_clip:ViT-S-32-alt?",
+        ),
+        (
+            ["distill", "--model", "open_clip:ViT-S-32-alt", "--data", "digits", "--out", "x"],
+            "of which open_clip has none for ViT-S-32-alt; --no-pretrained gives random ones",
+        ),
         (["verify", "vit_tiny_patch16_224"], "got 'vit_tiny_patch16_224'; did you mean timm:vit_tiny_patch16_224?"),
     ],
 )
