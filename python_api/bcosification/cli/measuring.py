@@ -71,8 +71,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from bcosification.train.data import build_datamodule, check_source, evaluation_transform
     from bcosification.train.finetuning import takes_size
 
-    if arguments.image_size is not None and arguments.image_size < 1:
-        raise ValueError(f"expected --image-size >= 1, got {arguments.image_size}")
+    for name, least in (("image_size", 1), ("batch_size", 1), ("num_workers", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ValueError(f"expected --{name.replace('_', '-')} >= {least}, got {value}")
     check_source(arguments.data, evaluation_only=True)
     templates_told(arguments)
     device = usable_device(arguments.device)

@@ -438,6 +438,8 @@ def _from_folder(
 def _from_file(
     path: Path, arch: str | None, num_classes: int | None, model: nn.Module | None
 ) -> tuple[nn.Module, dict[str, Any]]:
+    if arch is None and model is None:
+        read_weights(path)  # which says what else the file is
     if (arch is None) == (model is None):
         got = "neither" if arch is None else "both"
         raise ValueError(

@@ -250,10 +250,9 @@ class FolderImages(Dataset):
             raise FileNotFoundError(f"image folder {root}: expected a folder with one sub-folder per class, found none")
         found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
         if not found:
-            raise FileNotFoundError(
-                f"image folder {root}: expected one sub-folder per class, found {len(list(root.iterdir()))} files "
-                "and no sub-folder"
-            )
+            files = len(list(root.iterdir()))
+            found_there = "an empty folder" if not files else f"{files} file{'s' * (files > 1)} and no sub-folder"
+            raise FileNotFoundError(f"image folder {root}: expected one sub-folder per class, found {found_there}")
         if class_to_idx is not None and not set(found) <= set(class_to_idx):
             unknown = sorted(set(found) - set(class_to_idx))
             raise ValueError(
