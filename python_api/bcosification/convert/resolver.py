@@ -13,6 +13,7 @@ FILE (with arch=SPEC)       weights of a standard model
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -329,13 +330,23 @@ def _open_clip(
     if pretrained:
         repository = open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub") or ""
         check_hub("/".join(repository.split("/")[:2]), f"resolve: open_clip:{name}")
+    if not pretrained:
+        return _without_weights(open_clip, architecture), {"library": "open_clip", "name": name, "weights": None}
     try:
-        network = open_clip.create_model(architecture, pretrained=tag if pretrained else None)
+        network = open_clip.create_model(architecture, pretrained=tag)
     except (URLError, OSError, RuntimeError) as error:
-        if not pretrained:
-            raise
         raise _undownloaded(f"open_clip:{name}", error) from None
-    return network, {"library": "open_clip", "name": name, "weights": tag if pretrained else None}
+    return network, {"library": "open_clip", "name": name, "weights": tag}
+
+
+def _without_weights(open_clip: Any, architecture: str) -> nn.Module:
+    """A model of random weights, without open_clip's warning that it has no others: they were asked for."""
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.WARNING))
+    try:
+        return open_clip.create_model(architecture, pretrained=None)
+    finally:
+        logging.disable(disabled)
 
 
 def _transformers(

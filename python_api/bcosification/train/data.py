@@ -335,8 +335,9 @@ class ImageFiles(FolderImages):
         root = Path(root)
         paths = sorted(str(path) for path in root.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
         if len(paths) < (1 if part is None else 2):
+            least = "images" if part is None else "at least two images"
             raise FileNotFoundError(
-                f"image folder {root}: expected images ({', '.join(sorted(IMG_EXTENSIONS))}) in it, found {len(paths)}"
+                f"image folder {root}: expected {least} ({', '.join(sorted(IMG_EXTENSIONS))}) in it, found {len(paths)}"
             )
         if part is not None:
             order = np.random.default_rng(1797).permutation(len(paths))

@@ -89,6 +89,7 @@ def _distillation(config: DistillConfig, own, saved: Path | None):
     import bcosification
     from bcosification.convert.clip import BcosifiedCLIP, StandardCLIP
     from bcosification.convert.resolver import resolve, specs_of
+    from bcosification.convert.wrapper import BcosifiedModel
 
     from .data import build_datamodule, evaluation_transform
     from .lightning_module import DistillationModule
@@ -112,6 +113,11 @@ def _distillation(config: DistillConfig, own, saved: Path | None):
         if spec is None:
             raise ValueError(f"distill: expected teacher=, as {config.model} does not tell what it was made of")
         found = resolved(spec)
+    elif isinstance(found, BcosifiedModel):
+        raise ValueError(
+            f"distill: expected a CLIP model or the folder of a converted one, got {config.model}, a conversion of "
+            f"{found.config['class']}"
+        )
     else:
         student = bcosification.bcosify(found, b=config.b, bias=config.bias, **config.conversion)
         if not isinstance(student, BcosifiedCLIP):

@@ -243,6 +243,8 @@ def image_size(config: FinetuneConfig, model, teacher=None) -> tuple[int, bool]:
     Raises:
         ValueError: config.image_size, or what was found, is a size that one of the two does not take.
     """
+    from bcosification.convert.image_sizes import size_told
+
     from .data import digits, scenes
 
     networks = [model] if teacher is None else [model, teacher]
@@ -258,7 +260,8 @@ def image_size(config: FinetuneConfig, model, teacher=None) -> tuple[int, bool]:
     if not taken(size):
         who, own = (config.model, "its") if teacher is None else (f"{config.model} and its teacher", "their")
         raise ValueError(
-            f"{config.COMMAND}: expected an image_size that {who} can take ({own} own: {expected}), got {size}"
+            f"{config.COMMAND}: expected image_size to be one that {who} can take"
+            f"{f' ({own} own: {size_told(expected)})' if expected else ''}, got {size}"
         )
     return size, not embedded(config) and config.image_size is None and expected is not None
 

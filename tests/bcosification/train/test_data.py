@@ -176,7 +176,7 @@ def test_folder_errors_name_what_is_missing(folder, tmp_path):
         build_datamodule(tmp_path / "half")
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(FileNotFoundError, match="one sub-folder per class, found 0 files"):
+    with pytest.raises(FileNotFoundError, match="one sub-folder per class, found an empty folder"):
         FolderImages(empty, _identity)
     (empty / "dog").mkdir()
     with pytest.raises(FileNotFoundError, match=r"expected images \(.*\.jpg.*\) in its 1 class folders, found none"):
