@@ -203,7 +203,8 @@ def check_options(**given: Any) -> Options:
 def check_convertible(model: nn.Module) -> None:
     """Raise, naming the reason, for what is no standard network: wrappers, B-cos models, tied parameters."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"bcosify: expected a torch.nn.Module, got {type(model).__name__}")
+        hint = f" (resolve({model!r})[0] gives the model of a name)" if isinstance(model, str) else ""
+        raise TypeError(f"bcosify: expected a torch.nn.Module, got {type(model).__name__}{hint}")
     if isinstance(model, BcosifiedModel):
         raise ValueError("bcosify: expected a standard model, got one that is already B-cosified")
     if type_name(type(model)).startswith(_FEATURES_ONLY):

@@ -1,4 +1,4 @@
-"""Images of a size that a network does not take, told apart from everything else that can go wrong in it."""
+"""Images of a size or dtype that a network does not take, told apart from everything else that can go wrong in it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from bcosification.nn.evaluation_mode import evaluation_mode
 
-__all__ = ["SIZE_ERRORS", "refuses_size", "size_told"]
+__all__ = ["INPUT_ERRORS", "refuses_dtype", "refuses_size", "size_told"]
 
-SIZE_ERRORS = (RuntimeError, ValueError, AssertionError)
-"""What libraries raise for a size: torchvision and timm an AssertionError, torch a RuntimeError or ValueError."""
+INPUT_ERRORS = (RuntimeError, ValueError, AssertionError, TypeError)
+"""What libraries raise for a size (torchvision and timm an AssertionError, torch a RuntimeError or ValueError) or a
+dtype (torch a RuntimeError, this package's ops a TypeError)."""
 
 
 def refuses_size(network: nn.Module, inputs: Tensor, own: Sequence[int] | None) -> bool:
@@ -21,16 +22,25 @@ def refuses_size(network: nn.Module, inputs: Tensor, own: Sequence[int] | None) 
     """
     if own is None or inputs.dim() != 4 or tuple(inputs.shape[-2:]) == tuple(own):
         return False
+    return not _fails(network, inputs, own, inputs.dtype) and _fails(network, inputs, inputs.shape[-2:], inputs.dtype)
 
-    def fails(size: Sequence[int]) -> bool:
-        try:
-            with torch.no_grad(), evaluation_mode(network):
-                network(inputs.new_zeros(1, inputs.shape[1], *size))
-        except SIZE_ERRORS:
-            return True
+
+def refuses_dtype(network: nn.Module, inputs: Tensor, own: torch.dtype) -> bool:
+    """Whether it is the dtype of ``inputs`` (N, C, H, W) that ``network`` failed on, likewise tried; ``own``: that of
+    its parameters."""
+    if inputs.dim() != 4 or inputs.dtype == own:
         return False
+    size = inputs.shape[-2:]
+    return not _fails(network, inputs, size, own) and _fails(network, inputs, size, inputs.dtype)
 
-    return not fails(own) and fails(inputs.shape[-2:])
+
+def _fails(network: nn.Module, inputs: Tensor, size: Sequence[int], dtype: torch.dtype) -> bool:
+    try:
+        with torch.no_grad(), evaluation_mode(network):
+            network(inputs.new_zeros(1, inputs.shape[1], *size, dtype=dtype))
+    except INPUT_ERRORS:
+        return True
+    return False
 
 
 def size_told(size: Sequence[int]) -> str:

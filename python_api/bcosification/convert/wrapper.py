@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bcosification import nn as bnn
 from bcosification.convert.hub import HubMixin
-from bcosification.convert.image_sizes import SIZE_ERRORS, refuses_size, size_told
+from bcosification.convert.image_sizes import INPUT_ERRORS, refuses_dtype, refuses_size, size_told
 from bcosification.convert.preprocessing import ImageTransform, Preprocessing
 from bcosification.convert.rules import remove_biases
 from bcosification.warned import warn_caller
@@ -79,15 +79,22 @@ class BcosifiedModel(HubMixin, nn.Module):
             return self.model(inputs)
         try:
             return self.model(inputs)
-        except SIZE_ERRORS as error:
-            own = self.config.get("input_size")
-            if isinstance(error, torch.OutOfMemoryError) or not refuses_size(self.model, inputs, own):
+        except INPUT_ERRORS as error:
+            if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise ValueError(
-                f"BcosifiedModel: expected images of a size that {self.config['class']} takes (its own: "
-                f"{size_told(own)}, which model.transform makes of pictures), got {size_told(inputs.shape[-2:])}: "
-                + str(error).partition("\n")[0]
-            ) from error
+            own, dtype = self.config.get("input_size"), next(self.model.parameters(), inputs).dtype
+            if refuses_size(self.model, inputs, own):
+                raise ValueError(
+                    f"BcosifiedModel: expected images of a size that {self.config['class']} takes (its own: "
+                    f"{size_told(own)}, which model.transform makes of pictures), got {size_told(inputs.shape[-2:])}: "
+                    + str(error).partition("\n")[0]
+                ) from error
+            if refuses_dtype(self.model, inputs, dtype):
+                raise TypeError(
+                    f"BcosifiedModel: expected images of the model's dtype, {dtype}, got {inputs.dtype} "
+                    "(images.to(dtype), or model.to(dtype))"
+                ) from error
+            raise
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) in [0, 1] as [x, 1 - x] (N, 2C, H, W); 2C channels, or ``inverse=False``: unchanged."""

@@ -1,4 +1,4 @@
-"""Images of a size that a network does not take: told as that, whatever its library says, and only that is told so."""
+"""Images of a size or dtype that a network does not take: told as that, and nothing else is."""
 
 import pytest
 import torch
@@ -82,7 +82,19 @@ def test_other_errors_stay_what_they_are(network, error, monkeypatch):
         assert raised.value is error
 
 
-def test_another_dtype_is_not_taken_for_a_size(network):
+def test_another_dtype_is_told(network):
+    original, edge = network
+    model = bcosify(original)
+    told = r"expected images of the model's dtype, torch.float64, got torch.float32 \(images.to"
+    with pytest.raises(TypeError, match=told) as raised:
+        model(of(edge, edge).float())
+    assert raised.value.__cause__ is not None
+    with torch.autocast("cpu", torch.bfloat16):  # which makes them fit
+        bcosify(original.float())(of(edge, edge).bfloat16())
+
+
+def test_where_both_are_wrong_the_networks_own_error_stays(network):
     model = bcosify(network[0])
-    with pytest.raises(TypeError, match="dtype"):
+    with pytest.raises((AssertionError, TypeError)) as raised:
         model(of(24, 24).float())
+    assert raised.value.__cause__ is None and "BcosifiedModel" not in str(raised.value)

@@ -273,3 +273,8 @@ def test_random_weights_that_were_asked_for_are_no_warning(caplog):
     assert "No pretrained weights loaded" in caplog.text  # else the above would say nothing
     with pytest.raises(ValueError, match="of which open_clip has none for ViT-S-32-alt; pretrained=False gives random"):
         resolve("open_clip:ViT-S-32-alt")
+
+
+def test_bcosify_of_a_name_tells_of_resolve():
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got str \(resolve\('resnet18'\)\[0\] gives"):
+        bcosify("resnet18")
