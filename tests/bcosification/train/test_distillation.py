@@ -213,7 +213,7 @@ def test_folders_of_images_without_labels(tmp_path):
     assert (len(data.train), len(data.val)) == (2, 1) and data.what == "labels not used"
     (tmp_path / "empty").mkdir()
     check_source(tmp_path / "empty", labelled=False)
-    with pytest.raises(FileNotFoundError, match="expected images .* in it, found 0"):
+    with pytest.raises(FileNotFoundError, match="expected at least two images .* in it, found 0"):
         build_datamodule(tmp_path / "empty", labelled=False)
 
 
