@@ -5,13 +5,16 @@
     bcosify evaluate runs/digits --data digits
 
 Exit codes: 0 done; 1 not all of it (a check did not hold, an image named on the command line could not be read,
-something is missing here); 2 wrong usage or input, nothing was done; 130 interrupted.
+something is missing here); 2 wrong usage or input, nothing was done; 130 interrupted; 141 whoever read the output
+left (`bcosify … | head`).
 Nothing but the standard library is needed for the help; what an extra provides is imported by the command that uses it.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import select
 import sys
 import traceback
 import warnings
@@ -32,7 +35,7 @@ EXTRAS |= {"transformers": "text"}
 
 EXIT_CODES = """\
 exit codes: 0 done; 1 not all of it (a check failed, a named image could not be read, a package is missing);
-2 wrong usage or input, nothing was done; 130 interrupted"""
+2 wrong usage or input, nothing was done; 130 interrupted; 141 the reader of the output left"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,6 +80,29 @@ def _missing_package(error: ModuleNotFoundError, command: str) -> ModuleNotFound
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # here, not at exit, where Python would print a traceback if nobody reads any more
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to write goes nowhere
+        return 141  # 128 + SIGPIPE, as of programs that this signal ends
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe that the other side has closed."""
+    try:
+        watched = select.poll()
+        watched.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in watched.poll(0))
+    except (AttributeError, OSError, ValueError):  # no poll here, or no file behind it
+        return False
+
+
+def _run(argv: Sequence[str] | None) -> int:
     whole = parser()
     arguments = whole.parse_args(argv)
     if arguments.version:
@@ -102,6 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bcosify: interrupted{hint}", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            raise
         if arguments.debug:
             traceback.print_exc()
         if isinstance(error, ModuleNotFoundError):

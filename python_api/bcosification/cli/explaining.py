@@ -97,16 +97,19 @@ def _explain(arguments: argparse.Namespace) -> int:
 
     check_options(arguments.smooth, arguments.percentile)
     enlargement(1, 1, arguments.size)
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise ValueError(f"expected --batch-size >= 1, got {arguments.batch_size}")
+    templates = templates_told(arguments)
     model = bcosification.load(folder)
-    tensors, read, unreadable = read_images([path for path, _ in files], model)
     names = model.config.get("class_names")
     texts = texts_to_explain(arguments, model, folder)
     if texts is not None and arguments.target is not None:
         raise ValueError("expected --target or --text, got both")
     targets = None if arguments.target is None else class_number(arguments.target, names, model.num_classes)
+    tensors, read, unreadable = read_images([path for path, _ in files], model)
     model.to(usable_device(arguments.device))
     explained = (
-        {} if texts is None else dict(text=texts, templates=templates_told(arguments), protocol=arguments.protocol)
+        {} if texts is None else dict(text=texts, templates=templates, protocol=arguments.protocol)
     )
     explanation = bcosification.explain(
         model, torch.stack(tensors), targets, batch_size=arguments.batch_size, **explained

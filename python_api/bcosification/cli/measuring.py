@@ -66,14 +66,25 @@ def add_evaluate(commands) -> argparse.ArgumentParser:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     needs("lightning", "torchmetrics", "tqdm")
+    from bcosification.convert.image_sizes import size_told
     from bcosification.evaluation import evaluate
     from bcosification.train.data import build_datamodule, check_source, evaluation_transform
+    from bcosification.train.finetuning import takes_size
 
+    for name, least in (("image_size", 1), ("batch_size", 1), ("num_workers", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ValueError(f"expected --{name.replace('_', '-')} >= {least}, got {value}")
     check_source(arguments.data, evaluation_only=True)
+    templates_told(arguments)
     device = usable_device(arguments.device)
     spec = model_spec(arguments)
     model, config = (clip_model if arguments.zero_shot else any_model)(arguments, spec)
     size = arguments.image_size or (min(config["input_size"]) if config.get("input_size") else None)
+    if arguments.image_size is not None and not takes_size(model, size):
+        own = config.get("input_size")
+        hint = f" (its own: {size_told(own)})" if own else ""
+        raise ValueError(f"--image-size: expected a size that {spec} takes{hint}, got {size}")
     own = arguments.image_size is None and hasattr(model, "transform")
     names = None if arguments.zero_shot else config.get("class_names")
     data = build_datamodule(

@@ -9,7 +9,7 @@ import re
 SPEAKERS = ("bcosify", "resolve", "load", "finetune", "distill", "explain", "evaluate", "verify", "benchmark")
 SPEAKERS += ("families", "sweep", "explanation picture", "set_attention_pool")
 # Parameters that are named otherwise on the command line.
-RENAMED = {"targets": "target"}
+RENAMED = {"targets": "target", "output": "out"}
 # Parameters that no command has an option for.
 PYTHON_ONLY = ("model", "inverse", "normalize_input", "logit_bias", "conversion", "num_classes")
 _VALUE = r"""'[^']*'|"[^"]*"|\[[^\]]*\]|[\w.+-]+"""

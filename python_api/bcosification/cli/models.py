@@ -120,6 +120,7 @@ def any_model(arguments: argparse.Namespace, spec: str):
     """The model that `spec` names, taking images in [0, 1], and its configuration (input_size, class_names, …)."""
     from torch import nn
 
+    from bcosification.convert.families import family_of
     from bcosification.convert.resolver import resolve
     from bcosification.convert.wrapper import BcosifiedModel
     from bcosification.nn import Normalize
@@ -131,8 +132,11 @@ def any_model(arguments: argparse.Namespace, spec: str):
         if model.config["family"] in CLIP_FAMILIES:
             raise ValueError(f"expected --zero-shot for a CLIP model, got {spec} without")
         return model, model.config
-    if callable(getattr(model, "encode_text", None)):
+    family = family_of(family_of(model).tower(model))
+    if family.embeds or callable(getattr(model, "encode_text", None)):
         raise ValueError(f"expected --zero-shot for a CLIP model, got {spec} without")
+    if family.reads_text:
+        raise ValueError(f"expected a model of images, got {spec} ({type(model).__name__}), which reads texts")
     known = info["preprocessing"]
     if known is None:
         raise ValueError(f"expected a model whose input normalisation is known, got {spec}")
@@ -157,7 +161,10 @@ def clip_model(arguments: argparse.Namespace, spec: str):
         attach_text(arguments, model, spec)
         return model, model.config
     if not callable(getattr(model, "encode_text", None)):
-        raise ValueError(f"--zero-shot: expected a CLIP model, got {spec} ({type(model).__name__})")
+        raise ValueError(
+            f"--zero-shot: expected a CLIP model with its text tower (open_clip:NAME/TAG), got {spec} "
+            f"({type(model).__name__})"
+        )
     known = info["preprocessing"]
     return StandardCLIP(model, known["mean"], known["std"]).eval(), known
 
@@ -223,10 +230,16 @@ def texts_to_explain(arguments: argparse.Namespace, model, folder: str) -> list[
 
 
 def templates_told(arguments: argparse.Namespace, default: str | None = None):
+    """What --templates says, checked: before a model is read that texts are then put into them for."""
     given = arguments.templates
     if given is None:
         return default
-    return {"none": None}.get(given[0], given[0]) if len(given) == 1 else given
+
+    from bcosification.convert.clip_texts import named_templates
+
+    told = {"none": None}.get(given[0], given[0]) if len(given) == 1 else given
+    named_templates(told)
+    return told
 
 
 def bcos_folder(spec: str) -> str:

@@ -7,11 +7,13 @@ from collections.abc import Callable
 
 from bcosification.names import did_you_mean, meant
 
-STANDARD_HELP = (
-    "torchvision:NAME or just NAME (resnet18), timm:NAME, open_clip:NAME/TAG, bcosification:NAME "
-    "(simple_vit_s_patch16_224), or a weights file together with --arch"
+_OWN_HELP = "bcosification:NAME (simple_vit_s_patch16_224), or a weights file together with --arch"
+CLASSIFIER_HELP = f"torchvision:NAME or just NAME (resnet18), timm:NAME, {_OWN_HELP}"
+STANDARD_HELP = f"torchvision:NAME or just NAME (resnet18), timm:NAME, open_clip:NAME/TAG, {_OWN_HELP}"
+CONVERTIBLE_HELP = (
+    f"{STANDARD_HELP}; transformers:NAME or transformers:FOLDER for Hugging Face's classifiers of texts and CLIP's "
+    "image towers"
 )
-CONVERTIBLE_HELP = f"{STANDARD_HELP}; transformers:NAME or transformers:FOLDER for Hugging Face's classifiers of texts"
 FOLDER_HELP = "a folder that finetune, distill or convert wrote (a run stands for its best epoch)"
 
 EMBEDDED_HELP = "digits, scenes (both come with scikit-learn: nothing is downloaded)"
@@ -27,8 +29,8 @@ SHARED: dict[str, tuple[str, dict]] = {
     "--no-pretrained": ("random weights; nothing is downloaded", {"dest": "pretrained", "action": "store_false"}),
     "--recipe": ("options from a recipe (finetune --help lists them) or a YAML file", {"metavar": "NAME_OR_FILE"}),
     "--resume": (
-        "continue the run in --out after its last complete epoch, with its own options; --epochs may differ, and those "
-        "of the machine", {"action": "store_true"},
+        "continue the run in --out after its last complete epoch, with its own options; --epochs may differ, those of "
+        "the machine, and --data where the data have moved", {"action": "store_true"},
     ),
     "--out": (
         "output folder: new, empty, or with --resume that of a run", {"dest": "output", "metavar": "DIR"},

@@ -10,11 +10,11 @@ from pathlib import Path
 from bcosification.cli.files import counted
 from bcosification.cli.models import given_options, is_converted, needs, run_folder
 from bcosification.cli.options import (
+    CLASSIFIER_HELP,
     CONVERSION,
     EMBEDDED_HELP,
     FOLDER_HELP,
     SOURCE,
-    STANDARD_HELP,
     add_command,
     add_common,
     add_conversion,
@@ -42,7 +42,7 @@ def add_finetune(commands) -> argparse.ArgumentParser:
     )  # fmt: skip
     add = adder(FinetuneConfig())
     group = command.add_argument_group("what")
-    add(group, "--model", f"{STANDARD_HELP}; or {FOLDER_HELP}", metavar="MODEL")
+    add(group, "--model", f"{CLASSIFIER_HELP}; or {FOLDER_HELP}", metavar="MODEL")
     add(
         group, "--data", f"{EMBEDDED_HELP}, or a folder with train/ and val/, one sub-folder per class in each",
         metavar="DATA",
@@ -79,7 +79,7 @@ def add_distill(commands) -> argparse.ArgumentParser:
     )  # fmt: skip
     add = adder(DistillConfig())
     group = command.add_argument_group("what")
-    add(group, "--model", f"open_clip:NAME/TAG; or {FOLDER_HELP}", metavar="MODEL")
+    add(group, "--model", f"open_clip:NAME/TAG, or transformers:NAME; or {FOLDER_HELP}", metavar="MODEL")
     add(
         group, "--data", f"{EMBEDDED_HELP}, a folder of images, with train/ and val/ in it or without, or tar shards: "
         "a folder of them, or 'DIR/{00000..00331}.tar'", metavar="DATA",
@@ -175,7 +175,10 @@ def _add_run(command: argparse.ArgumentParser, add: Callable[..., None]) -> None
             group, "--loss", "binary cross-entropy with off labels 1/classes, with one-hot labels, or cross-entropy",
             choices=("bce_uniform", "bce", "cross_entropy"),
         )  # fmt: skip
-    add(group, "--agc", "adaptive gradient clipping with this factor (the papers: 0.01)", type=float, metavar="FACTOR")
+    clipping = "adaptive gradient clipping with this factor"
+    if not command.prog.endswith("distill"):  # whose default is the papers'
+        clipping += " (default: none; the papers: 0.01)"
+    add(group, "--agc", clipping, type=float, metavar="FACTOR")
     add(group, "--clip-norm", "clip the gradient's norm", type=float, metavar="NORM")
     add_shared(group, "--seed", add=add)
 
@@ -213,7 +216,7 @@ def add_sweep(commands) -> argparse.ArgumentParser:
     )  # fmt: skip
     add = adder(FinetuneConfig())
     group = command.add_argument_group("what")
-    add(group, "--model", f"{STANDARD_HELP}; or small, the demo's network", metavar="MODEL")
+    add(group, "--model", f"{CLASSIFIER_HELP}; or small, the demo's network", metavar="MODEL")
     add(group, "--data", f"{EMBEDDED_HELP}, or a folder with train/ and val/", metavar="DATA")
     group.add_argument("--out", dest="output", metavar="DIR", required=True, help="output folder, or that of a sweep")
     add_shared(group, "--recipe")

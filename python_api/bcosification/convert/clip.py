@@ -161,7 +161,7 @@ class BcosifiedCLIP(_WithTexts, BcosifiedModel):
 
     def image_features(self, images: Tensor) -> Tensor:
         """What the image tower gives: embeddings (N, D); with "unpool" (N, positions, D), each of length 1."""
-        return self.model(self.normalize(self.encode(images)))
+        return self._network(images)
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """Embeddings (N, D) of images in [0, 1]; with "unpool" the mean over positions of vectors of length 1.
@@ -203,8 +203,8 @@ class BcosifiedCLIP(_WithTexts, BcosifiedModel):
         pools = self._attention_pools()
         if not pools:
             raise ValueError(
-                f"set_attention_pool: expected a tower with attention pooling (CLIP's ResNets), got "
-                f"{self.config['class']}, whose embedding is its class token's"
+                "set_attention_pool: expected a tower with the attention pooling of CLIP's ResNets, got "
+                f"{self.config['class']}, which has none (or, as CoCa and SigLIP, one of another kind)"
             )
         kept = self.config["attention_pool"] or {}
         if mode == "pool" and kept.get("only") == "unpool":
@@ -275,7 +275,7 @@ class BcosifiedCLIP(_WithTexts, BcosifiedModel):
                 had = f"that of {told['model'] or told['class']} was not stored with it"
             raise ValueError(
                 f"text: expected a model with a text tower, got one without ({had}); give embeddings (T, D), "
-                "attach_text(open_clip model), or save it with with_text=True (--with-text)"
+                "attach_text(open_clip model), or save it with_text=True"
             )
         return self.text
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bcosification.convert.rules import type_name
+from bcosification.names import did_you_mean, meant
 
 __all__ = [
     "Templates",
@@ -44,9 +45,10 @@ def named_templates(templates: Templates) -> Sequence[Any]:
     templates = list(templates)
     wrong = [t for t in templates if not (callable(t) or (isinstance(t, str) and "{}" in t))]
     if not templates or wrong or len({callable(t) for t in templates}) > 1:
+        near = did_you_mean(name for text in wrong for name in meant(str(text), ("openai", "simple"), most=1))
         raise ValueError(
             "templates: expected 'openai', 'simple', or texts with {} in them (or functions of a text), got "
-            f"{(wrong or templates)!r}"
+            f"{(wrong or templates)!r}{near}"
         )
     return templates
 

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -38,12 +38,12 @@ from bcosification.convert.text import BcosifiedText
 from bcosification.convert.wrapper import BcosifiedModel, auto_logit_bias
 
 FORMAT = 1
+"""Version of the layout of ``BcosifiedModel.config`` (and so of config.json)."""
 READERS_OF_TEXT = (
     "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM", "ForCausalLM",
     "LMHeadModel",
 )  # fmt: skip
 """Ends of the names of classes of transformers that no advice about images helps."""
-"""Version of the layout of ``BcosifiedModel.config`` (and so of config.json)."""
 
 _CHOICES = {
     "bias": ("remove", "keep", "decay"),
@@ -75,8 +75,8 @@ def bcosify(
     head: str = "before_pool",
     activation: str = "keep",
     normalize_weight: bool = False,
-    inverse: bool = True,
-    normalize_input: bool = True,
+    inverse: bool | None = None,
+    normalize_input: bool | None = None,
     logit_bias: str | float | None = "auto",
     mean: Sequence[float] | float | None = None,
     std: Sequence[float] | float | None = None,
@@ -105,14 +105,14 @@ def bcosify(
             stays where it is ("keep").
         activation: "keep" ReLU and GELU (default) or "remove" them (B-cos v2).
         normalize_weight: B-cos layers divide weights by their norm (B-cos v2); default False.
-        inverse: encode images as [x, 1 - x] (default True).
-        normalize_input: normalise by mean and std inside the model (default True).
+        inverse: encode images as [x, 1 - x]; default None: True, of texts False.
+        normalize_input: normalise by mean and std inside the model; default None: True, of texts False.
         logit_bias: number added to all logits, None, or "auto" (default): -log(classes - 1) unless bias="keep".
         mean, std: per channel for images in [0, 1]; default: those of timm's pretrained_cfg, open_clip's preprocessing
             (OpenAI's for CLIP's bare towers) or ImageNet's for torchvision's models. Required for other models.
         on_unknown: layers without a rule: "error" (default) names them all, "keep" leaves them as they are.
-        Of texts, ``pool``, ``head``, ``inverse`` and ``normalize_input`` have nothing to act on; mean and std are an
-        error.
+        Of texts, ``pool`` and ``head`` have nothing to act on; mean, std, inverse=True and normalize_input=True are
+        errors.
 
     Returns:
         A new BcosifiedModel on the same device, in the same dtype and train/eval mode. It takes images (N, 3, H, W) in
@@ -120,8 +120,8 @@ def bcosify(
 
     Raises:
         TypeError: not a module, or a wrapper (DataParallel, compiled, scripted): give it the model inside.
-        ValueError: an unknown option, unknown mean and std, layers without a rule, tied parameters, a model that is
-            B-cos already.
+        ValueError: an unknown option, one that a classifier of texts has nothing for, unknown mean and std, layers
+            without a rule, tied parameters, a model that is B-cos already.
 
     Source: B-cosification (Arya, Rao, Boehle, Schiele, 2024), section 3.
 
@@ -131,6 +131,9 @@ def bcosify(
         torch.Size([1, 1000])
     """
     check_convertible(model)
+    whole, model = model, family_of(model).tower(model)
+    family = family_of(model)
+    of_images = not family.reads_text
     options = check_options(
         b=b,
         bias=bias,
@@ -138,18 +141,21 @@ def bcosify(
         head=head,
         activation=activation,
         normalize_weight=normalize_weight,
-        inverse=inverse,
-        normalize_input=normalize_input,
+        inverse=of_images if inverse is None else inverse,
+        normalize_input=of_images if normalize_input is None else normalize_input,
         logit_bias=logit_bias,
         on_unknown=on_unknown,
     )
-    whole, model = model, family_of(model).tower(model)
-    family = family_of(model)
     source = getattr(whole, "bcosification_source", None) or {}
     if family.reads_text:
+        kind = type_name(type(model))
         if mean is not None or std is not None:
-            raise ValueError(f"bcosify: expected no mean= and std= for {type_name(type(model))}, which reads no images")
-        return convert(model, replace(options, inverse=False, normalize_input=False), None, source=source)
+            raise ValueError(f"bcosify: expected no mean= and std= for {kind}, which reads no images")
+        asked = [name for name in ("inverse", "normalize_input") if getattr(options, name)]
+        if asked:
+            told = " and ".join(f"{name}=True" for name in asked)
+            raise ValueError(f"bcosify: expected no {told} for {kind}, which reads no images")
+        return convert(model, options, None, source=source)
     size = family.input_size(model)
     if source.get("preprocessing"):
         found = Preprocessing.from_dict(source["preprocessing"])
@@ -197,7 +203,8 @@ def check_options(**given: Any) -> Options:
 def check_convertible(model: nn.Module) -> None:
     """Raise, naming the reason, for what is no standard network: wrappers, B-cos models, tied parameters."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"bcosify: expected a torch.nn.Module, got {type(model).__name__}")
+        hint = f" (resolve({model!r})[0] gives the model of a name)" if isinstance(model, str) else ""
+        raise TypeError(f"bcosify: expected a torch.nn.Module, got {type(model).__name__}{hint}")
     if isinstance(model, BcosifiedModel):
         raise ValueError("bcosify: expected a standard model, got one that is already B-cosified")
     if type_name(type(model)).startswith(_FEATURES_ONLY):
@@ -221,7 +228,7 @@ def check_convertible(model: nn.Module) -> None:
             )
     known = next((known for prefix, known in SIBLINGS.items() if type_name(type(model)).startswith(prefix)), None)
     if type_name(type(model)).startswith("transformers.") and type(model).__name__.endswith(READERS_OF_TEXT):
-        known = known or next(iter(SIBLINGS.values()))
+        known = known or SIBLINGS["transformers.models.bert."]
     if known is not None and type(family_of(model)) is Family:
         raise ValueError(f"bcosify: expected {known}, got {type_name(type(model))}")
     owners: dict[Any, str] = {}

@@ -248,7 +248,7 @@ class ImageTransform:
         if not isinstance(image, Image.Image):
             raise TypeError(f"transform: expected a PIL image, got {type(image).__name__}")
         p = self.preprocessing
-        image = image.convert("L" if len(p.mean) == 1 else "RGB")
+        image = eight_bits(image).convert("L" if len(p.mean) == 1 else "RGB")
         method = getattr(Image.Resampling, p.interpolation.upper())
         if p.crop == "squash" and p.input_size is not None:
             image = image.resize((p.input_size[1], p.input_size[0]), method)
@@ -267,6 +267,25 @@ class ImageTransform:
         p = self.preprocessing
         normalize = ", normalize=True" if self.normalize else ""
         return f"ImageTransform(resize={p.resize}, crop={p.crop!r}, size={p.input_size}, {p.interpolation}{normalize})"
+
+
+def eight_bits(image: Any) -> Any:
+    """A PIL image of 16 bits a pixel (mode I;16) as one of 8 (mode L), anything else as it is.
+
+    Pillow's own conversion cuts off what is above 255 instead, which leaves a picture that is white almost everywhere.
+
+    Raises:
+        ValueError: 32-bit integers or floating point (modes I and F), whose range is not known.
+    """
+    if image.mode.startswith("I;16"):
+        import numpy
+        from PIL import Image
+
+        return Image.fromarray((numpy.asarray(image).astype(numpy.float32) / 257 + 0.5).astype(numpy.uint8))
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floating point"
+        raise ValueError(f"expected an image of 8 or 16 bits a channel, got one of {kind}, whose range is not known")
+    return image
 
 
 def _shorter_side(size: tuple[int, int], target: int) -> tuple[int, int]:

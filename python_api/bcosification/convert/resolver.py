@@ -4,7 +4,8 @@ torchvision:NAME, NAME      torchvision's classification models
 timm:NAME                   timm
 bcosification:NAME, NAME    SimpleViT and ViT_c of bcosification.models, with B-cos v2's standard weights
 open_clip:NAME/TAG          open_clip, weights TAG
-transformers:NAME           Hugging Face's sequence classifiers: a repository's name, or a folder of save_pretrained
+transformers:NAME           Hugging Face's sequence classifiers, and CLIP's image towers: a repository's name, or a
+                            folder of save_pretrained
 FOLDER                      written by save_pretrained: a B-cosified model
 FILE (with arch=SPEC)       weights of a standard model
 """
@@ -12,6 +13,7 @@ FILE (with arch=SPEC)       weights of a standard model
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from bcosification.convert.checkpoints import CONFIG_NAME, load
 from bcosification.convert.families import family_of
 from bcosification.convert.hub import check_hub
+from bcosification.convert.hugging_face import read_transformers
 from bcosification.convert.preprocessing import detect, from_torchvision
 from bcosification.convert.published import list_pretrained
 from bcosification.convert.published import pretrained as published_network
@@ -173,7 +176,7 @@ def _unknown(library: str, name: str, known: Iterable[str]) -> ValueError:
     head, separator, rest = re.sub(r"^(\w+)\.models\.", r"\1.", name).partition(".")
     if separator and head in LIBRARIES:  # as in Python
         return ValueError(error + did_you_mean([f"{head}:{rest}"]))
-    return ValueError(error + did_you_mean(_elsewhere(name) or meant(name, known)))
+    return ValueError(error + did_you_mean(specs_of(name) or meant(name, known)))
 
 
 def _unknown_prefix(prefix: str, spec: str) -> ValueError:
@@ -185,10 +188,17 @@ def _unknown_prefix(prefix: str, spec: str) -> ValueError:
     )
 
 
-def _elsewhere(name: str) -> list[str]:
-    """The specs under which a model of this very name is found, in whichever library."""
+def specs_of(name: str) -> list[str]:
+    """The specs, library's prefix included, under which a model of this very name is found, in whichever library."""
     found = [f"{library}:{name}" for library, here in _NAMES.items() if here(name.partition(".")[0], name)]
-    return [f"{spec}/TAG" if spec.startswith("open_clip:") and "/" not in spec else spec for spec in found]
+    return [f"{spec}/TAG" if spec.startswith("open_clip:") and _lacks_tag(spec[10:]) else spec for spec in found]
+
+
+def _lacks_tag(name: str) -> bool:
+    """Whether a name of open_clip's needs the tag of its weights still: some architectures have none."""
+    import open_clip
+
+    return "/" not in name and bool(open_clip.list_pretrained_tags_by_model(name))
 
 
 def _no_path(spec: str) -> str:
@@ -306,6 +316,11 @@ def _open_clip(
     if architecture not in open_clip.list_models():
         raise _unknown("open_clip", architecture, open_clip.list_models())
     tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if pretrained and not tags:
+        raise ValueError(
+            f"resolve: open_clip:{name}: expected a model with pretrained weights, of which open_clip has none for "
+            f"{architecture}; pretrained=False gives random ones"
+        )
     if pretrained and tag not in tags:
         hint = did_you_mean(f"open_clip:{architecture}/{near}" for near in meant(tag, tags))
         raise ValueError(
@@ -315,53 +330,33 @@ def _open_clip(
     if pretrained:
         repository = open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub") or ""
         check_hub("/".join(repository.split("/")[:2]), f"resolve: open_clip:{name}")
+    if not pretrained:
+        return _without_weights(open_clip, architecture), {"library": "open_clip", "name": name, "weights": None}
     try:
-        network = open_clip.create_model(architecture, pretrained=tag if pretrained else None)
+        network = open_clip.create_model(architecture, pretrained=tag)
     except (URLError, OSError, RuntimeError) as error:
-        if not pretrained:
-            raise
         raise _undownloaded(f"open_clip:{name}", error) from None
-    return network, {"library": "open_clip", "name": name, "weights": tag if pretrained else None}
+    return network, {"library": "open_clip", "name": name, "weights": tag}
+
+
+def _without_weights(open_clip: Any, architecture: str) -> nn.Module:
+    """A model of random weights, without open_clip's warning that it has no others: they were asked for."""
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.WARNING))
+    try:
+        return open_clip.create_model(architecture, pretrained=None)
+    finally:
+        logging.disable(disabled)
 
 
 def _transformers(
     name: str, num_classes: int | None, pretrained: bool, weights: str | None
 ) -> tuple[nn.Module, dict[str, Any]]:
     try:
-        import transformers
+        import transformers  # noqa: F401
     except ImportError as error:
         raise _needs("transformers", "transformers", error, "text") from None
-    spec = f"transformers:{name}"
-    if weights is not None:
-        raise ValueError(f"resolve: {spec}: expected the weights to be those of the name or folder, got {weights!r}")
-    kind = transformers.AutoModelForSequenceClassification
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        another = num_classes not in (None, config.num_labels)
-        if another:
-            config.num_labels = num_classes
-        if not pretrained:
-            return kind.from_config(config), {"library": "transformers", "name": name, "weights": None}
-        network, loading = kind.from_pretrained(
-            name, config=config, ignore_mismatched_sizes=another, output_loading_info=True
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        if isinstance(error, OSError):
-            raise RuntimeError(
-                f"resolve: {spec}: expected a folder of transformers' save_pretrained, or a repository that can be "
-                f"downloaded, got {type(error).__name__}: {reason}"
-            ) from None
-        raise ValueError(f"resolve: {spec}: expected a model with a sequence classifier, got {reason}") from None
-    # transformers draws what a file lacks at random, with no more than a warning.
-    missing = sorted(loading["missing_keys"])
-    if missing and num_classes is None:
-        saved = ", ".join(getattr(config, "architectures", None) or ["a model"])
-        raise ValueError(
-            f"resolve: {spec}: expected weights of a sequence classifier, got {saved}'s without {', '.join(missing)}; "
-            "num_classes= gives a new classifier with random weights"
-        )
-    return network, {"library": "transformers", "name": name, "weights": name}
+    return read_transformers(name, num_classes, pretrained, weights)
 
 
 def _own(
@@ -454,6 +449,8 @@ def _from_folder(
 def _from_file(
     path: Path, arch: str | None, num_classes: int | None, model: nn.Module | None
 ) -> tuple[nn.Module, dict[str, Any]]:
+    if arch is None and model is None:
+        read_weights(path)  # which says what else the file is
     if (arch is None) == (model is None):
         got = "neither" if arch is None else "both"
         raise ValueError(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bcosification.convert.hub import check_hub
 from bcosification.convert.wrapper import BcosifiedModel, values_readable
 
 __all__ = ["BcosifiedText", "OnEmbeddings"]
@@ -235,7 +236,8 @@ class BcosifiedText(BcosifiedModel):
         """The tokenizer saved with the model, or the one that config["tokenizer"] names.
 
         Raises:
-            ValueError: none is known, or it cannot be read. RuntimeError: transformers is not installed.
+            ValueError: none is known, or it cannot be read. RuntimeError: transformers is not installed, or the
+            repository cannot be reached.
         """
         if self._tokenizer is None:
             name = self._tokenizer_folder or self.config["tokenizer"]
@@ -349,11 +351,17 @@ class OnEmbeddings(nn.Module):
 
 
 def read_tokenizer(name: str, *, local_files_only: bool = False) -> Any:
-    """The Hugging Face tokenizer in a folder or of a repository's name; no code of a repository is run."""
+    """The Hugging Face tokenizer in a folder or of a repository's name; no code of a repository is run.
+
+    Raises:
+        ValueError: no tokenizer there. RuntimeError: no transformers, or a repository that cannot be reached.
+    """
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise RuntimeError(f"tokenizer: needs transformers ({error}): pip install 'bcos-kernels[text]'") from None
+    if not local_files_only and not Path(name).is_dir() and not Path(name).is_absolute():
+        check_hub(name, "tokenizer", "model.tokenizer = takes a tokenizer of transformers that is here")
     try:
         return AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
     except (OSError, ValueError, KeyError) as error:

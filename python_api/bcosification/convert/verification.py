@@ -294,6 +294,10 @@ def _check_images(images: Tensor, converted: BcosifiedModel) -> Tensor:
     low, high = torch.aminmax(images)
     if low < -0.01 or high > 1.01:
         raise ValueError(f"verify: expected images in [0, 1], not normalised, got values from {low:.3g} to {high:.3g}")
+    if list(images.shape[-2:]) != converted.config.get("input_size"):
+        like = next(converted.parameters())
+        with torch.no_grad(), evaluation_mode(converted):
+            converted(images[:1].to(like))  # which tells of a size that is not taken
     return images.detach()
 
 

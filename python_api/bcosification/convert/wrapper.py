@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ from torch import Tensor, nn
 
 from bcosification import nn as bnn
 from bcosification.convert.hub import HubMixin
+from bcosification.convert.image_sizes import INPUT_ERRORS, refuses_dtype, refuses_size, size_told
 from bcosification.convert.preprocessing import ImageTransform, Preprocessing
 from bcosification.convert.rules import remove_biases
+from bcosification.warned import warn_caller
 
 IN_RANGE = (-0.01, 1.01)
 
@@ -27,7 +28,8 @@ class BcosifiedModel(HubMixin, nn.Module):
         logits = model(z) + logit_bias
 
     Args and shapes of the forward: images (N, C, H, W) in [0, 1] or already encoded (N, 2C, H, W); returns what the
-    network returns, for a classifier logits (N, classes). Values outside [-0.01, 1.01] warn once.
+    network returns, for a classifier logits (N, classes). Values outside [-0.01, 1.01] warn once; a size that the
+    network does not take, as many ViTs one, is a ValueError.
 
     Attributes:
         add_inverse, normalize, model, logit_bias: the four parts, nn.Identity where an option drops one.
@@ -68,11 +70,35 @@ class BcosifiedModel(HubMixin, nn.Module):
             part.train(model.training)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.logit_bias(self.model(self.normalize(self.encode(images))))
+        return self.logit_bias(self._network(images))
+
+    def _network(self, images: Tensor) -> Tensor:
+        """What the converted network returns for images (N, C, H, W) or encoded ones."""
+        inputs = self.normalize(self.encode(images))
+        if torch.compiler.is_compiling():
+            return self.model(inputs)
+        try:
+            return self.model(inputs)
+        except INPUT_ERRORS as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            own, dtype = self.config.get("input_size"), next(self.model.parameters(), inputs).dtype
+            if refuses_size(self.model, inputs, own):
+                raise ValueError(
+                    f"BcosifiedModel: expected images of a size that {self.config['class']} takes (its own: "
+                    f"{size_told(own)}, which model.transform makes of pictures), got {size_told(inputs.shape[-2:])}: "
+                    + str(error).partition("\n")[0]
+                ) from error
+            if refuses_dtype(self.model, inputs, dtype):
+                raise TypeError(
+                    f"BcosifiedModel: expected images of the model's dtype, {dtype}, got {inputs.dtype} "
+                    "(images.to(dtype), or model.to(dtype))"
+                ) from error
+            raise
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) in [0, 1] as [x, 1 - x] (N, 2C, H, W); 2C channels, or ``inverse=False``: unchanged."""
-        self._check_images(images)
+        self.check_images(images)
         if images.shape[1] == self.channels:
             return self.add_inverse(images)
         return images
@@ -87,7 +113,13 @@ class BcosifiedModel(HubMixin, nn.Module):
         """PIL image -> float32 tensor (C, H, W) in [0, 1], resized and cropped as the weights expect."""
         return ImageTransform(Preprocessing.from_dict(self.config))
 
-    def _check_images(self, images: Tensor) -> None:
+    def check_images(self, images: Tensor) -> None:
+        """What ``encode`` and the forward check first, of images (N, C, H, W) or encoded ones: warns once of values
+        outside [-0.01, 1.01].
+
+        Raises:
+            TypeError: no tensor, or one of integers. ValueError: another shape.
+        """
         encoded = 2 * self.channels if self.config["options"]["inverse"] else self.channels
         expected = f"{self.channels}" if encoded == self.channels else f"{self.channels} or {encoded}"
         if not isinstance(images, Tensor):
@@ -98,19 +130,14 @@ class BcosifiedModel(HubMixin, nn.Module):
             )
         if not images.is_floating_point():
             raise TypeError(f"BcosifiedModel: expected floating point images in [0, 1], got {images.dtype}")
-        if self._range_checked or torch.compiler.is_compiling() or not values_readable(images):
+        if self._range_checked or torch.compiler.is_compiling():
             return
-        if images.device.type != "cpu":
-            # Reading a value waits for the device, so only the first images are looked at.
+        # Reading a value waits for the device, so elsewhere than on the CPU only the first images are looked at.
+        self._range_checked = images.device.type != "cpu" and values_readable(images)
+        text = out_of_range(images)
+        if text is not None:
             self._range_checked = True
-        low, high = torch.aminmax(images.detach())
-        if low < IN_RANGE[0] or high > IN_RANGE[1]:
-            self._range_checked = True
-            warnings.warn(
-                f"BcosifiedModel: expected images in [0, 1], got values from {low:.3g} to {high:.3g}; they are "
-                "normalised inside the model (said once)",
-                stacklevel=4,
-            )
+            warn_caller(f"BcosifiedModel: {text}; they are normalised inside the model (said once)")
 
     def reset_classifier(self, num_classes: int) -> BcosifiedModel:
         """Replace the head by a new one with ``num_classes`` outputs and random weights, in place; returns self.
@@ -154,6 +181,16 @@ def _normalize(preprocessing: Preprocessing, options: dict[str, Any], model: nn.
         normalize.mean = torch.cat([mean, 1 - mean]) if options["inverse"] else mean
         normalize.std = torch.cat([std, std]) if options["inverse"] else std
     return normalize if parameter.is_meta else normalize.to(parameter.device)
+
+
+def out_of_range(images: Tensor) -> str | None:
+    """What is wrong with the values of images, in words; None: they lie in [0, 1], or cannot be read."""
+    if not values_readable(images):
+        return None
+    low, high = torch.aminmax(images.detach())
+    if low >= IN_RANGE[0] and high <= IN_RANGE[1]:
+        return None
+    return f"expected images in [0, 1], got values from {low:.3g} to {high:.3g}"
 
 
 def values_readable(images: Tensor) -> bool:

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from bcosification.convert.clip import BcosifiedCLIP, Templates
 from bcosification.convert.linear_map import bare_model, dynamic_linear_map
 from bcosification.convert.text import BcosifiedText
+from bcosification.convert.wrapper import BcosifiedModel, out_of_range
 from bcosification.explanation import pictures
 from bcosification.json_files import json_text
 from bcosification.nn import LogitBias, Normalize, explanation_mode
 from bcosification.nn.evaluation_mode import evaluation_mode
+from bcosification.warned import warn_caller
 
 __all__ = ["Explanation", "TextExplanation", "explain"]
 
@@ -294,13 +296,14 @@ def explain(
         per token); its tensors lie on the device of `images`.
 
     Warns:
-        UserWarning: contributions + constant differs from the logit (by more than rounding): the model has a dynamic
-            layer without explanation mode, or adds a constant that is not known.
+        UserWarning: images outside [0, 1]; contributions + constant differs from the logit (by more than rounding): the
+            model has a dynamic layer without explanation mode, or adds a constant that is not known.
 
     Raises:
         TypeError: images or targets of another type than the above.
-        ValueError: wrong shapes, a target that is not a class, a model in which nothing can be detached: its input
-            gradient would not be a dynamic linear map; a CLIP model without text=, or texts and no text tower.
+        ValueError: wrong shapes, a size that the model does not take, a target that is not a class, a model in which
+            nothing can be detached: its input gradient would not be a dynamic linear map; a CLIP model without text=,
+            or texts and no text tower.
 
     Source: B-cos Networks (2022), section 3.2; B-cosification (2024), section 3.
 
@@ -329,6 +332,10 @@ def explain(
             "dynamic weights that can be detached (set_explanation_mode); `bcosify(model)` makes a B-cos model of it, "
             "and bcosification.explanation.attribution explains plain models"
         )
+    if isinstance(bare_model(model), BcosifiedModel):
+        bare_model(model).check_images(images)  # before texts are encoded, which may take its time
+    elif images.size(1) == 3 and not hasattr(model, "encode") and (told := out_of_range(images)) is not None:
+        warn_caller(f"explain: {told}; they are encoded as [x, 1 - x]")
     texts = None
     if text is not None:
         if not isinstance(model, BcosifiedCLIP):

@@ -9,7 +9,10 @@ from pathlib import Path
 
 from bcosification.names import did_you_mean, meant
 
-__all__ = ["FinetuneConfig", "load_recipe", "recipes"]
+__all__ = ["EMBEDDED", "FinetuneConfig", "load_recipe", "recipes", "with_absolute_paths"]
+
+EMBEDDED = ("digits", "scenes")
+"""Data sets that are made here, by name."""
 
 
 @dataclass
@@ -135,6 +138,32 @@ class FinetuneConfig:
         import yaml
 
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+def with_absolute_paths(options: dict) -> dict:
+    """Options of a run with its data, model, weights and teacher as absolute paths, where they are paths: a run is
+    resumed from anywhere. What is no path stays, and so do files that are not there, which errors name as given."""
+    located = dict(options)
+    for name in ("data", "model", "weights", "teacher"):
+        value = str(options.get(name) or "")
+        prefix, rest = "", value
+        if name != "data" and value.startswith("transformers:"):  # of folders, too
+            prefix, rest = "transformers:", value.removeprefix("transformers:")
+        if rest and _names_a_path(name, rest, bool(prefix)):
+            path = Path(rest).absolute()
+            located[name] = f"{prefix}{path.resolve() if '..' in path.parts else path}"
+    return located
+
+
+def _names_a_path(option: str, value: str, prefixed: bool) -> bool:
+    path = Path(value)
+    if option == "data":
+        return value not in EMBEDDED and (path.exists() or (value.endswith(".tar") and "://" not in value))
+    if prefixed or option == "weights":
+        return path.exists()
+    # A folder named as a library's model does not hide that.
+    ours = any((path / name).is_file() for name in ("config.json", "config.yaml"))
+    return path.is_file() or ours or ("/" in value and path.exists())
 
 
 def typed(values: dict, source: str, config: type[FinetuneConfig] = FinetuneConfig) -> dict:

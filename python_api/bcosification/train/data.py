@@ -11,6 +11,7 @@ depend on (seed, epoch, index), not on the number of workers, so that a resumed 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from bcosification.names import did_you_mean, meant, shortened
+from bcosification.train.configuration import EMBEDDED
 from bcosification.train.image_files import load_image
 from bcosification.train.shards import ShardImages, is_shards, split_shards
 
@@ -37,7 +39,6 @@ __all__ = [
     "scenes",
 ]
 
-EMBEDDED = ("digits", "scenes")
 SPLITS = ("train", "val")
 VALIDATION_SHARE = 0.2
 HELD_OUT_SHARE = 0.05  # of the images of a folder without train/ and val/
@@ -249,10 +250,9 @@ class FolderImages(Dataset):
             raise FileNotFoundError(f"image folder {root}: expected a folder with one sub-folder per class, found none")
         found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
         if not found:
-            raise FileNotFoundError(
-                f"image folder {root}: expected one sub-folder per class, found {len(list(root.iterdir()))} files "
-                "and no sub-folder"
-            )
+            files = len(list(root.iterdir()))
+            found_there = "an empty folder" if not files else f"{files} file{'s' * (files > 1)} and no sub-folder"
+            raise FileNotFoundError(f"image folder {root}: expected one sub-folder per class, found {found_there}")
         if class_to_idx is not None and not set(found) <= set(class_to_idx):
             unknown = sorted(set(found) - set(class_to_idx))
             raise ValueError(
@@ -298,6 +298,14 @@ class FolderImages(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
+    @functools.cached_property
+    def contents(self) -> str:
+        """A digest of the files below the folder and of their labels, wherever the folder lies."""
+        digest, start = hashlib.sha256(), len(str(self.root))
+        for path, label in self.samples:
+            digest.update(f"{path[start:]}\t{label}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
     def __getitem__(self, index: int):
         path, label = self.samples[index]
         try:
@@ -327,8 +335,9 @@ class ImageFiles(FolderImages):
         root = Path(root)
         paths = sorted(str(path) for path in root.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
         if len(paths) < (1 if part is None else 2):
+            least = "images" if part is None else "at least two images"
             raise FileNotFoundError(
-                f"image folder {root}: expected images ({', '.join(sorted(IMG_EXTENSIONS))}) in it, found {len(paths)}"
+                f"image folder {root}: expected {least} ({', '.join(sorted(IMG_EXTENSIONS))}) in it, found {len(paths)}"
             )
         if part is not None:
             order = np.random.default_rng(1797).permutation(len(paths))
@@ -456,6 +465,13 @@ class ImageDataModule(_lightning_datamodule()):
     @property
     def unreadable(self) -> list[tuple[str, str]]:
         return [entry for part in (self.train, self.val) for entry in getattr(part, "unreadable", [])]
+
+    def state_dict(self) -> dict:
+        """What a checkpoint keeps: which images these are, so that a resumed run can tell whether it has the same."""
+        parts = {"train": self.train, "val": self.val}
+        images = {name: 0 if part is None else len(part) for name, part in parts.items()}
+        contents = {name: getattr(part, "contents", "") for name, part in parts.items()}
+        return {"classes": self.class_names, "images": images, "contents": contents}
 
     def train_dataloader(self) -> DataLoader:
         if self.train is None:

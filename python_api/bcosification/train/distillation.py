@@ -10,6 +10,8 @@ import copy
 from dataclasses import dataclass
 from pathlib import Path
 
+from bcosification.names import did_you_mean
+
 from .finetuning import FinetuneConfig, FinetuneResult, _check_converted, _require, embedded, image_size, run
 
 __all__ = ["DistillConfig", "distill"]
@@ -19,9 +21,10 @@ __all__ = ["DistillConfig", "distill"]
 class DistillConfig(FinetuneConfig):
     """Everything that determines a distillation. See FinetuneConfig for what is not told here.
 
-    Model: `model` is a CLIP model (open_clip:NAME/TAG), whose image tower is the teacher and is B-cosified to be the
-    student; or the folder of a student that is converted already. `teacher`: another teacher of the same embedding size
-    (default: `model`, or what a converted one was made of). `with_text`: store the text tower with the student.
+    Model: `model` is a CLIP model (open_clip:NAME/TAG, or transformers:NAME), whose image tower is the teacher and is
+    B-cosified to be the student; or the folder of a student that is converted already. `teacher`: another teacher of
+    the same embedding size (default: `model`, or what a converted one was made of). `with_text`: store the text tower
+    with the student.
 
     Data: `data` (digits, scenes or a folder): all images below its train/ and val/, or below the folder itself, of
     which a twentieth is held out; labels are not used. Or tar shards in WebDataset's layout: a pattern
@@ -85,7 +88,8 @@ def _distillation(config: DistillConfig, own, saved: Path | None):
     """Teacher, student and images of a distillation."""
     import bcosification
     from bcosification.convert.clip import BcosifiedCLIP, StandardCLIP
-    from bcosification.convert.resolver import resolve
+    from bcosification.convert.resolver import resolve, specs_of
+    from bcosification.convert.wrapper import BcosifiedModel
 
     from .data import build_datamodule, evaluation_transform
     from .lightning_module import DistillationModule
@@ -95,8 +99,10 @@ def _distillation(config: DistillConfig, own, saved: Path | None):
 
     library, named, _ = config.model.partition(":")
     if own is None and not Path(config.model).exists() and (not named or library in ("torchvision", "timm")):
+        near = [spec for spec in specs_of(config.model) if spec.startswith("open_clip:")]
         raise ValueError(
-            f"distill: expected a CLIP model (open_clip:NAME/TAG) or the folder of a converted one, got {config.model}"
+            "distill: expected a CLIP model (open_clip:NAME/TAG, or transformers:NAME) or the folder of a converted "
+            f"one, got {config.model}{did_you_mean(near)}"
         )
     found = own if own is not None else resolved(config.model)
     if isinstance(found, BcosifiedCLIP):
@@ -107,6 +113,11 @@ def _distillation(config: DistillConfig, own, saved: Path | None):
         if spec is None:
             raise ValueError(f"distill: expected teacher=, as {config.model} does not tell what it was made of")
         found = resolved(spec)
+    elif isinstance(found, BcosifiedModel):
+        raise ValueError(
+            f"distill: expected a CLIP model or the folder of a converted one, got {config.model}, a conversion of "
+            f"{found.config['class']}"
+        )
     else:
         student = bcosification.bcosify(found, b=config.b, bias=config.bias, **config.conversion)
         if not isinstance(student, BcosifiedCLIP):

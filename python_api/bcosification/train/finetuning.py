@@ -19,8 +19,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from .configuration import FinetuneConfig, load_recipe, recipes
-from .run_folder import check_output, check_same, write
+from .configuration import FinetuneConfig, load_recipe, recipes, with_absolute_paths
+from .run_folder import check_output, check_same, check_same_data, saved_config, write
 from .training import check_machine, train
 
 __all__ = ["FinetuneConfig", "FinetuneResult", "check_output", "finetune", "load_recipe", "recipes", "train"]
@@ -79,13 +79,19 @@ def run(config: FinetuneConfig, prepare, *, model=None, resume: bool = False) ->
     output = Path(config.output)
     check_output(output, resume=resume)
     check_machine(config.accelerator, config.devices)
-    config.check_data()
+    given = {name: getattr(config, name) for name in ("data", "weights", "teacher") if hasattr(config, name)}
+    if model is None:  # else its name is a label
+        given["model"] = config.model
+    config = dataclasses.replace(config, **with_absolute_paths(given))
+    _check_data(config, output, resume)
     earlier = check_same(config, output) if resume else 0
 
     import torch
 
     torch.manual_seed(config.seed)
     module, datamodule = prepare(config, model, output / "last" if earlier else None)
+    if earlier:
+        check_same_data(config, datamodule, output)
     from .backend_times import BackendTimes, saved
     from .schedules import BiasDecay, FreshStatistics, LinearB
 
@@ -118,6 +124,18 @@ def run(config: FinetuneConfig, prepare, *, model=None, resume: bool = False) ->
     best = max((row[module.score] for row in history if module.score in row), default=float("nan"))
     backends = times.found or saved(output)
     return FinetuneResult(output, history, module.saved.eval(), best, datamodule.unreadable, earlier, backends)
+
+
+def _check_data(config: FinetuneConfig, output: Path, resume: bool) -> None:
+    """The data, before anything is built; of a resumed run with what to do where they have moved."""
+    try:
+        config.check_data()
+    except FileNotFoundError as error:
+        if not resume or saved_config(output, type(config)).data != config.data:
+            raise
+        raise FileNotFoundError(
+            f"{error}; the run in {output} was trained on it: data= tells where it is now"
+        ) from None
 
 
 def _require(extra: str, *modules: str) -> None:
@@ -188,10 +206,20 @@ def data_for(config: FinetuneConfig, model):
     """The data module of `config.data`, with images as `model`, a B-cosified one, takes them.
 
     Raises:
-        ValueError: an image size that the model does not take. Those of `build_datamodule`.
+        ValueError: a model that is no classifier of images, an image size that the model does not take. Those of
+            `build_datamodule`.
     """
+    from bcosification.convert.text import BcosifiedText
+
     from .data import build_datamodule, evaluation_transform
 
+    if isinstance(model, BcosifiedText) or model.num_classes is None:
+        why = "which reads texts" if isinstance(model, BcosifiedText) else "which has no classes"
+        hint = "; distill trains CLIP's image towers" if hasattr(model, "encode_image") else ""
+        raise ValueError(
+            f"{config.COMMAND}: expected a classifier of images, got {config.model} ({model.config['class']}), {why}"
+            f"{hint}"
+        )
     size, as_expected = image_size(config, model)
     return build_datamodule(
         config.data, image_size=size, batch_size=config.batch_size, num_workers=config.num_workers, seed=config.seed,
@@ -215,6 +243,8 @@ def image_size(config: FinetuneConfig, model, teacher=None) -> tuple[int, bool]:
     Raises:
         ValueError: config.image_size, or what was found, is a size that one of the two does not take.
     """
+    from bcosification.convert.image_sizes import size_told
+
     from .data import digits, scenes
 
     networks = [model] if teacher is None else [model, teacher]
@@ -230,7 +260,8 @@ def image_size(config: FinetuneConfig, model, teacher=None) -> tuple[int, bool]:
     if not taken(size):
         who, own = (config.model, "its") if teacher is None else (f"{config.model} and its teacher", "their")
         raise ValueError(
-            f"{config.COMMAND}: expected an image_size that {who} can take ({own} own: {expected}), got {size}"
+            f"{config.COMMAND}: expected image_size to be one that {who} can take"
+            f"{f' ({own} own: {size_told(expected)})' if expected else ''}, got {size}"
         )
     return size, not embedded(config) and config.image_size is None and expected is not None
 

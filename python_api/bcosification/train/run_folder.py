@@ -7,10 +7,13 @@ import os
 import pickle
 import shutil
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 
-from .configuration import FinetuneConfig
+from bcosification.names import shortened
+
+from .configuration import EMBEDDED, FinetuneConfig, with_absolute_paths
 
 
 def check_output(folder, *, resume: bool = False) -> None:
@@ -81,6 +84,8 @@ def check_same(config: FinetuneConfig, output: Path) -> int:
     path = output / "config.yaml"
     before, now = (_decisive(c) for c in (saved_config(output, type(config)), config))
     other = [name for name in before | now if before.get(name) != now.get(name)]
+    if "data" in other and not {before["data"], now["data"]} & set(EMBEDDED):
+        other.remove("data")  # it may have moved: `check_same_data` tells
     if other:
         values = [", ".join(f"{name}={options.get(name)!r}" for name in other) for options in (before, now)]
         raise ValueError(
@@ -97,20 +102,62 @@ def check_same(config: FinetuneConfig, output: Path) -> int:
 
 def _decisive(config: FinetuneConfig) -> dict:
     """The options that decide what comes out, those of the conversion among them, without the number of epochs."""
-    options = dataclasses.asdict(config)
+    options = with_absolute_paths(dataclasses.asdict(config))
     options |= options.pop("conversion")
     return {name: value for name, value in options.items() if name != "epochs" and name not in config.MACHINE}
 
 
+def check_same_data(config: FinetuneConfig, datamodule, output: Path) -> None:
+    """ValueError if `datamodule` has other classes than the run in `output` was trained on, or if its data are looked
+    for in another place now and are not the same files; a UserWarning if the files of the same place have changed."""
+    checkpoint = _checkpoint(output)
+    if checkpoint is None:
+        return
+    before, now = checkpoint.get(type(datamodule).__qualname__), datamodule.state_dict()
+    was = with_absolute_paths({"data": saved_config(output, type(config)).data})["data"]
+    if before == now or (before is None and was == config.data):
+        return
+    expected = f"{config.COMMAND}: expected the data of the run that is resumed ({output}), "
+    if before is None:
+        raise ValueError(f"{expected}data={was!r}, as its checkpoint tells no more of them; got data={config.data!r}")
+    first, second = _told(before, now), _told(now, before)
+    if before["classes"] != now["classes"] or was != config.data:
+        second = "as many, but other files" if first == second else second
+        raise ValueError(
+            f"{expected}{first}; got data={config.data!r} with {second}: another run needs a folder of its own"
+        )
+    warnings.warn(
+        f"the images in {config.data} are not those that the run in {output} began with ({first} then, {second} now); "
+        "it goes on with these",
+        stacklevel=2,
+    )
+
+
+def _told(contents: dict, other: dict) -> str:
+    """What the images are, in words; the classes where the other's differ."""
+    text = f"{contents['images']['train']:,} images to train on and {contents['images']['val']:,} to validate on"
+    if contents["classes"] == other["classes"]:
+        return text
+    return f"{text} in {len(contents['classes'])} classes ({shortened(contents['classes'])})"
+
+
 def complete_epochs(output: Path) -> int:
     """Epochs that last.ckpt holds; 0 for a run that was killed in its first."""
+    checkpoint = _checkpoint(output)
+    return 0 if checkpoint is None else checkpoint["epoch"] + 1
+
+
+def _checkpoint(output: Path) -> dict | None:
+    """What last.ckpt holds; None where there is none."""
     import torch
 
     path = output / "last.ckpt"
     if not path.is_file():
-        return 0
+        return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"] + 1
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint["epoch"]
+        return checkpoint
     except pickle.UnpicklingError:  # whose text goes on to tell how to switch the check off
         got = "another format, or a pickle with other objects, which could run code when it is read, so it is refused"
     except (RuntimeError, EOFError, OSError, KeyError, TypeError, zipfile.BadZipFile) as error:

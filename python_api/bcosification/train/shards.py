@@ -8,7 +8,9 @@ uninterrupted one sees. The order goes through the shards a few at a time, so th
 
 from __future__ import annotations
 
+import functools
 import glob
+import hashlib
 import io
 import os
 import tarfile
@@ -172,6 +174,12 @@ class ShardImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.places)
+
+    @functools.cached_property
+    def contents(self) -> str:
+        """A digest of the shards' names and of where their images are, wherever the shards lie."""
+        names = "\n".join(os.path.basename(path) for path in self.shards)
+        return hashlib.sha256(names.encode("utf-8", "surrogateescape") + self.places.tobytes()).hexdigest()
 
     def order(self, seed: Sequence[int]) -> np.ndarray:
         """All indices in the order of an epoch: shards at random, the images of a few shards mixed."""

@@ -40,7 +40,7 @@ from bcosification.explanation import bcos_contributions
 from bcosification.json_files import json_text
 from bcosification.nn import Normalize
 from bcosification.nn.evaluation_mode import evaluation_mode
-from bcosification.train.configuration import FinetuneConfig
+from bcosification.train.configuration import FinetuneConfig, with_absolute_paths
 from bcosification.train.finetuning import data_for, finetune, takes_size
 from bcosification.train.run_folder import check_writable, write
 from bcosification.train.training import train
@@ -277,7 +277,7 @@ def sweep(
     check_writable(output)
     kept = {name: v for name, v in dataclasses.asdict(config).items() if name not in FinetuneConfig.MACHINE | {*swept}}
     more = {"seeds": seeds, "grids": grids, "pretrain_epochs": pretrain_epochs}
-    settings = json.loads(json.dumps(kept | more))
+    settings = json.loads(json.dumps(with_absolute_paths(kept) | more))
     result = _earlier(output, settings) or Sweep([], {}, settings, machine(), output)
 
     wanted = [(variant, config.seed + i) for i in range(seeds) for variant in listed]
@@ -302,7 +302,7 @@ def _earlier(output: Path, settings: dict) -> Sweep | None:
     if not path.is_file():
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
-    before = content["settings"]
+    before = with_absolute_paths(content["settings"])
     # More seeds and other questions add rows; everything else would make rows that are not comparable.
     other = [name for name in before | settings if name != "seeds" and before.get(name) != settings.get(name)]
     if other:

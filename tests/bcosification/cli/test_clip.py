@@ -69,8 +69,8 @@ def test_distill_resumes(run_folder, tmp_path, capsys):
     assert main(["distill", *out]) == 2
     assert "expected --model" in capsys.readouterr().err
     assert main(["distill", "--model", "resnet18", "--no-pretrained", *out]) == 2
-    message = "expected a CLIP model (open_clip:NAME/TAG) or the folder of a converted one, got resnet18"
-    assert message in capsys.readouterr().err
+    message = "expected a CLIP model (open_clip:NAME/TAG, or transformers:NAME) or the folder of a converted one, got "
+    assert f"{message}resnet18" in capsys.readouterr().err
 
 
 def test_explain_with_texts(run_folder, scene_files, tmp_path, capsys):
@@ -131,7 +131,10 @@ def test_zero_shot_says_what_is_missing(run_folder, tmp_path, capsys):
         ([str(run_folder)], "expected --zero-shot for a CLIP model"),
         ([SPEC], "expected --zero-shot for a CLIP model"),
         ([str(run_folder), "--zero-shot"], f"which was saved without: --text-model {SPEC} reads it again"),
-        (["resnet18", "--no-pretrained", "--zero-shot"], "--zero-shot: expected a CLIP model, got resnet18 (ResNet)"),
+        (
+            ["resnet18", "--no-pretrained", "--zero-shot"],
+            "--zero-shot: expected a CLIP model with its text tower (open_clip:NAME/TAG), got resnet18 (ResNet)",
+        ),
         ([SPEC, "--zero-shot", "--class-names", str(names)], "--class-names: expected 10 names, one a line"),
     ):
         options = [] if "--no-pretrained" in arguments or str(run_folder) in arguments else ["--no-pretrained"]
@@ -196,3 +199,25 @@ def test_distil_from_shards(tmp_path, capsys):
     assert "images to train on" in capsys.readouterr().out
     assert main(["finetune", "--model", "resnet18", "--no-pretrained", *tiny, "--data", data, "--out", "x"]) == 2
     assert "read without labels: distill takes them" in capsys.readouterr().err
+
+
+def test_what_trains_classifiers_takes_no_clip(tmp_path, capsys):
+    run = ["--data", "digits", "--out", str(tmp_path / "x"), "--no-pretrained"]
+    for command in ("finetune", "sweep"):
+        assert main([command, "--model", SPEC, *run]) == 2
+        error = capsys.readouterr().err
+        assert f"error: expected a classifier of images, got {SPEC} (open_clip." in error, error
+        assert "which has no classes; distill trains CLIP's image towers" in error
+
+
+def test_a_misspelt_name_of_templates_is_told_before_a_model_is_read(run_folder, scene_files, monkeypatch, capsys):
+    monkeypatch.setattr(bcosification, "load", lambda *a, **k: pytest.fail("the model was read first"))
+    monkeypatch.setattr("bcosification.convert.resolver.resolve", lambda *a, **k: pytest.fail("the model was read"))
+    for command in (
+        ["explain", str(run_folder), *scene_files, "--out", "x", "--text", "a dog"],
+        ["evaluate", SPEC, "--data", "digits", "--zero-shot"],
+    ):
+        assert main([*command, "--templates", "opnai"]) == 2
+        error = capsys.readouterr().err
+        assert "error: --templates: expected 'openai', 'simple', or texts" in error
+        assert "got ['opnai']; did you mean openai?" in error

@@ -4,6 +4,7 @@ import re
 import shutil
 
 import pytest
+from PIL import Image
 
 import bcosification
 from bcosification import resolve
@@ -109,3 +110,21 @@ def test_interrupt_tells_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr(finetuning, "finetune", interrupted)
     assert main(["finetune", "--model", "resnet18", "--data", "digits", "--out", "runs/a"]) == 130
     assert "bcosify finetune --resume --out runs/a" in capsys.readouterr().err
+
+
+def test_data_that_have_moved_are_asked_for_by_the_option(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32), "red").save(tmp_path / "data" / part / name / "0.png")
+    tiny = ["--epochs", "1", "--batch-size", "2", "--accelerator", "cpu", "--no-progress", "--num-workers", "0"]
+    model = ["--model", "resnet18", "--no-pretrained", "--image-size", "32"]
+    assert main(["finetune", *model, "--data", "data", "--out", "run", *tiny]) == 0
+    (tmp_path / "data").rename(tmp_path / "moved")
+    again = ["finetune", "--resume", "--out", "run", "--epochs", "2"]
+    assert main(again) == 2
+    error = capsys.readouterr().err
+    assert f"error: --data: expected one of digits, scenes, or a folder of images, got '{tmp_path}/data'" in error
+    assert "the run in run was trained on it: --data tells where it is now" in error
+    assert main([*again, "--data", "moved"]) == 0

@@ -1,5 +1,6 @@
 """Help without extras, missing packages, wrong options: told in one line, nothing written."""
 
+import os
 import re
 import subprocess
 import sys
@@ -144,6 +145,16 @@ def test_every_missing_package_is_told_before_anything_is_done(command, package,
             ["evaluate", "resnet18", "--data", "digits", "--device", "abacus"],
             "--device: expected a device that is usable",
         ),
+        (
+            ["evaluate", "vit_b_16", "--no-pretrained", "--data", "digits", "--image-size", "100"],
+            "--image-size: expected a size that vit_b_16 takes (its own: 224 x 224), got 100",
+        ),
+        (["evaluate", "resnet18", "--data", "digits", "--image-size", "0"], "expected --image-size >= 1, got 0"),
+        (["evaluate", "resnet18", "--data", "digits", "--batch-size", "0"], "error: expected --batch-size >= 1, got 0"),
+        (["evaluate", "resnet18", "--data", "digits", "--num-workers", "-1"], "expected --num-workers >= 0, got -1"),
+        (["explain", *HERE[:2], "--batch-size", "0", "--out", "x"], "error: expected --batch-size >= 1, got 0"),
+        (["explain", *HERE[:2], "--out", f"{__file__}"], "error: --out: expected a folder, got"),
+        (["convert", f"{__file__}", "--out", "x"], "expected a file of tensors (safetensors, or torch.save"),
         (["convert", "resnet18", "--no-pretrained", "--out", "x", "--b", "0"], "expected --b >= 1"),
         (["benchmark", "resnet18", "--batch", "0"], "expected --batch >= 1, got 0"),
         (["benchmark", "resnet18", "--rounds", "0"], "expected --rounds >= 1, got 0"),
@@ -231,6 +242,18 @@ def test_misspelt_commands_and_options(arguments, message, capsys):
         (["finetune", "--model", "resnet18", "--data", "digit", "--out", "x"], "got 'digit'; did you mean digits?"),
         (["finetune", "--recipe", "digts", "--out", "x"], "got 'digts'; did you mean digits?"),
         (["families", "torchvision_resnt"], "lists, got torchvision_resnt; did you mean torchvision_resnet or"),
+        (
+            ["distill", "--model", "ViT-B-32", "--data", "digits", "--out", "x"],
+            "the folder of a converted one, got ViT-B-32; did you mean open_clip:ViT-B-32/TAG?",
+        ),
+        (
+            ["distill", "--model", "ViT-S-32-alt", "--data", "digits", "--out", "x"],
+            "the folder of a converted one, got ViT-S-32-alt; did you mean open_clip:ViT-S-32-alt?",
+        ),
+        (
+            ["distill", "--model", "open_clip:ViT-S-32-alt", "--data", "digits", "--out", "x"],
+            "of which open_clip has none for ViT-S-32-alt; --no-pretrained gives random ones",
+        ),
         (["verify", "vit_tiny_patch16_224"], "got 'vit_tiny_patch16_224'; did you mean timm:vit_tiny_patch16_224?"),
     ],
 )
@@ -238,3 +261,24 @@ def test_misspelt_names(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", ["bcosification.cli families", "bcosification.cli --version", "bcos_kernels"])
+def test_a_reader_that_leaves_ends_a_command_quietly(arguments):
+    """As `bcosify families | head` does, whose head has read enough."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as output:
+        done = subprocess.run(
+            [sys.executable, "-m", *arguments.split()], stdout=output, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_told(monkeypatch, capsys):
+    def broken(*_, **__):
+        raise BrokenPipeError("of a loading process")
+
+    monkeypatch.setattr("bcosification.convert.family_checks.family_reports", broken)
+    assert main(["families"]) == 2
+    assert "bcosify families: error: of a loading process" in capsys.readouterr().err

@@ -54,6 +54,8 @@ def test_texts_are_embedded_as_open_clip_does():
     for wrong in (["no place"], [], ["{}", str.upper]):
         with pytest.raises(ValueError, match="templates: expected"):
             named_templates(wrong)
+    with pytest.raises(ValueError, match="got .'opnai'.; did you mean openai.$"):
+        named_templates("opnai")
     for wrong in ([], [3]):
         with pytest.raises(ValueError, match="texts: expected at least one text"):
             converted.encode_texts(wrong)
@@ -106,7 +108,8 @@ def test_unpool_compares_every_position(p):
 def test_attention_pooling_that_is_not_there_or_not_known():
     converted = bcosify(clip("vit"))
     assert converted.attention_pool is None
-    with pytest.raises(ValueError, match="expected a tower with attention pooling .*VisionTransformer"):
+    told = "a tower with the attention pooling of CLIP's ResNets, got .*VisionTransformer, which has none .*CoCa"
+    with pytest.raises(ValueError, match=told):  # nothing of class tokens: CoCa's embedding is that of a pooling, too
         converted.set_attention_pool("unpool")
     converted = bcosify(clip("resnet"))
     with pytest.raises(ValueError, match="expected mode to be 'pool' or 'unpool', got 'max'"):

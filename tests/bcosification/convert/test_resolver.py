@@ -264,3 +264,17 @@ def test_a_hub_out_of_reach_is_told_at_once(spec, repository, monkeypatch, tmp_p
     (tmp_path / f"models--{repository.replace('/', '--')}" / "snapshots" / "1").mkdir(parents=True)
     resolve(spec)
     assert len(asked) == 1
+
+
+def test_random_weights_that_were_asked_for_are_no_warning(caplog):
+    network, info = resolve("open_clip:ViT-S-32-alt", pretrained=False)
+    assert info["weights"] is None and callable(network.encode_image) and caplog.records == []
+    open_clip.create_model("ViT-S-32-alt", pretrained=None)
+    assert "No pretrained weights loaded" in caplog.text  # else the above would say nothing
+    with pytest.raises(ValueError, match="of which open_clip has none for ViT-S-32-alt; pretrained=False gives random"):
+        resolve("open_clip:ViT-S-32-alt")
+
+
+def test_bcosify_of_a_name_tells_of_resolve():
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got str \(resolve\('resnet18'\)\[0\] gives"):
+        bcosify("resnet18")

@@ -213,7 +213,7 @@ def test_another_number_of_classes_and_random_weights(folder):
 def test_names_that_stand_for_nothing(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="expected the weights to be those of the name or folder, got 'IMAGENET1K_V1'"):
         resolve(f"transformers:{folder}", weights="IMAGENET1K_V1")
-    with pytest.raises(ValueError, match="expected a model with a sequence classifier, got Unrecognized model"):
+    with pytest.raises(ValueError, match="expected a classifier of texts .*, got Unrecognized model"):
         resolve(f"transformers:{tmp_path}")
 
     def unreachable(name):
@@ -225,9 +225,9 @@ def test_names_that_stand_for_nothing(folder, tmp_path, monkeypatch):
             resolve("transformers:a/b")
     with pytest.raises(ValueError, match=f"of a Hugging Face model: bcosify it as transformers:{folder}"):
         load(folder)
-    transformers.CLIPVisionConfig(hidden_size=8, num_attention_heads=2).save_pretrained(tmp_path / "clip")
-    with pytest.raises(ValueError, match="expected a model with a sequence classifier, got "):
-        resolve(f"transformers:{tmp_path / 'clip'}")
+    transformers.ViTConfig(hidden_size=8, num_attention_heads=2).save_pretrained(tmp_path / "vit")
+    with pytest.raises(ValueError, match="expected a classifier of texts .*, got ViTConfig"):
+        resolve(f"transformers:{tmp_path / 'vit'}")
 
 
 def test_the_model_card(folder, tmp_path, monkeypatch):
@@ -278,3 +278,17 @@ def test_other_models_of_texts_are_refused_as_such():
 def test_a_regression_of_several_numbers_is_no_classifier():
     with pytest.raises(ValueError, match="problem_type='regression' and 3 outputs"):
         bcosify(classifier(problem_type="regression"))
+
+
+def test_what_is_for_images_is_refused():
+    model = classifier()
+    for options, named in (
+        ({"inverse": True}, "inverse=True"),
+        ({"normalize_input": True}, "normalize_input=True"),
+        ({"inverse": True, "normalize_input": True}, "inverse=True and normalize_input=True"),
+        ({"mean": 0.5}, "mean= and std="),
+    ):
+        with pytest.raises(ValueError, match=f"expected no {named} for transformers.*Bert.*, which reads no images"):
+            bcosify(model, **options)
+    given = bcosify(model, inverse=False, normalize_input=False)
+    assert given.config["options"] == bcosify(model).config["options"]

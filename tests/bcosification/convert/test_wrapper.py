@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models import ResNet18_Weights, Swin_V2_T_Weights
 from torchvision.transforms import functional as tv
 
-from bcosification import bcosify, reset_head
+from bcosification import bcosify, explain, reset_head
 from bcosification import nn as bnn
 from bcosification.convert.preprocessing import ImageTransform, Preprocessing, from_open_clip, from_torchvision
 from tests.bcosification.convert.standard_networks import MEAN, STD, make, sequential, vit
@@ -159,3 +159,12 @@ def test_parts_are_of_the_package():
     converted = bcosify(vit(), inverse=False, normalize_input=False)
     assert isinstance(converted.add_inverse, nn.Identity) and isinstance(converted.normalize, nn.Identity)
     assert converted.model.conv_proj.in_channels == 3
+
+
+def test_the_warning_of_a_range_names_the_callers_line(model):
+    with pytest.warns(UserWarning, match=r"expected images in \[0, 1\]") as told:
+        model(torch.full((1, 3, 16, 16), 5.0))
+    assert [warning.filename for warning in told] == [__file__]
+    with pytest.warns(UserWarning, match=r"expected images in \[0, 1\]") as told:
+        explain(bcosify(vit()), torch.full((1, 3, 16, 16), 5.0))
+    assert [warning.filename for warning in told] == [__file__]

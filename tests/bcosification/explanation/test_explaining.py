@@ -14,7 +14,7 @@ from bcosification.convert.frozen_replay import frozen_replay
 from bcosification.explanation import Explanation, explain
 from bcosification.nn import Normalize, explanation_mode
 from tests.bcosification import tiny_networks
-from tests.bcosification.tiny_networks import CLASSES, build
+from tests.bcosification.tiny_networks import CLASSES, SIZE, build
 
 TARGETS = [1, 4, 0]
 
@@ -276,3 +276,11 @@ def test_index_out_of_range():
     assert isinstance(explanation[-1], Explanation)
     with pytest.raises(IndexError, match="below 2, got 2"):
         explanation[2]
+
+
+def test_images_out_of_range_are_told_of_models_that_do_not_tell_themselves(recwarn):
+    network = build("peer_convnet")
+    explain(network, torch.rand(1, 3, SIZE, SIZE, dtype=torch.float64), 0)
+    assert not [w for w in recwarn if "in [0, 1]" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"explain: expected images in \[0, 1\], got values from .*; they are encoded"):
+        explain(network, 255 * torch.rand(1, 3, SIZE, SIZE, dtype=torch.float64), 0)

@@ -211,3 +211,17 @@ def test_in_float32():
         assert error(explanation.weights[:, t].double(), replay.gradient(t)) < 1e-3
     cosines = F.normalize(model(x), dim=-1) @ model.encode_texts(TEXTS).T
     torch.testing.assert_close(explanation.logits, cosines, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", ["values", "channels"])
+def test_images_are_looked_at_before_texts_are_encoded(wrong, monkeypatch):
+    """Of a thousand classes and eighty templates the texts take minutes."""
+    model, x = bcosify(clip("vit")), images("vit")
+    monkeypatch.setattr(model, "encode_texts", lambda *a, **k: pytest.fail("the texts were encoded first"))
+    if wrong == "channels":
+        with pytest.raises(ValueError, match=r"with C = 3 or 6, got \(2, 4, 32, 32\)"):
+            explain(model, torch.rand(2, 4, 32, 32, dtype=torch.float64), text=TEXTS)
+    else:
+        with pytest.warns(UserWarning, match=r"expected images in \[0, 1\], got values from"):
+            with pytest.raises(pytest.fail.Exception):
+                explain(model, 255 * x, text=TEXTS)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from bcosification.convert.preprocessing import ImageTransform, Preprocessing
 from bcosification.train.data import (
     BRIGHTNESS,
     FolderImages,
@@ -175,7 +176,7 @@ def test_folder_errors_name_what_is_missing(folder, tmp_path):
         build_datamodule(tmp_path / "half")
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(FileNotFoundError, match="one sub-folder per class, found 0 files"):
+    with pytest.raises(FileNotFoundError, match="one sub-folder per class, found an empty folder"):
         FolderImages(empty, _identity)
     (empty / "dog").mkdir()
     with pytest.raises(FileNotFoundError, match=r"expected images \(.*\.jpg.*\) in its 1 class folders, found none"):
@@ -272,3 +273,29 @@ def test_a_folder_does_not_hide_data_that_come_with_the_package(tmp_path, monkey
     assert build_datamodule("digits").num_classes == 10
     with pytest.raises(FileNotFoundError, match="expected digits/train and digits/val"):
         check_source("./digits")
+
+
+def test_images_of_other_depths(tmp_path):
+    """Pillow's own conversion of 16 bits to 8 makes everything above 255 white."""
+    values = np.linspace(0, 65535, 32 * 32).round().astype(np.uint16).reshape(32, 32)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    Image.fromarray(values.astype(">u2")).save(tmp_path / "deep.tiff")
+    expected = np.repeat((values / 257).round()[..., None], 3, 2)
+    for name in ("deep.png", "deep.tiff"):
+        got = load_image(tmp_path / name)
+        assert got.mode == "RGB" and np.abs(np.asarray(got) - expected).max() <= 1, name
+    with Image.open(tmp_path / "deep.png") as image:
+        transformed = ImageTransform(Preprocessing((0.5,) * 3, (0.5,) * 3))(image)
+    assert np.abs(255 * transformed.permute(1, 2, 0).numpy() - expected).max() <= 1
+    for name, kind in (("F", "floating point"), ("I", "32-bit integers")):
+        Image.fromarray(values.astype({"F": np.float32, "I": np.int32}[name])).save(tmp_path / f"{name}.tiff")
+        with pytest.raises(ValueError, match=f"of 8 or 16 bits a channel, got one of {kind}"):
+            load_image(tmp_path / f"{name}.tiff")
+
+
+def test_cmyk_and_grey_are_read_as_they_look(tmp_path):
+    picture = Image.linear_gradient("L").resize((64, 64))
+    for mode in ("L", "CMYK", "1", "RGB"):
+        picture.convert(mode).save(tmp_path / f"{mode}.tiff")
+        got = np.asarray(load_image(tmp_path / f"{mode}.tiff")).astype(float)
+        assert got.shape == (64, 64, 3) and abs(got.mean() - np.asarray(picture).mean()) < 3

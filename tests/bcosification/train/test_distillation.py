@@ -20,6 +20,7 @@ from bcosification.train.lightning_module import DistillationModule
 from tests.bcosification.convert.b_cosification_clip import clip_tower
 from tests.bcosification.convert.families.test_open_clip_timm import POOLED, coca, whole
 from tests.bcosification.small_clip import MEAN, STD, TEXTS, clip
+from tests.bcosification.train.small import STATISTICS, small_network
 
 
 def small(name="resnet"):
@@ -133,13 +134,16 @@ def test_what_is_refused(tmp_path):
         (dict(logit_scale=0.0), "distill: expected logit_scale > 0, got 0.0"),
         (dict(clip_norm=1.0), "distill: expected agc= or clip_norm=, got both"),
         (dict(image_size=48),
-         r"distill: expected an image_size that CLIP and its teacher can take \(their own: \[32, 32\]\), got 48"),
+         r"distill: expected image_size to be one that CLIP and its teacher can take \(their own: 32 x 32\), got 48"),
         (dict(data="nowhere"), "data: expected one of digits, scenes, or a folder of images"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             distill(config(tmp_path / "run", **changes), model=small("vit"))
-    with pytest.raises(ValueError, match=r"expected a CLIP model \(open_clip:NAME/TAG\) .*, got resnet18"):
+    with pytest.raises(ValueError, match=r"expected a CLIP model \(open_clip:NAME/TAG, .*\) .*, got resnet18"):
         distill(config(tmp_path / "run", model="resnet18", pretrained=False))
+    classifier = bcosify(small_network(), **STATISTICS)
+    with pytest.raises(ValueError, match="or the folder of a converted one, got BcosifiedModel, a conversion of torch"):
+        distill(config(tmp_path / "run"), model=classifier)
     assert not (tmp_path / "run").exists()
 
 
@@ -209,7 +213,7 @@ def test_folders_of_images_without_labels(tmp_path):
     assert (len(data.train), len(data.val)) == (2, 1) and data.what == "labels not used"
     (tmp_path / "empty").mkdir()
     check_source(tmp_path / "empty", labelled=False)
-    with pytest.raises(FileNotFoundError, match="expected images .* in it, found 0"):
+    with pytest.raises(FileNotFoundError, match="expected at least two images .* in it, found 0"):
         build_datamodule(tmp_path / "empty", labelled=False)
 
 
@@ -223,13 +227,13 @@ def test_a_folder_is_distilled_from(tmp_path):
 
 def test_a_size_that_only_the_student_takes_is_refused(tmp_path):
     """A converted ResNet has no positional embedding, its teacher has one for 64 pixels."""
-    with pytest.raises(ValueError, match="distill: expected an image_size that CLIP and its teacher can take"):
+    with pytest.raises(ValueError, match="distill: expected image_size to be one that CLIP and its teacher can take"):
         distill(config(tmp_path / "run", image_size=96), model=small())
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("model", ["resnet18", "timm:resnet18", "torchvision:resnet18"])
 def test_what_is_no_clip_model_is_refused_before_anything_is_loaded(model, tmp_path):
-    with pytest.raises(ValueError, match=rf"distill: expected a CLIP model \(open_clip:NAME/TAG\) .* got {model}"):
+    with pytest.raises(ValueError, match=rf"distill: expected a CLIP model \(open_clip:NAME/TAG, .*\) .* got {model}"):
         distill(config(tmp_path / "run", model=model))
     assert not (tmp_path / "run").exists()

@@ -322,7 +322,7 @@ def test_mixed_precision_trains(tmp_path):
         (dict(loss="mse"), "expected loss in .*got 'mse'"),
         (dict(agc=0.01, clip_norm=1.0), "expected agc= or clip_norm=, got both: 0.01 and 1.0"),
         (dict(data="nowhere"), "expected one of .*got 'nowhere'"),
-        (dict(image_size=8), "expected an image_size that .* can take"),
+        (dict(image_size=8), "expected image_size to be one that .* can take"),
         (dict(conversion={"b": 1.5}), "expected b outside of conversion"),
         (dict(limit_batches=0), "expected limit_batches >= 1, got 0"),
         (dict(accelerator="abacus"), "expected accelerator to be one of auto, .*cpu.*, got 'abacus'$"),

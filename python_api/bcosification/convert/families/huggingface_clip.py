@@ -9,8 +9,13 @@ from torch import nn
 
 from bcosification import nn as bnn
 from bcosification.convert.class_change import ChangedForward, change_class
-from bcosification.convert.families.base import Family, register
+from bcosification.convert.families.base import SIBLINGS, Family, register
 from bcosification.convert.rules import NoRule, Options, gelu, linear, rule
+
+SIBLINGS["transformers.models.clip."] = (
+    "CLIP's image tower with its projection, CLIPVisionModelWithProjection (whose from_pretrained reads it from a "
+    "CLIPModel's files, too, as resolve does of transformers:NAME)"
+)
 
 
 class ConvertedCLIPVision(ChangedForward):
