@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
 from typing import Any
 
@@ -75,8 +75,8 @@ def bcosify(
     head: str = "before_pool",
     activation: str = "keep",
     normalize_weight: bool = False,
-    inverse: bool | None = None,
-    normalize_input: bool | None = None,
+    inverse: bool = True,
+    normalize_input: bool = True,
     logit_bias: str | float | None = "auto",
     mean: Sequence[float] | float | None = None,
     std: Sequence[float] | float | None = None,
@@ -105,14 +105,14 @@ def bcosify(
             stays where it is ("keep").
         activation: "keep" ReLU and GELU (default) or "remove" them (B-cos v2).
         normalize_weight: B-cos layers divide weights by their norm (B-cos v2); default False.
-        inverse: encode images as [x, 1 - x]; default None: True, of texts False.
-        normalize_input: normalise by mean and std inside the model; default None: True, of texts False.
+        inverse: encode images as [x, 1 - x] (default True).
+        normalize_input: normalise by mean and std inside the model (default True).
         logit_bias: number added to all logits, None, or "auto" (default): -log(classes - 1) unless bias="keep".
         mean, std: per channel for images in [0, 1]; default: those of timm's pretrained_cfg, open_clip's preprocessing
             (OpenAI's for CLIP's bare towers) or ImageNet's for torchvision's models. Required for other models.
         on_unknown: layers without a rule: "error" (default) names them all, "keep" leaves them as they are.
-        Of texts, ``pool`` and ``head`` have nothing to act on; mean, std, inverse=True and normalize_input=True are
-        errors.
+        Of texts, ``pool``, ``head``, ``inverse`` and ``normalize_input`` have nothing to act on; mean and std are an
+        error.
 
     Returns:
         A new BcosifiedModel on the same device, in the same dtype and train/eval mode. It takes images (N, 3, H, W) in
@@ -133,7 +133,6 @@ def bcosify(
     check_convertible(model)
     whole, model = model, family_of(model).tower(model)
     family = family_of(model)
-    of_images = not family.reads_text
     options = check_options(
         b=b,
         bias=bias,
@@ -141,21 +140,17 @@ def bcosify(
         head=head,
         activation=activation,
         normalize_weight=normalize_weight,
-        inverse=of_images if inverse is None else inverse,
-        normalize_input=of_images if normalize_input is None else normalize_input,
+        inverse=inverse,
+        normalize_input=normalize_input,
         logit_bias=logit_bias,
         on_unknown=on_unknown,
     )
     source = getattr(whole, "bcosification_source", None) or {}
     if family.reads_text:
-        kind = type_name(type(model))
         if mean is not None or std is not None:
+            kind = type_name(type(model))
             raise ValueError(f"bcosify: expected no mean= and std= for {kind}, which reads no images")
-        asked = [name for name in ("inverse", "normalize_input") if getattr(options, name)]
-        if asked:
-            told = " and ".join(f"{name}=True" for name in asked)
-            raise ValueError(f"bcosify: expected no {told} for {kind}, which reads no images")
-        return convert(model, options, None, source=source)
+        return convert(model, replace(options, inverse=False, normalize_input=False), None, source=source)
     size = family.input_size(model)
     if source.get("preprocessing"):
         found = Preprocessing.from_dict(source["preprocessing"])
