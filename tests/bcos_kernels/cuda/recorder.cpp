@@ -65,7 +65,8 @@ void record_launch(Size3 grid, Size3 cluster, Size3 block, void** arguments, siz
   std::memcpy(launch.parameters, arguments[0], parameter_bytes);
 }
 
-// A tensor map as ptx_hopper.py reads it. Axes from the innermost on; corners are along those between channels and images.
+// A tensor map as ptx_hopper.py reads it. Axes from the innermost on, those between channels and images for corners: cuda.h
+// calls these {D, H, W} and tells no order; CUTLASS, NVIDIA's own, passes them as it passes sizes.
 struct TensorMap {
   char mark[4];
   uint8_t im2col, rank, element_bytes, span;  // span: bytes within which 16-byte chunks change places, 0 for none

@@ -139,6 +139,14 @@ def test_conv2d_backward_dx_on_hopper(stem, name, dtype, order):
     recorded.check_conv2d(stem, HOPPER_WINDOWS[name], dtype, **ORDERS[order])
 
 
+@ON_REQUEST
+def test_hopper_s_gradient_with_a_stride_is_another():
+    """Which is why the op refuses it: CUTLASS takes the problem, and leaves pixels out."""
+    case = (1, 16, 8, 9, 9, (3, 3), (2, 2), (1, 1), (1, 1))
+    with pytest.raises(AssertionError, match="dx: not finite"):
+        recorded.check_conv2d("conv2d_backward_dx", case, BF16, early_reads=True)
+
+
 # --- the interpreter sees what it is meant to see ---------------------------------------------------------------------
 
 
