@@ -99,8 +99,8 @@ HOPPER_SIZES = {  # rows, outputs, features, multiprocessors
     "small": (1, 8, 8, 132),
     "many stages": (64, 64, 520, 132),
     "many stages of outputs": (64, 520, 64, 132),  # for the gradient; a row of five tiles
-    "one cluster for all": (300, 400, 200, 2),  # a program takes several tiles in turn
-    "two clusters for all": (520, 264, 136, 4),
+    "one cluster for all": (300, 264, 136, 2),  # a program takes several tiles in turn
+    "two clusters for all": (520, 136, 136, 4),
 }
 
 
