@@ -49,7 +49,7 @@ test: lint  ## lint and all tests, ahead-of-time compilation and installation ca
 test-aot: $(VENV)/.built  ## only: every Triton kernel compiled ahead of time for GPUs that need not be there
 	BCOS_TEST_AOT=all $(PYTEST) tests/bcos_kernels/triton -k ahead_of_time $(PYTEST_ARGS)
 
-test-cuda-build: $(VENV)/.built  ## only: every CUTLASS kernel compiled, those for sm_80 run on the CPU: about a quarter of an hour
+test-cuda-build: $(VENV)/.built  ## only: every CUTLASS kernel compiled and run on the CPU: about half an hour
 	BCOS_TEST_CUDA_BUILD=all $(PYTEST) tests/bcos_kernels/test_cutlass_build.py tests/bcos_kernels/cuda/test_cutlass_ptx.py $(PYTEST_ARGS)
 
 test-install:  ## pip install . as a new user does it: fresh environment, build isolation on (two installs of torch)

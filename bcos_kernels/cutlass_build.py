@@ -35,8 +35,9 @@ _SM80 = ("linear_forward_sm80", "linear_backward_dx_sm80", "conv2d_forward_sm80"
 KINDS = {f"{stem}_{element}": (stem, flags) for element, flags in _ELEMENTS.items() for stem in (*_HOPPER, *_SM80)}
 
 # The "a" matters: plain sm_90 has no WGMMA, and CUTLASS's kernels compile to a message there. What is written for sm_80
-# also runs on what came later, from its PTX where the machine code is another (10.0, 12.0).
-_ARCHITECTURES = dict.fromkeys(_HOPPER, "-gencode=arch=compute_90a,code=sm_90a") | dict.fromkeys(
+# also runs on what came later, from its PTX where the machine code is another (10.0, 12.0); Hopper's PTX is there for
+# the tests, which run it on a CPU.
+_ARCHITECTURES = dict.fromkeys(_HOPPER, "-gencode=arch=compute_90a,code=[sm_90a,compute_90a]") | dict.fromkeys(
     _SM80, "-gencode=arch=compute_80,code=[sm_80,compute_80]"
 )
 # NDEBUG matters too: with assertions in it, device code waits for every WGMMA.

@@ -1,5 +1,6 @@
 """The CUTLASS kernels: that they compile into what they are meant to be, and that their ops refuse what they
-cannot compute. No GPU is needed for that; what they compute is compared on one.
+cannot compute. No GPU is needed for that; what they compute is compared on one, and, from their PTX, in
+cuda/test_cutlass_ptx.py.
 
 nvcc takes a minute a kernel, so that one matrix product and one convolution for Hopper and one of each for sm_80 are
 compiled by default; the environment variable BCOS_TEST_CUDA_BUILD=all adds the others.
