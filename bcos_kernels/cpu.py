@@ -51,6 +51,11 @@ def linear_forward(x, weight, bias, b, b_tensor, normalize_weight, max_out, keep
     return _op("linear_forward")(x, weight, bias, *_mode(b, b_tensor), normalize_weight, max_out, squares, keep)
 
 
+def _check_channels(op: str, x: Tensor) -> None:
+    if x.shape[1] == 0:  # the library's convolution divides by them
+        raise NotImplementedError(f"{op}: the CPU kernels expect C >= 1 of x (N, C, H, W), got {tuple(x.shape)}")
+
+
 def _gradients(found: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     return tuple(g if need else None for g, need in zip(found, needs, strict=True))
 
@@ -71,6 +76,7 @@ def conv2d_forward(
     x, weight, bias, stride, padding, dilation, groups, b, b_tensor, normalize_weight, max_out, keep, squares
 ):
     """x (N, C, H, W), weight (O·max_out, C/G, R, S) → y (N, O, P, Q), n (N, G, P, Q); a, winning units where kept."""
+    _check_channels("conv2d", x)
     return _op("conv2d_forward")(
         x, weight, bias, *stride, *padding, *dilation, groups, *_mode(b, b_tensor), normalize_weight, max_out, squares,
         keep,
@@ -82,6 +88,7 @@ def conv2d_backward(
     detach, need_dx, need_dw, need_dbias, need_db,
 ):  # fmt: skip
     """Gradients (dx, dw, dbias, db) from y and n, or from a; y None: a is computed again."""
+    _check_channels("conv2d", x)
     needs = (need_dx, need_dw, need_dbias, need_db)
     found = _op("conv2d_backward")(
         dy, x, weight, bias, *stride, *padding, *dilation, groups, *_mode(b, b_tensor), y, n, a, index,
@@ -147,6 +154,7 @@ def conv2d_batch_norm_forward(
     b_tensor, normalize_weight, max_out, training, eps, activation, keep, detach, emits_squares,
 ):  # fmt: skip
     """(z, Σ_c z², y, n, a, index, mean, var); with known statistics in explanation mode the slope stands for y."""
+    _check_channels("conv2d_batch_norm", x)
     if not _is_fused(x, weight, b, b_tensor, max_out):
         return composed.conv2d_batch_norm_forward(
             _here, x, weight, bias, norm_weight, norm_bias, residual, running_var, squares, stride, padding, dilation,
@@ -166,6 +174,7 @@ def conv2d_batch_norm_backward(
     need_dnorm_weight, need_dnorm_bias, need_dresidual,
 ):  # fmt: skip
     """Gradients (dx, dw, dbias, db, dnorm_weight, dnorm_bias, dresidual) from z, y and n, or from the slope."""
+    _check_channels("conv2d_batch_norm", x)
     needs = (need_dx, need_dw, need_dbias, need_db, need_dnorm_weight, need_dnorm_bias, need_dresidual)
     if not _is_fused(x, weight, b, b_tensor, max_out) or not dz.numel():
         return composed.conv2d_batch_norm_backward(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import bcos_kernels
-from bcos_kernels import reference
+from bcos_kernels import dispatch, reference
 from tests.bcos_kernels import harness
 from tests.bcos_kernels.tolerances import assert_close_to_reference
 
@@ -428,3 +428,16 @@ def test_large_values_do_not_overflow_in_the_norm(backend):
         y = bcos_kernels.conv2d(x, weight)
     a = F.conv2d(x.double(), weight.double())
     assert_close_to_reference("y", y, None, a * a / (1e4 * 72**0.5), torch.float16)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_no_input_channels(kernel):
+    """As in torch, whose output has none either. The CPU kernels leave it to the definition."""
+    x, weight = torch.randn(2, 0, 6, 6), torch.randn(8, 0, kernel, kernel)
+    for options in ({}, {"b": 1.5}):
+        with pytest.warns(RuntimeWarning, match="the CPU kernels expect C >= 1"):
+            dispatch._warned.clear()
+            y = bcos_kernels.conv2d(x, weight, **options)
+        assert y.shape == F.conv2d(x, weight).shape
+    with bcos_kernels.backend("cpu"), pytest.raises(NotImplementedError, match="conv2d: the CPU kernels expect C >= 1"):
+        bcos_kernels.conv2d(x, weight)

@@ -352,6 +352,8 @@ def fuse(model: nn.Module, *, blocks: bool = True, memory: str = "default") -> n
             derivatives raise. Can be changed by calling `fuse` again.
 
     Fused attention is torch's scaled_dot_product_attention, whose second derivatives raise where its fast kernels run.
+    A block of your own is traced once: numbers and flags that its forward reads from the module (``self.alpha``) stay
+    as they are then. `unfuse`, change them, and fuse again; parameters and buffers are read anew at every call.
 
     Returns:
         ``model``. ``model.fusion_report`` says what was fused, what was so already, and what was left and why, at

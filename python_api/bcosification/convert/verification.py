@@ -58,7 +58,8 @@ def verify(
       stands between them), the outputs are compared with the head kept. ``equivalence.differences`` tells what the
       converted model does otherwise on purpose, and how much each of these changes the logits. An original is compared
       without what every conversion drops (CLIP's attention pooling: positional embedding and biases).
-    - Calls: a converted layer that the forward never calls is an error.
+    - Calls: a converted layer that the forward never calls is an error, in that copy and in ``converted`` itself; so is
+      a layer of ``converted`` that is no longer what the conversion made of it.
     - Biases: a model that was converted with bias="remove" and has some is an error.
     - Completeness: in ``converted`` itself, contributions + constant have to be the logit of the predicted class, the
       constant being computed on its own.
@@ -109,6 +110,7 @@ def verify(
             layer.error_float64 = other.error
             if layer.ok and not other.ok:
                 layer.ok, layer.problem = False, f"in float64: {other.problem}"
+    _judge_converted(converted, images, layers)
     preprocessing = None if normalized is None else _preprocessing(converted, images, normalized)
     completeness = _completeness(converted, images if of_text else images.to(work))
     explanation = _explanation(converted, images)
@@ -419,6 +421,24 @@ def _judge_added(entry: dict[str, str], got: dict[str, list[Tensor]]) -> LayerRe
     ok = calls > 0 or entry["was"] == entry["becomes"]
     problem = "no layer of the original's" if ok else "a converted layer that is never called"
     return LayerReport(entry["name"], entry["was"], entry["becomes"], calls, None, ok, problem)
+
+
+def _judge_converted(converted: BcosifiedModel, inputs: Inputs, layers: list[LayerReport]) -> None:
+    """What only ``converted`` itself can tell: that its layers are those that the conversion made, and are called."""
+    modules = dict(converted.model.named_modules())
+    replaced = [layer for layer in layers if layer.was != layer.becomes and layer.name in modules]
+    parameter = next(converted.parameters())
+    if isinstance(inputs, Tensor):
+        inputs = inputs.to(parameter.device, parameter.dtype)
+    names = [layer.name for layer in replaced]
+    with torch.no_grad(), evaluation_mode(converted), _recorded(converted.model, names) as got:
+        _called(converted, inputs)
+    for layer in replaced:
+        found = type_name(type(modules[layer.name]))
+        if layer.ok and found != layer.becomes:
+            layer.ok, layer.problem = False, f"is {found} in the converted model, of another type than it was made"
+        elif layer.ok and layer.calls and not got[layer.name]:
+            layer.ok, layer.calls, layer.problem = False, 0, "a converted layer that the converted model never calls"
 
 
 def _kept_layers(converted: BcosifiedModel, known: set[str]) -> list[LayerReport]:

@@ -110,8 +110,12 @@ class BatchNormUncentered2d(DetachableModule):
             raise ValueError(f"{type(self).__name__}: expected activation to be None or 'relu', got {activation!r}")
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        """y = activation(norm(x) + residual), in one pass; ``activation`` None or "relu"."""
+        """y = activation(norm(x) + residual), in one pass; ``activation`` None or "relu". A residual of another shape
+        is broadcast, in a pass of its own."""
         self._check(x, activation)
+        if residual is not None and residual.shape != x.shape:
+            y = BatchNormUncentered2d.forward(self, x) + residual
+            return y if activation is None else torch.relu(y)
         running_var, use_batch, momentum = self._statistics()
         constant = None
         bias = self.bias
@@ -158,12 +162,14 @@ class BatchNormUncentered2d(DetachableModule):
         """
         constant = self.constant_gain is not None and self.bias is not None
         constant = constant or (conv.constant_gain is not None and conv.bias is not None)
-        if constant or not self._recomputes() or conv.detach != self.detach:
+        padded = conv.padded(x)
+        broadcast = residual is not None and residual.shape != conv.output_shape(padded)
+        if constant or broadcast or not self._recomputes() or conv.detach != self.detach:
             # Not self.forward: a subclass's does more than this.
             return BatchNormUncentered2d.forward(self, conv.forward(x), residual, activation)
         running_var, use_batch, momentum = self._statistics()
         return bcos_kernels.conv2d_batch_norm(
-            conv.padded(x),
+            padded,
             conv.weight,
             conv.bias,
             conv.stride,

@@ -120,6 +120,18 @@ class BcosConv2d(BcosLayer):
         """What the op is given for x: x itself; more where ``padding`` cannot say how a subclass pads."""
         return x
 
+    def output_shape(self, padded: Tensor) -> torch.Size:
+        """Shape of the output for what `padded` gives, (..., C, H, W)."""
+        sizes = list(padded.shape[-2:])
+        if self.padding != "same":
+            padding = (0, 0) if self.padding == "valid" else self.padding
+            window = zip(sizes, self.kernel_size, self.stride, padding, self.dilation, strict=True)
+            sizes = [
+                (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+                for size, kernel, stride, pad, dilation in window
+            ]
+        return torch.Size((*padded.shape[:-3], self.out_channels, *sizes))
+
     def transform(self, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
         return bcos_kernels.conv2d(
             self.padded(x),

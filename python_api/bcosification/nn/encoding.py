@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .modes import DetachableModule, per_sample
 
 __all__ = ["AddInverse", "Normalize"]
 
 
-class AddInverse(nn.Module):
+class AddInverse(DetachableModule):
     """Encode an image x in [0, 1] as [x, 1 − x] along the channels: torch.cat([x, 1 - x], dim).
 
     Args:
         dim: the channel dimension, default −3.
 
     Shapes: (..., C, H, W) → (..., 2C, H, W).
+
+    Explanation mode changes nothing: explanations are maps of the encoded image.
 
     Source: B-cos networks, arXiv:2205.10268, section 3.
 

@@ -430,3 +430,23 @@ def test_recomputation_runs_no_convolution_with_hooks_again():
     conv.register_forward_hook(lambda *_: calls.append(1))
     model(torch.rand(1, 3, 64, 64)).sum().backward()
     assert len(calls) == 1
+
+
+class AddsPositions(nn.Module):
+    """Adds one value a channel, broadcast, behind convolution and norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = BcosConv2d(3, 4, 3, padding=1), BatchNormUncentered2d(4)
+        self.positions = nn.Parameter(torch.randn(4, 1, 1))
+
+    def forward(self, x):
+        return torch.relu(self.norm(self.conv(x)) + self.positions)
+
+
+def test_an_addition_that_is_broadcast_stays_one():
+    torch.manual_seed(0)
+    model, x = AddsPositions().eval(), torch.randn(2, 3, 5, 5)
+    expected = model(x)
+    assert fuse_blocks(model).chains == [("conv", "norm")]
+    torch.testing.assert_close(model(x), expected)

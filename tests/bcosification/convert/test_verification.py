@@ -219,6 +219,33 @@ def test_converted_layers_that_are_never_called_are_errors():
     assert "never called:        projection, spare" in str(report)
 
 
+def test_layers_that_the_converted_model_itself_does_not_call_are_errors():
+    """A block that was taken out after the conversion: the copy at B = 1 is whole."""
+    network, images = make("resnet, basic blocks")
+    converted = bcosify(network, mean=MEAN, std=STD)
+    converted.model.layer1[0].forward = lambda x: x
+    report = verify(network, converted, images)
+    failed = {layer.name: layer.problem for layer in report.layers if not layer.ok}
+    assert set(failed) == {f"layer1.0.{name}" for name in ("conv1", "bn1", "conv2", "bn2")} and not report.ok
+    assert set(failed.values()) == {"a converted layer that the converted model never calls"}
+    assert report.never_called == list(failed)
+
+
+@pytest.mark.parametrize("name, layer", [("layer1.0.conv1", nn.Conv2d(8, 8, 3, padding=1, bias=False)),
+                                         ("maxpool", nn.MaxPool2d(3, 2, 1))])  # fmt: skip
+def test_layers_that_are_no_longer_what_they_were_converted_to_are_errors(name, layer):
+    network, images = make("resnet, basic blocks")
+    converted = bcosify(network, mean=MEAN, std=STD)
+    before = converted.model.get_submodule(name)
+    if isinstance(layer, nn.Conv2d):
+        layer = nn.Conv2d(before.in_channels, before.out_channels, 3, padding=1, bias=False)
+    converted.model.set_submodule(name, layer.double())
+    report = verify(network, converted, images)
+    failed = {entry.name: entry.problem for entry in report.layers if not entry.ok}
+    kind = f"{type(layer).__module__}.{type(layer).__name__}"
+    assert failed == {name: f"is {kind} in the converted model, of another type than it was made"} and not report.ok
+
+
 def wrong_batch_norm(layer, options):
     """Forgets the running mean."""
     bias = layer.bias.detach().clone()

@@ -6,7 +6,7 @@ import torch.multiprocessing as mp
 from bcos.modules import norms
 from torch import nn
 
-from bcosification.nn import BatchNormUncentered2d, SyncBatchNormUncentered2d
+from bcosification.nn import BatchNormUncentered2d, BcosConv2d, SyncBatchNormUncentered2d
 
 from .sync_worker import make_synced, sync_worker, whole_batch
 
@@ -136,3 +136,20 @@ def test_synchronised_form_is_the_plain_one_in_one_process():
     x = whole_batch()
     assert torch.equal(norm(x), synced(x))
     assert torch.equal(norm.running_var, synced.running_var)
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 1), (2, 1, 1, 1), (1, 1, 6, 6), (3, 2, 5, 6, 6)], ids=str)
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_a_residual_of_another_shape_is_broadcast(shape, activation):
+    """Alone, and behind a convolution; statistics are counted once."""
+    torch.manual_seed(0)
+    conv, x, residual = BcosConv2d(3, 5, 3, stride=2, padding=1), torch.randn(2, 3, 11, 11), torch.randn(shape)
+    for behind in (False, True):
+        norm, expected_norm = (BatchNormUncentered2d(5) for _ in range(2))
+        y = conv(x)
+        expected = expected_norm(y) + residual
+        expected = expected if activation is None else expected.relu()
+        found = norm.behind(conv, x, residual, activation) if behind else norm(y, residual, activation)
+        torch.testing.assert_close(found, expected)
+        assert norm.num_batches_tracked == 1
+        torch.testing.assert_close(norm.running_var, expected_norm.running_var)

@@ -118,3 +118,13 @@ def test_copies_and_compiles():
     assert torch.allclose(compiled(x), layer(x), rtol=1e-6)
     layer.set_explanation_mode()
     assert torch.allclose(compiled(x), layer(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("padding", [0, (2, 1), "same", "valid"], ids=str)
+@pytest.mark.parametrize("dilation", [1, (2, 3)], ids=str)
+def test_the_shape_of_the_output(padding, dilation):
+    for stride in (1,) if padding == "same" else (1, (3, 2)):
+        conv = BcosConv2d(2, 6, (3, 2), stride=stride, padding=padding, dilation=dilation)
+        for shape in ((4, 2, 11, 12), (2, 9, 10)):
+            x = torch.randn(shape)
+            assert conv.output_shape(conv.padded(x)) == conv(x).shape

@@ -50,3 +50,13 @@ def test_bad_arguments(mean, std, message):
         Normalize(mean, std)
     with pytest.raises(ValueError, match=r"expected x of shape \(N, 1, H, W\), got \(2, 3, 4, 4\)"):
         Normalize((0.5,), (1.0,))(torch.zeros(2, 3, 4, 4))
+
+
+def test_the_inverse_has_an_explanation_mode_that_changes_nothing():
+    module, x = AddInverse(), torch.rand(2, 3, 4, 4)
+    expected = module(x)
+    assert module.is_in_explanation_mode is False
+    module.set_explanation_mode()
+    assert module.is_in_explanation_mode is True and torch.equal(module(x), expected)
+    module.set_explanation_mode(False)
+    assert module.is_in_explanation_mode is False
