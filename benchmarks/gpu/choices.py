@@ -19,6 +19,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from unittest import mock
 
 import torch
@@ -194,29 +195,22 @@ def norm_cases(rehearsal: bool = False) -> list[Case]:
 
 
 def _norm_contenders(case: Case, x: Tensor, weight: Tensor) -> dict[str, Callable[[], object]]:
-    flag = False  # nothing is kept
+    rest = (False, 1, False)  # weights as they are, no maximum, nothing kept
     if case.op == "linear":
-
-        def product() -> Tensor:
-            return F.linear(x, weight)
-
-        def squares_of() -> Tensor:
-            return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square()
+        product = partial(F.linear, x, weight)
 
         def forward(b: float, squares: Tensor | None) -> object:
-            return triton_kernels.linear_forward(x, weight, None, b, None, False, 1, flag, squares)
+            return triton_kernels.linear_forward(x, weight, None, b, None, *rest, squares)
     else:
         window = {key: (case.options.get(key, default),) * 2
                   for key, default in (("stride", 1), ("padding", 0), ("dilation", 1))}  # fmt: skip
-
-        def product() -> Tensor:
-            return F.conv2d(x, weight, None, **window)
-
-        def squares_of() -> Tensor:
-            return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square()
+        product = partial(F.conv2d, x, weight, None, **window)
 
         def forward(b: float, squares: Tensor | None) -> object:
-            return triton_kernels.conv2d_forward(x, weight, None, *window.values(), 1, b, None, False, 1, flag, squares)
+            return triton_kernels.conv2d_forward(x, weight, None, *window.values(), 1, b, None, *rest, squares)
+
+    def squares_of() -> Tensor:
+        return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square()
 
     known = squares_of()
     return {
