@@ -30,11 +30,10 @@ from bcos_kernels import functional, selftest, triton_kernels
 from bcos_kernels.selftest_cases import Case, batch_norm, conv2d, layer_norm, linear
 from bcos_kernels.triton_kernels import configs
 from bcos_kernels.triton_kernels.configs import Config
-from bcosification.evaluation.benchmarking import Step
 from bcosification.evaluation.measuring import interleaved, summarized
 
 from .graphs import captured, capturing_stream
-from .networks import KNOWN, REHEARSED, autocast_of, converted_of, rates
+from .networks import rates, steps_of
 from .running import Run, first_line
 
 DIRECTIONS = ("forward", "backward")
@@ -303,16 +302,9 @@ def launching(run: Run, name: str, batch: int, precision: str, size: int) -> Non
     label = f"launching: {name}, {precision}, batch {batch}"
     if not run.due(label):
         return
-    torch.manual_seed(0)
-    known = REHEARSED if run.rehearsal else KNOWN
-    plain = known[name].make().to(run.device, memory_format=torch.channels_last)
-    images = torch.rand(batch, 3, size, size, device=run.device).contiguous(memory_format=torch.channels_last)
-    ours = converted_of(plain, images).to(memory_format=torch.channels_last)
-    labels = torch.arange(batch, device=run.device)
     runs: dict[str, Callable[[], object]] = {}
     host: dict[str, float] = {}
-    for who, model in (("plain", plain), ("ours", ours)):
-        step = Step(model, images, labels, autocast=autocast_of(precision))
+    for who, step in steps_of(run, name, batch, precision, size).items():
         step()
         runs[who], host[who] = step, _host_ms(run, step)
         try:

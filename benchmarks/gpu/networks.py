@@ -125,6 +125,18 @@ def converted_of(plain: nn.Module, images: Tensor) -> nn.Module:
         return calibrated(bcosification.bcosify(plain, mean=MEAN, std=STD), images[:8])
 
 
+def steps_of(run: Run, name: str, batch: int, precision: str, size: int) -> dict[str, Step]:
+    """Training steps of a network, "plain" and "ours", on the same random images."""
+    torch.manual_seed(0)
+    known = REHEARSED if run.rehearsal else KNOWN
+    plain = known[name].make().to(run.device, memory_format=torch.channels_last)
+    images = torch.rand(batch, 3, size, size, device=run.device).contiguous(memory_format=torch.channels_last)
+    ours = converted_of(plain, images).to(memory_format=torch.channels_last)
+    labels = torch.arange(batch, device=run.device)
+    return {who: Step(model, images, labels, autocast=autocast_of(precision))
+            for who, model in (("plain", plain), ("ours", ours))}  # fmt: skip
+
+
 def _converted(run: Run, label: str, network: Measured, precision: str, group, size: int, rounds: int) -> None:
     from bcosification.evaluation import benchmark
 

@@ -28,11 +28,10 @@ import torch
 
 from bcos_kernels import selftest, triton_kernels, tuning
 from bcos_kernels.selftest_cases import Case, conv2d, layer_norm, linear
-from bcosification.evaluation.benchmarking import Step
 from bcosification.evaluation.measuring import interleaved, summarized
 
 from .. import floor
-from .networks import KNOWN, REHEARSED, autocast_of, converted_of
+from .networks import KNOWN, steps_of
 from .running import OutOfTime, Run, first_line, output_of
 
 KINDS = {
@@ -83,19 +82,12 @@ def kernel_times(
     return dict(sorted(found.items(), key=lambda pair: -pair[1][0]))
 
 
-def steps_of(run: Run, name: str, precision: str, batch: int, size: int) -> None:
+def kernels_of(run: Run, name: str, precision: str, batch: int, size: int) -> None:
     """Rows of a network's training step, plain and ours."""
     label = f"step: {name}, {precision}, batch {batch}"
     if not run.due(label, "plain"):
         return
-    torch.manual_seed(0)
-    known = REHEARSED if run.rehearsal else KNOWN
-    plain = known[name].make().to(run.device, memory_format=torch.channels_last)
-    images = torch.rand(batch, 3, size, size, device=run.device).contiguous(memory_format=torch.channels_last)
-    ours = converted_of(plain, images).to(memory_format=torch.channels_last)
-    labels = torch.arange(batch, device=run.device)
-    steps = {who: Step(model, images, labels, autocast=autocast_of(precision))
-             for who, model in (("plain", plain), ("ours", ours))}  # fmt: skip
+    steps = steps_of(run, name, batch, precision, size)
     times = summarized(interleaved(steps, rounds=2 if run.rehearsal else 9, device=run.device))
     for who in ("ours", "plain"):  # plain last: the case counts as measured by it
         kernels = kernel_times(steps[who], 1 if run.rehearsal else 3, run.device)
@@ -207,10 +199,10 @@ def looked_at_by_ncu(run: Run, backend: str) -> None:
 
 def profile(run: Run) -> None:
     if run.rehearsal:
-        steps_of(run, "resnet18", "float32", 2, 64)
+        kernels_of(run, "resnet18", "float32", 2, 64)
     else:
         for name in ("resnet50", "vit_b", "convnext_tiny"):
-            steps_of(run, name, "bfloat16", KNOWN[name].batch, 224)
+            kernels_of(run, name, "bfloat16", KNOWN[name].batch, 224)
             run.free()
     if shutil.which("ncu") is None or run.device.type != "cuda":
         run.add("counters", "all", status="not run", reason="no ncu here" if run.device.type == "cuda" else "no GPU")

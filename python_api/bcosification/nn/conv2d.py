@@ -124,11 +124,13 @@ class BcosConv2d(BcosLayer):
         """Shape of the output for what `padded` gives, (..., C, H, W)."""
         sizes = list(padded.shape[-2:])
         if self.padding != "same":
-            padding = (0, 0) if self.padding == "valid" else self.padding
-            window = zip(sizes, self.kernel_size, self.stride, padding, self.dilation, strict=True)
+            padding = 0 if self.padding == "valid" else self.padding
+            # of a peer's layer that `fuse` took over they may be ints
+            pairs = (pair if isinstance(pair, (tuple, list)) else (pair, pair)
+                     for pair in (self.kernel_size, self.stride, padding, self.dilation))  # fmt: skip
             sizes = [
                 (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
-                for size, kernel, stride, pad, dilation in window
+                for size, kernel, stride, pad, dilation in zip(sizes, *pairs, strict=True)
             ]
         return torch.Size((*padded.shape[:-3], self.out_channels, *sizes))
 

@@ -25,7 +25,8 @@ EXACT = {"b": 1, "bias": "keep", "pool": "keep"}
 # The classifiers of these have an activation or a LayerNorm in front of the head.
 CHANGED = {"mobilenet v3", "maxvit"}
 
-FIXED = (bnn.BatchNormUncentered2d, bnn.Normalize, bnn.LogitBias)  # nothing in them is dynamic in eval mode
+# nothing in them is dynamic in eval mode
+FIXED = (bnn.AddInverse, bnn.BatchNormUncentered2d, bnn.Normalize, bnn.LogitBias)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

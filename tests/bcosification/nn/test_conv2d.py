@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import bcosification
 from bcosification.nn import BcosConv2d
 
 CASES = {
@@ -128,3 +129,10 @@ def test_the_shape_of_the_output(padding, dilation):
         for shape in ((4, 2, 11, 12), (2, 9, 10)):
             x = torch.randn(shape)
             assert conv.output_shape(conv.padded(x)) == conv(x).shape
+
+
+def test_the_shape_of_the_output_of_a_peer_s_layer_that_was_taken_over():
+    """Its numbers stay ints."""
+    peer = nn.Sequential(bcos.modules.BcosConv2d(2, 6, 3, stride=2, padding=1))
+    conv, x = bcosification.fuse(peer)[0], torch.randn(4, 2, 11, 12)
+    assert conv.output_shape(x) == conv(x).shape
