@@ -34,7 +34,7 @@ def dynamic_modules(name):
     """Names of the modules of a network that have something to detach in eval mode."""
     for path, module in build(name).named_modules():
         kind = type(module).__name__
-        fixed = kind in ("Normalize", "LogitBias") or getattr(module, "running_var", None) is not None
+        fixed = kind in ("AddInverse", "Normalize", "LogitBias") or getattr(module, "running_var", None) is not None
         if hasattr(module, "set_explanation_mode") and not fixed:
             yield path
 

@@ -69,7 +69,7 @@ def test_every_missing_detach_is_noticed(case):
     tried = set()
     for path, module in classifier.named_modules():
         kind = type(module).__name__
-        if kind in ("Normalize", "BatchNormUncentered2d") or not hasattr(module, "set_explanation_mode"):
+        if kind in ("AddInverse", "Normalize", "BatchNormUncentered2d") or not hasattr(module, "set_explanation_mode"):
             continue
         unused = {"resnet, pool": ("c_proj", "attnpool.norm", "position_mean"), "vit": ("position_mean",)}
         unused |= {"resnet, unpool, p = 3": ("attnpool", "l2_norm")}
