@@ -26,17 +26,23 @@ class NotHere(Exception):
 
 
 def _vit(width: int, heads: int) -> Callable[[int], nn.Module]:
-    from torchvision.models.vision_transformer import VisionTransformer
+    def make(size: int) -> nn.Module:
+        from torchvision.models.vision_transformer import VisionTransformer
 
-    return lambda size: VisionTransformer(
-        image_size=size, patch_size=16, num_layers=12, num_heads=heads, hidden_dim=width, mlp_dim=4 * width
-    )
+        return VisionTransformer(
+            image_size=size, patch_size=16, num_layers=12, num_heads=heads, hidden_dim=width, mlp_dim=4 * width
+        )
+
+    return make
 
 
 def _torchvision(name: str) -> Callable[[int], nn.Module]:
-    import torchvision
+    def make(size: int) -> nn.Module:
+        import torchvision  # not where this module is: a machine with a GPU may lack it
 
-    return lambda size: getattr(torchvision.models, name)(weights=None)
+        return getattr(torchvision.models, name)(weights=None)
+
+    return make
 
 
 @dataclasses.dataclass(frozen=True)

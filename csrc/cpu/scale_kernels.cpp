@@ -5,8 +5,6 @@
 //             q = (dL/dn)/|p|, dL/dn = -sum_o g (dy/dn terms): math.h holds the formulas
 //
 // Traffic: forward reads and writes y once, in place; backward reads dy and y, writes da.
-#include <cstring>
-
 #include "groups.h"
 
 namespace bcos::cpu::BCOS_ISA {
@@ -18,8 +16,7 @@ inline void scale_run(
     S* __restrict y, const S* a, S* kept, uint8_t* index, int64_t count, int64_t max_out, int64_t unit_stride,
     int64_t output_stride, Wide<S> exponent, Norm norm) {
   using W = Wide<S>;
-  if (max_out == 1) {
-    if (kept != nullptr) std::memcpy(kept, a, count * sizeof(S));
+  if (max_out == 1 && kept == nullptr) {
 #pragma omp simd
     for (int64_t i = 0; i < count; i++) {
       const W v = load(a[i]);

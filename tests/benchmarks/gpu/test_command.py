@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 
 import pytest
@@ -180,3 +183,17 @@ def test_rows_are_json(tmp_path):
     command.run_here(counting([]), tmp_path, 10, rehearsal=True)
     content = json.loads((tmp_path / "gpu_counting.json").read_text())
     assert set(content) == {"runs", "rows"} and len(content["runs"]) == 1
+
+
+@pytest.mark.slow
+def test_without_torchvision_the_stages_are_there(tmp_path):
+    """In a process of its own, in which it cannot be imported: the stage of networks says so, nothing else needs it."""
+    program = f"""
+import sys
+sys.modules["torchvision"] = None
+from benchmarks.gpu import command
+assert command.main(["--list"]) == command.DONE
+assert command.main(["--here", "--rehearse", "--stage", "environment", "--out", {str(tmp_path)!r}]) == command.DONE
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=running.ROOT, env=environment)
